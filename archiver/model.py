@@ -1,0 +1,229 @@
+"""The values that everything else speaks in, frozen, and the keys of objects in the store.
+
+The words are the glossary's (docs/concepts.md). Wire data is bytes here;
+``uidl_text`` is the one place where a UIDL becomes text.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple
+
+from archiver.errors import Outcome
+
+UNKNOWN_SIZE = -1
+"""The size of a listing entry for which the server gave none."""
+
+NO_DIGEST = bytes(32)
+"""What the first segment of a journal names as its predecessor."""
+
+
+def new_account_id() -> str:
+    """64 random bits in hex: unique among every database that shares a bucket, and harmless in a key."""
+    return secrets.token_hex(8)
+
+
+def message_key(account_id: str, sha256: bytes) -> str:
+    """The key comes from account and content alone, so a PUT may be repeated by anyone without harm."""
+    digest = sha256.hex()
+    return f"messages/{account_id}/{digest[:2]}/{digest}.eml"
+
+
+def journal_prefix(account_id: str) -> str:
+    return f"journal/{account_id}/"
+
+
+def segment_key(account_id: str, sequence: int) -> str:
+    return f"{journal_prefix(account_id)}{sequence:012d}.ndjson"
+
+
+def capture_id(account_id: str, sha256: bytes) -> str:
+    """One account's custody of one content. Never shared between accounts, the same after a rebuild."""
+    return f"{account_id}-{sha256.hex()}"
+
+
+def uidl_text(uidl: bytes) -> str:
+    """Each octet as the code point of its number (ISO 8859-1), so that the way back is exact."""
+    return uidl.decode("latin-1")
+
+
+def uidl_octets(text: str) -> bytes:
+    """The way back from ``uidl_text``. Raises UnicodeEncodeError for what never came from there."""
+    return text.encode("latin-1")
+
+
+class DeletePolicy(NamedTuple):
+    """When a message may be deleted from the mail server: never, or so many days after its capture.
+
+    ``after-archived`` is zero days. The text form is that of the command line.
+    """
+
+    after_days: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "DeletePolicy":
+        """Raises ValueError with a sentence for the operator."""
+        if text == "never":
+            return cls(None)
+        if text == "after-archived":
+            return cls(0.0)
+        name, _, days = text.partition("=")
+        if name == "after-days" and days.isascii() and days.isdigit():
+            return cls(float(days))
+        raise ValueError(f"unknown deletion policy {text!r}: use never, after-archived or after-days=N")
+
+    def __str__(self) -> str:
+        match self.after_days:
+            case None:
+                return "never"
+            case 0.0:
+                return "after-archived"
+            case days:
+                return f"after-days={days:g}"
+
+
+NEVER_DELETE = DeletePolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One POP3 login that is archived. ``secret`` is a reference to the password, never the password."""
+
+    id: str
+    name: str
+    url: str
+    tls: str
+    secret: str = field(repr=False)
+    ca_file: str | None = None
+    delete: DeletePolicy = NEVER_DELETE
+    interval_seconds: float = 300.0
+    timeout_seconds: float = 60.0
+    pipelining: bool = True
+    epoch: int = 1
+    paused_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to poll an account, as the database granted it.
+
+    ``token`` only grows: whoever writes with an older one is refused.
+    ``recover`` tells that an earlier holder may have written a journal segment
+    that the database has not seen.
+    """
+
+    account_id: str
+    token: int
+    recover: bool
+
+
+class SightingKey(NamedTuple):
+    """What identifies a message in one epoch of one mailbox.
+
+    ``content`` is empty where the UIDL identifies the message. Where the
+    server gave none, or the same to several messages, it is the SHA-256 of the
+    content, and the message must be fetched to be recognised.
+    """
+
+    uidl: bytes
+    size: int
+    content: bytes = b""
+
+
+class What(StrEnum):
+    """How a sighting was resolved; the word of a journal line."""
+
+    CAPTURED = "captured"
+    KNOWN = "known"
+    QUARANTINED = "quarantined"
+    DELETED = "deleted"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One line of a journal segment: a sighting and what became of it.
+
+    ``sha256`` and ``octets`` describe the content, where it was had; the
+    listing's own size is in ``sighting``. ``reason`` goes with a quarantine.
+    """
+
+    what: What
+    sighting: SightingKey
+    at: datetime
+    sha256: bytes | None = None
+    octets: int | None = None
+    version_id: str | None = None
+    reason: str | None = None
+    attempts: int = 0
+
+
+class JournalHead(NamedTuple):
+    """The last segment of an account's journal that the database knows; sequence 0 before the first."""
+
+    sequence: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MailServer:
+    """What a poll saw of the server, for the record."""
+
+    host: str
+    port: int
+    greeting: str
+    mechanism: str | None
+    tls_version: str | None
+    cipher: str | None
+    certificate_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One object of an account's journal: its place in the chain, where its facts came from, its lines."""
+
+    account_id: str
+    account_name: str
+    account_url: str
+    epoch: int
+    sequence: int
+    previous: bytes
+    token: int
+    written_at: datetime
+    server: MailServer
+    listing_count: int
+    listing_digest: bytes
+    lines: tuple[Resolved, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PollReport:
+    """What one poll did. ``listed`` is None when it ended before a listing was had.
+
+    Of the listed messages, ``new`` were captured, ``known`` were held before,
+    ``quarantined`` are set aside with a reason, and the rest is ``to_come``.
+    """
+
+    account: str
+    outcome: Outcome
+    listed: int | None = None
+    new: int = 0
+    known: int = 0
+    quarantined: int = 0
+    delete_requested: int = 0
+    octets: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+    hint: str | None = None
+    segments: int = 0
+    wait_seconds: float | None = None
+    journal_uncertain: bool = False
+    pipelining_broke: bool = False
+
+    @property
+    def to_come(self) -> int | None:
+        """How many listed messages are neither archived nor set aside yet."""
+        if self.listed is None:
+            return None
+        return self.listed - self.new - self.known - self.quarantined
