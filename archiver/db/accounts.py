@@ -1,0 +1,148 @@
+"""Accounts: added, changed, found, removed. Few rows, so this speaks the ORM."""
+
+from dataclasses import replace
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+from sqlmodel import Session, col, select
+
+from archiver.db import schedule
+from archiver.db.tables import AccountRow, JournalRow, LeaseRow, account
+from archiver.errors import UsageError
+from archiver.model import NO_DIGEST, Account, DeletePolicy
+
+REMOVED = "removed"
+"""The reason that a removed account is paused for. What it captured stays."""
+
+
+def add(connection: Connection, new: Account, at: datetime) -> Account:
+    """Add an account, due at once, and return it as it is kept.
+
+    A removed account comes back, with the id under which its archive lies,
+    when name and URL are those it had. Raises UsageError when the name or the
+    URL is taken.
+    """
+    with Session(bind=connection) as session:
+        row = session.exec(select(AccountRow).where(AccountRow.name == new.name)).first()
+        if row is not None and (row.removed_at is None or row.url != new.url):
+            was = "is" if row.removed_at is None else "was"
+            raise UsageError(
+                f"there {was} an account named {new.name} already, for {row.url}", hint="choose another name"
+            )
+        if row is not None:
+            again = replace(new, id=row.id, epoch=row.epoch)
+            change(connection, again)
+            schedule.resume(connection, again.id)
+            return again
+        same = session.exec(
+            select(AccountRow).where(AccountRow.url == new.url, col(AccountRow.removed_at).is_(None))
+        ).first()
+        if same is not None:
+            raise UsageError(
+                f"account {same.name} archives {new.url} already",
+                hint="two accounts on one mailbox would each fetch all of it",
+            )
+        session.add(_row(new, at))
+        session.flush()
+        session.add(LeaseRow(account_id=new.id, due_at=None))
+        session.add(JournalRow(account_id=new.id, sequence=0, digest=NO_DIGEST, written_at=at))
+        session.flush()
+    schedule.resume(connection, new.id)
+    return new
+
+
+def change(connection: Connection, changed: Account) -> None:
+    """Give an account other settings. Its id, and so its objects and its journal, stays."""
+    connection.execute(
+        sa.update(account)
+        .where(account.c.id == changed.id)
+        .values(
+            url=changed.url,
+            tls=changed.tls,
+            secret=changed.secret,
+            ca_file=changed.ca_file,
+            delete_policy=str(changed.delete),
+            interval_seconds=changed.interval_seconds,
+            timeout_seconds=changed.timeout_seconds,
+            pipelining=changed.pipelining,
+            removed_at=None,
+        )
+    )
+
+
+def remove(connection: Connection, account_id: str, at: datetime) -> None:
+    """Stop archiving an account and forget its secret. What was captured, and its record, stay."""
+    connection.execute(sa.update(account).where(account.c.id == account_id).values(removed_at=at, secret=""))
+    schedule.pause(connection, account_id, REMOVED)
+
+
+def by_name(connection: Connection, name: str) -> Account | None:
+    """The account of that name, removed or not."""
+    return _one(connection, account.c.name == name)
+
+
+def by_url(connection: Connection, url: str) -> Account | None:
+    """The account that archives this URL."""
+    return _one(connection, sa.and_(account.c.url == url, account.c.removed_at.is_(None)))
+
+
+def by_id(connection: Connection, account_id: str) -> Account:
+    """The account behind a claim."""
+    found = _one(connection, account.c.id == account_id)
+    if found is None:
+        raise LookupError(account_id)
+    return found
+
+
+def all_active(connection: Connection) -> list[Account]:
+    """Every account that was not removed, by name."""
+    rows = connection.execute(
+        sa.select(account).where(account.c.removed_at.is_(None)).order_by(account.c.name)
+    )
+    return [_account(row) for row in rows]
+
+
+def every(connection: Connection) -> list[Account]:
+    """Every account that ever was, removed ones too: their archives are still to be proved."""
+    return [_account(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+
+
+def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | None:
+    row = connection.execute(sa.select(account).where(wanted)).first()
+    return None if row is None else _account(row)
+
+
+def _row(new: Account, at: datetime) -> AccountRow:
+    return AccountRow(
+        id=new.id,
+        name=new.name,
+        url=new.url,
+        tls=new.tls,
+        secret=new.secret,
+        ca_file=new.ca_file,
+        delete_policy=str(new.delete),
+        interval_seconds=new.interval_seconds,
+        timeout_seconds=new.timeout_seconds,
+        pipelining=new.pipelining,
+        epoch=new.epoch,
+        paused_reason=new.paused_reason,
+        created_at=at,
+    )
+
+
+def _account(row: sa.Row[tuple[object, ...]]) -> Account:
+    return Account(
+        id=row.id,
+        name=row.name,
+        url=row.url,
+        tls=row.tls,
+        secret=row.secret,
+        ca_file=row.ca_file,
+        delete=DeletePolicy.parse(row.delete_policy),
+        interval_seconds=row.interval_seconds,
+        timeout_seconds=row.timeout_seconds,
+        pipelining=row.pipelining,
+        epoch=row.epoch,
+        paused_reason=row.paused_reason,
+    )

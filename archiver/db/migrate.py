@@ -1,0 +1,121 @@
+"""The schema's versions: which one a database has, and the way up.
+
+The scripts lie in ``alembic/`` of the repository and in
+``archiver/db/migrations/`` of an installed package.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from archiver.db import Database
+from archiver.errors import OperatorNeeded, UsageError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+UPGRADE_LOCK = 0x73636865
+"""The advisory lock that lets one of many starting processes upgrade: "sche" in ASCII."""
+
+
+class WrongSchema(UsageError):
+    """The database has another schema than this release needs: older, newer or none."""
+
+
+def latest() -> str:
+    """The schema version that this release writes."""
+    from alembic.script import ScriptDirectory
+
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    if head is None:
+        raise RuntimeError("the package carries no migrations")
+    return head
+
+
+def current(database: Database) -> str | None:
+    """The schema version that the database has; None when it is empty."""
+    from alembic.runtime.migration import MigrationContext
+
+    with database.reading() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade(database: Database) -> tuple[str | None, str]:
+    """Bring the schema to this release's version; returns the version before and after.
+
+    Of several processes that do so at once, on PostgreSQL one works and the
+    others wait for it. Raises WrongSchema when the database belongs to a newer
+    release.
+    """
+    from alembic import command
+
+    _make_folder(database)
+    before = current(database)
+    _refuse_newer(before)
+    config = _config()
+
+    def work(connection: sa.Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(UPGRADE_LOCK)))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    database.transact(work)
+    return before, latest()
+
+
+def ensure(database: Database) -> None:
+    """See that the schema fits before anything is touched.
+
+    An empty SQLite database is brought up by itself: on one machine there is
+    nobody else to do it. Raises WrongSchema for any other version than this
+    release's, with the command that helps.
+    """
+    found = current(database) if database.path is None or database.path.exists() else None
+    if found == latest():
+        return
+    if database.is_sqlite and found is None:
+        upgrade(database)
+        return
+    _refuse_newer(found)
+    raise WrongSchema(
+        f"database {database} has {'no schema' if found is None else f'the schema {found}'} "
+        f"and this release needs {latest()}",
+        hint="run: archiver db upgrade",
+    )
+
+
+def _make_folder(database: Database) -> None:
+    if database.path is not None:
+        try:
+            database.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OperatorNeeded(
+                f"cannot make the folder of database {database.path}: {error.strerror}"
+            ) from error
+
+
+def _refuse_newer(found: str | None) -> None:
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    if found is None:
+        return
+    try:
+        ScriptDirectory.from_config(_config()).get_revision(found)
+    except CommandError:
+        raise WrongSchema(
+            f"the database has the schema {found}, which this release does not know: a newer one made it",
+            hint="upgrade archiver, or use another database",
+        ) from None
+
+
+def _config() -> "Config":
+    from alembic.config import Config
+
+    installed = Path(__file__).parent / "migrations"
+    repository = Path(__file__).parents[2] / "alembic"
+    config = Config()
+    config.set_main_option("script_location", str(installed if installed.is_dir() else repository))
+    return config

@@ -1,0 +1,233 @@
+"""The tables, the same on SQLite and PostgreSQL.
+
+The bucket is the truth and these are its index, so that what is here can be
+made again from there; except for accounts, schedules and poll history.
+``lease`` is narrow and apart from ``account``, because every poll rewrites it.
+Digests and UIDLs are octets. Times are UTC and aware.
+"""
+
+from datetime import UTC, datetime
+from typing import cast
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy import DateTime as SqlDateTime
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, SQLModel
+
+ACCOUNT_ID_LENGTH = 16
+DIGEST_OCTETS = 32
+
+SQLModel.metadata.naming_convention = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time. SQLite keeps no zone, so there it is stored without and given back with one."""
+
+    impl = SqlDateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone is ambiguous")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+def _account_key() -> Column[str]:
+    """Part of a primary key that points at an account."""
+    return Column(String(ACCOUNT_ID_LENGTH), ForeignKey("account.id"), primary_key=True)
+
+
+def _hot_account_key() -> Column[str]:
+    """The same without the constraint, for tables that take many rows at once.
+
+    Every transaction that writes there has locked the account's lease row
+    first, which proves the account; checking again for each row would cost
+    more than the row.
+    """
+    return Column(String(ACCOUNT_ID_LENGTH), primary_key=True)
+
+
+class AccountRow(SQLModel, table=True):
+    """One POP3 login that is archived, and the policies it is archived by."""
+
+    __tablename__ = "account"
+
+    id: str = Field(sa_column=Column(String(ACCOUNT_ID_LENGTH), primary_key=True))
+    name: str = Field(sa_column=Column(Text, nullable=False, unique=True))
+    url: str = Field(sa_column=Column(Text, nullable=False))
+    tls: str = Field(sa_column=Column(Text, nullable=False))
+    secret: str = Field(sa_column=Column(Text, nullable=False), repr=False)
+    ca_file: str | None = Field(default=None, sa_column=Column(Text))
+    delete_policy: str = Field(default="never", sa_column=Column(Text, nullable=False))
+    interval_seconds: float
+    timeout_seconds: float
+    pipelining: bool = True
+    epoch: int = 1
+    paused_reason: str | None = Field(default=None, sa_column=Column(Text))
+    removed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    created_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+
+
+class LeaseRow(SQLModel, table=True):
+    """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused."""
+
+    __tablename__ = "lease"
+    __table_args__ = (Index(None, "due_at"),)
+
+    account_id: str = Field(sa_column=_account_key())
+    due_at: datetime | None = Field(sa_column=Column(UtcDateTime))
+    owner: str | None = Field(default=None, sa_column=Column(Text))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    token: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    recover: bool = False
+    failures: int = 0
+    refusals: int = 0
+
+
+class CaptureRow(SQLModel, table=True):
+    """One account's custody of one content, with the circumstances of its first sighting."""
+
+    __tablename__ = "capture"
+    __table_args__ = (
+        Index(None, "account_id", "captured_at"),
+        # People name a capture by the first digits of its hash.
+        Index(None, "sha256"),
+        {"sqlite_with_rowid": False, "postgresql_partition_by": "HASH (account_id)"},
+    )
+
+    account_id: str = Field(sa_column=_hot_account_key())
+    sha256: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), primary_key=True))
+    octets: int = Field(sa_column=Column(BigInteger, nullable=False))
+    epoch: int
+    uidl: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    captured_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+    version_id: str | None = Field(default=None, sa_column=Column(Text))
+    token: int = Field(sa_column=Column(BigInteger, nullable=False))
+    sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+class SightingRow(SQLModel, table=True):
+    """What a listing showed, and what became of it.
+
+    ``state`` is captured, quarantined, or pending (it was tried and is still
+    to come). ``absent_at`` is set when a complete listing no longer shows it.
+    """
+
+    __tablename__ = "sighting"
+    __table_args__ = (
+        # A poll reads what was on the server last time: what is absent since
+        # must not make that slower for ever.
+        Index(
+            "ix_sighting_present",
+            "account_id",
+            postgresql_where=text("absent_at IS NULL"),
+            sqlite_where=text("absent_at IS NULL"),
+        ),
+        # What needs somebody's attention is rare, and asked for often.
+        Index(
+            "ix_sighting_quarantined",
+            "account_id",
+            postgresql_where=text("state = 'quarantined'"),
+            sqlite_where=text("state = 'quarantined'"),
+        ),
+        {"sqlite_with_rowid": False, "postgresql_partition_by": "HASH (account_id)"},
+    )
+
+    account_id: str = Field(sa_column=_hot_account_key())
+    epoch: int = Field(primary_key=True)
+    uidl: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
+    size: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    content: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), primary_key=True))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    sha256: bytes | None = Field(default=None, sa_column=Column(LargeBinary(DIGEST_OCTETS)))
+    first_seen_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+    attempts: int = 0
+    retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    reason: str | None = Field(default=None, sa_column=Column(Text))
+    delete_requested_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    absent_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+
+
+class JournalRow(SQLModel, table=True):
+    """The last journal segment that the database has taken in."""
+
+    __tablename__ = "journal"
+
+    account_id: str = Field(sa_column=_account_key())
+    sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
+    digest: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), nullable=False))
+    written_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+
+
+class PollRow(SQLModel, table=True):
+    """One poll that ended, named by its account and the token of its lease."""
+
+    __tablename__ = "poll"
+
+    account_id: str = Field(sa_column=_account_key())
+    token: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    ended_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+    seconds: float
+    outcome: str = Field(sa_column=Column(Text, nullable=False))
+    listed: int | None = None
+    new: int = 0
+    known: int = 0
+    quarantined: int = 0
+    to_come: int | None = None
+    delete_requested: int = 0
+    octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    error: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class EventRow(SQLModel, table=True):
+    """The feed. A reader that has seen a position has seen every one below it (see ``record.publish``)."""
+
+    __tablename__ = "event"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    # SQLite counts up by itself only in a column of exactly INTEGER.
+    position: int | None = Field(
+        default=None,
+        sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    )
+    kind: str = Field(sa_column=Column(Text, nullable=False))
+    account_id: str = Field(sa_column=Column(String(ACCOUNT_ID_LENGTH), nullable=False))
+    at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+    body: str = Field(sa_column=Column(Text, nullable=False))
+
+
+def table(model: type[SQLModel]) -> Table:
+    """The Core table behind a model: the hot paths speak Core, which costs a third of the ORM."""
+    return cast(Table, model.__dict__["__table__"])
+
+
+metadata: MetaData = SQLModel.metadata
+account, lease, capture, sighting, journal, poll, event = (
+    table(model) for model in (AccountRow, LeaseRow, CaptureRow, SightingRow, JournalRow, PollRow, EventRow)
+)
