@@ -1,0 +1,167 @@
+"""The journal: an account's hash-chained record of what was captured, one object a batch.
+
+A segment is NDJSON: a header line, then a line for each sighting that was
+resolved. Its header names the SHA-256 of the whole segment before it, so no
+segment can be changed, dropped or slipped in without breaking the chain; its
+number follows from its predecessor and its object is written once, so of two
+writers one finds the number taken. The format is described for auditors in
+docs/compliance.md; ``SCHEMA`` grows when a reader must know better.
+"""
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Any
+
+from archiver import __version__
+from archiver.errors import IntegrityError
+from archiver.model import (
+    UNKNOWN_SIZE,
+    JournalHead,
+    MailServer,
+    Resolved,
+    Segment,
+    SightingKey,
+    What,
+    message_key,
+    segment_key,
+    uidl_octets,
+    uidl_text,
+)
+from archiver.store import ObjectNotFound, Store
+
+SCHEMA = 1
+SEGMENT_OCTETS = 64 * 1024 * 1024
+"""More than any batch writes. What is larger is not a segment of ours, and is not read into memory."""
+
+
+def encode(segment: Segment) -> bytes:
+    """The octets of a segment as they lie in the store; the same segment gives the same octets."""
+    header = {
+        "schema": SCHEMA,
+        "account": {"id": segment.account_id, "name": segment.account_name, "url": segment.account_url},
+        "epoch": segment.epoch,
+        "sequence": segment.sequence,
+        "previous": segment.previous.hex(),
+        "poll": segment.token,
+        "written_at": segment.written_at.isoformat(),
+        "server": {
+            "host": segment.server.host,
+            "port": segment.server.port,
+            "greeting": segment.server.greeting,
+            "mechanism": segment.server.mechanism,
+            "tls": segment.server.tls_version
+            and {
+                "version": segment.server.tls_version,
+                "cipher": segment.server.cipher,
+                "certificate_sha256": segment.server.certificate_sha256,
+            },
+        },
+        "listing": {"count": segment.listing_count, "sha256": segment.listing_digest.hex()},
+        "lines": len(segment.lines),
+        "writer": f"archiver/{__version__}",
+    }
+    lines = [header, *(_line(segment.account_id, resolved) for resolved in segment.lines)]
+    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
+
+
+def decode(octets: bytes, where: str) -> Segment:
+    """Read a segment back. Raises IntegrityError, naming ``where``, for anything that is not one."""
+    try:
+        header, *lines = (json.loads(line) for line in octets.splitlines())
+        if header["schema"] != SCHEMA:
+            raise IntegrityError(
+                f"{where} has the journal schema {header['schema']}, which this release does not know",
+                hint="upgrade archiver",
+            )
+        if header["lines"] != len(lines):
+            raise IntegrityError(f"{where} has {len(lines)} lines where its header says {header['lines']}")
+        tls = header["server"]["tls"] or {}
+        return Segment(
+            account_id=header["account"]["id"],
+            account_name=header["account"]["name"],
+            account_url=header["account"]["url"],
+            epoch=header["epoch"],
+            sequence=header["sequence"],
+            previous=bytes.fromhex(header["previous"]),
+            token=header["poll"],
+            written_at=datetime.fromisoformat(header["written_at"]),
+            server=MailServer(
+                host=header["server"]["host"],
+                port=header["server"]["port"],
+                greeting=header["server"]["greeting"],
+                mechanism=header["server"]["mechanism"],
+                tls_version=tls.get("version"),
+                cipher=tls.get("cipher"),
+                certificate_sha256=tls.get("certificate_sha256"),
+            ),
+            listing_count=header["listing"]["count"],
+            listing_digest=bytes.fromhex(header["listing"]["sha256"]),
+            lines=tuple(_resolved(line) for line in lines),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{where} is not a journal segment: {error!r}") from error
+
+
+def read(store: Store, account_id: str, sequence: int) -> tuple[Segment, bytes] | None:
+    """One segment and its SHA-256, or None when the store has no such number.
+
+    Raises IntegrityError when what lies there is not that segment, and what
+    the store raises.
+    """
+    key = segment_key(account_id, sequence)
+    try:
+        with store.get(key) as chunks:
+            octets = bytearray()
+            for chunk in chunks:
+                octets += chunk
+                if len(octets) > SEGMENT_OCTETS:
+                    raise IntegrityError(f"{key} is too large for a journal segment")
+    except ObjectNotFound:
+        return None
+    segment = decode(bytes(octets), key)
+    if (segment.account_id, segment.sequence) != (account_id, sequence):
+        raise IntegrityError(f"{key} holds segment {segment.sequence} of account {segment.account_id}")
+    return segment, hashlib.sha256(octets).digest()
+
+
+def follows(segment: Segment, head: JournalHead) -> bool:
+    """Whether a segment is the next link of the chain behind ``head``."""
+    return (segment.sequence, segment.previous) == (head.sequence + 1, head.digest)
+
+
+def _line(account_id: str, resolved: Resolved) -> dict[str, Any]:
+    sighting = resolved.sighting
+    line: dict[str, Any] = {
+        "what": resolved.what.value,
+        "uidl": uidl_text(sighting.uidl),
+        "listed_size": None if sighting.size == UNKNOWN_SIZE else sighting.size,
+        "at": resolved.at.isoformat(),
+    }
+    if sighting.content:
+        line["by_content"] = True
+    if resolved.sha256 is not None:
+        line |= {"sha256": resolved.sha256.hex(), "key": message_key(account_id, resolved.sha256)}
+    if resolved.octets is not None:
+        line["size"] = resolved.octets
+    if resolved.version_id is not None:
+        line["version_id"] = resolved.version_id
+    if resolved.reason is not None:
+        line |= {"reason": resolved.reason, "attempts": resolved.attempts}
+    return line
+
+
+def _resolved(line: dict[str, Any]) -> Resolved:
+    sha256 = bytes.fromhex(line["sha256"]) if "sha256" in line else None
+    size = UNKNOWN_SIZE if line["listed_size"] is None else line["listed_size"]
+    content = sha256 if line.get("by_content") else None
+    return Resolved(
+        what=What(line["what"]),
+        sighting=SightingKey(uidl_octets(line["uidl"]), size, content or b""),
+        at=datetime.fromisoformat(line["at"]),
+        sha256=sha256,
+        octets=line.get("size"),
+        version_id=line.get("version_id"),
+        reason=line.get("reason"),
+        attempts=line.get("attempts", 0),
+    )

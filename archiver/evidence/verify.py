@@ -1,0 +1,194 @@
+"""Objects, journal and database, each against the others: the proof that nothing was lost or altered.
+
+Reads everything and changes nothing. It may run while polls go on: what is
+read first is what is written last, so that a capture under way is not taken
+for a fault.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal, NamedTuple
+
+from archiver.db import Database, reads, schedule
+from archiver.errors import IntegrityError
+from archiver.evidence import journal
+from archiver.model import Account, JournalHead, What, journal_prefix, message_key, segment_key
+from archiver.store import ObjectNotFound, Store, StoredObject
+
+Kind = Literal["missing", "damaged", "chain_break", "unrecorded"]
+
+IN_FLIGHT = timedelta(minutes=15)
+"""An object of an account that is being polled may be so young and not be in the journal yet."""
+
+HASHED_AT_ONCE = 64
+FINDINGS_KEPT = 1_000
+"""All are counted; so many are named."""
+
+
+class Finding(NamedTuple):
+    """One thing that is not as it must be."""
+
+    kind: Kind
+    account: str
+    key: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was looked at and what was found. ``checked`` counts messages."""
+
+    checked: int = 0
+    octets: int = 0
+    segments: int = 0
+    missing: int = 0
+    damaged: int = 0
+    chain_breaks: int = 0
+    unrecorded: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.missing or self.damaged or self.chain_breaks or self.unrecorded)
+
+    def add(self, finding: Finding) -> None:
+        match finding.kind:
+            case "missing":
+                self.missing += 1
+            case "damaged":
+                self.damaged += 1
+            case "chain_break":
+                self.chain_breaks += 1
+            case "unrecorded":
+                self.unrecorded += 1
+        if len(self.findings) < FINDINGS_KEPT:
+            self.findings.append(finding)
+
+
+def verify(
+    account: Account,
+    database: Database,
+    store: Store,
+    verdict: Verdict,
+    *,
+    now: datetime,
+    readers: Executor,
+    rehash: bool = True,
+    progress: Callable[[StoredObject], None] = lambda _: None,
+) -> None:
+    """Check one account and add to ``verdict``. With ``rehash`` every object is read and hashed again.
+
+    Raises what the store and the database raise.
+    """
+    with database.reading() as connection:
+        head = reads.journal_head(connection, account.id)
+        recorded = set(reads.capture_digests(connection, account.id))
+        polled_now = schedule.holder(connection, account.id) is not None
+    written = _read_journal(account, store, head, verdict)
+    for digest in recorded - written.captured.keys():
+        detail = "the database has it, the journal has not"
+        verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
+    for digest in written.known_to_database - recorded:
+        detail = "the journal has it, the database has not"
+        verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
+
+    expected = {message_key(account.id, digest): digest for digest in written.captured}
+    sound: list[tuple[StoredObject, bytes]] = []
+    for found in store.list(f"messages/{account.id}/"):
+        wanted = expected.pop(found.key, None)
+        if wanted is None:
+            young = found.modified_at is not None and now - found.modified_at < IN_FLIGHT
+            if not (polled_now and young):
+                verdict.add(Finding("unrecorded", account.name, found.key, "no journal segment names it"))
+        elif found.size != written.captured[wanted]:
+            detail = f"{found.size} octets, and the journal says {written.captured[wanted]}"
+            verdict.add(Finding("damaged", account.name, found.key, detail))
+        else:
+            sound.append((found, wanted))
+    for key in expected:
+        verdict.add(Finding("missing", account.name, key, "the store lacks it"))
+    verdict.checked += len(written.captured)
+    for found, finding in _rehashed(account, store, sound, readers) if rehash else _taken_as_is(sound):
+        progress(found)
+        verdict.octets += found.size
+        if finding is not None:
+            verdict.add(finding)
+
+
+@dataclass(slots=True)
+class _Written:
+    """What an account's journal says was captured: octets by digest."""
+
+    captured: dict[bytes, int] = field(default_factory=dict)
+    known_to_database: set[bytes] = field(default_factory=set)
+
+
+def _read_journal(account: Account, store: Store, head: JournalHead, verdict: Verdict) -> _Written:
+    written = _Written()
+    last = JournalHead(0, bytes(32))
+    for listed in store.list(journal_prefix(account.id)):
+        sequence = last.sequence + 1
+        if listed.key != segment_key(account.id, sequence):
+            name = listed.key.rpartition("/")[2].removesuffix(".ndjson")
+            if not name.isdecimal() or int(name) <= last.sequence:
+                verdict.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
+                continue
+            detail = f"segment {sequence} is not there"
+            verdict.add(Finding("chain_break", account.name, segment_key(account.id, sequence), detail))
+            sequence = int(name)
+            last = JournalHead(sequence - 1, b"")
+        try:
+            found = journal.read(store, account.id, sequence)
+        except IntegrityError as error:
+            verdict.add(Finding("chain_break", account.name, listed.key, str(error)))
+            last = JournalHead(sequence, b"")
+            continue
+        if found is None:
+            raise ObjectNotFound(f"{listed.key} was listed and is not there")
+        segment, digest = found
+        if last.digest and not journal.follows(segment, last):
+            detail = "it does not name the segment before it"
+            verdict.add(Finding("chain_break", account.name, listed.key, detail))
+        if sequence == head.sequence and digest != head.digest:
+            detail = "the database knows it with another digest"
+            verdict.add(Finding("chain_break", account.name, listed.key, detail))
+        for line in segment.lines:
+            if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
+                written.captured[line.sha256] = line.octets
+                if sequence <= head.sequence:
+                    written.known_to_database.add(line.sha256)
+        verdict.segments += 1
+        last = JournalHead(sequence, digest)
+    if last.sequence < head.sequence:
+        detail = f"the database knows {head.sequence} segments, the store has {last.sequence}"
+        verdict.add(Finding("chain_break", account.name, segment_key(account.id, head.sequence), detail))
+    return written
+
+
+def _taken_as_is(sound: list[tuple[StoredObject, bytes]]) -> Iterator[tuple[StoredObject, Finding | None]]:
+    for found, _ in sound:
+        yield found, None
+
+
+def _rehashed(
+    account: Account, store: Store, sound: list[tuple[StoredObject, bytes]], readers: Executor
+) -> Iterator[tuple[StoredObject, Finding | None]]:
+    def check(item: tuple[StoredObject, bytes]) -> Finding | None:
+        found, wanted = item
+        digest = hashlib.sha256()
+        try:
+            with store.get(found.key) as chunks:
+                for chunk in chunks:
+                    digest.update(chunk)
+        except ObjectNotFound:
+            return Finding("missing", account.name, found.key, "the store lists it and lacks it")
+        if digest.digest() == wanted:
+            return None
+        return Finding("damaged", account.name, found.key, f"its SHA-256 is {digest.hexdigest()}")
+
+    for start in range(0, len(sound), HASHED_AT_ONCE):
+        chunk = sound[start : start + HASHED_AT_ONCE]
+        yield from zip((found for found, _ in chunk), readers.map(check, chunk), strict=True)
