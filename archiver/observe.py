@@ -1,0 +1,79 @@
+"""The names of logs and metrics, and where they go.
+
+One canonical log line a poll (``poll.ended``), one JSON object a line on
+standard error. Event names are ``noun.verb``. Metrics begin with
+``archiver_``; docs/operations.md says which ones to alert on. Nothing here is
+ever given a secret.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+POLLS = Counter("archiver_polls", "Polls that ended, by outcome.", ["outcome"])
+POLL_SECONDS = Histogram(
+    "archiver_poll_seconds",
+    "How long polls took.",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
+)
+POLLS_RUNNING = Gauge("archiver_polls_running", "Polls under way in this process.")
+CAPTURED = Counter("archiver_messages_captured", "Messages captured.")
+CAPTURED_OCTETS = Counter("archiver_captured_octets", "Octets read from mail servers and stored.")
+QUARANTINED = Counter("archiver_messages_set_aside", "Messages of ended polls that are in quarantine.")
+DELETE_REQUESTED = Counter(
+    "archiver_messages_delete_requested", "Messages that servers were asked to delete."
+)
+OVERDUE_SECONDS = Gauge("archiver_overdue_seconds", "How long the longest waiting account is due.")
+HEARTBEATS_FAILED = Counter("archiver_heartbeats_failed", "Renewals of leases that the database refused.")
+
+
+def get_logger() -> Any:
+    """The logger of this project: keyword arguments become fields."""
+    return structlog.get_logger("archiver")
+
+
+def log_json(level: str) -> None:
+    """Have everything logged in this process, libraries too, as a JSON object a line on standard error."""
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(default=str),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # Libraries speak up for what goes wrong; their progress is not ours.
+    root.setLevel(logging.WARNING)
+    logging.getLogger("archiver").setLevel(level.upper())
+
+
+def log_quietly() -> None:
+    """For commands that talk to people: what matters is in their output; a log goes nowhere."""
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("archiver").setLevel(logging.ERROR)

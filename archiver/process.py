@@ -1,0 +1,45 @@
+"""Who this process is, and whether another of this machine still lives.
+
+A lease names its owner. When a process of this very machine was killed, its
+accounts need not wait for the lease to run out.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+
+def name_owner() -> str:
+    """A name for this process that no other one has or will have: machine, process and its start."""
+    return "/".join([socket.gethostname(), _namespace(), str(os.getpid()), _started(os.getpid()) or "-"])
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the named process is known to have ended: true only where this machine can tell.
+
+    A wrong answer would do no harm to the archive (the token decides), only to
+    another's poll. Without /proc nothing is known, and the lease decides.
+    """
+    host, namespace, pid, started = (owner.split("/") + [""] * 4)[:4]
+    if host != socket.gethostname() or namespace in ("", "-") or namespace != _namespace():
+        return False
+    return pid.isdecimal() and _started(int(pid)) != started
+
+
+def _namespace() -> str:
+    # Two containers may share a name and count their processes apart.
+    try:
+        return str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+    except OSError:
+        return "-"
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since boot (proc(5), field 22); None when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
+    except OSError:
+        return None
+    # The second field is a name in parentheses that may hold anything.
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state == "Z" else fields[18]

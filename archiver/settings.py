@@ -1,0 +1,132 @@
+"""The settings: ``ARCHIVER_*`` variables, over an optional TOML file, over defaults that suit one machine.
+
+Only the command line and the composition root see this module; all else is
+given plain values. Every setting is described in docs/settings.md, and a test
+compares the two.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from archiver.errors import UsageError
+
+PREFIX = "ARCHIVER_"
+CONFIG = f"{PREFIX}CONFIG"
+"""Names the TOML file."""
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """What an operator can set. A field's name in upper case, behind ``ARCHIVER_``, is its variable."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", hide_input_in_errors=True)
+
+    database_url: str = Field(
+        default="sqlite:///archive/archiver.db",
+        description="sqlite:///path, or postgresql://user@host/name",
+    )
+    store_url: str = Field(default="file:archive/store", description="file:path, or s3://bucket/prefix")
+    s3_endpoint_url: str | None = Field(
+        default=None, description="the S3-compatible server; unset for Amazon's own"
+    )
+    s3_region: str | None = Field(default=None, description="the bucket's region; unset asks the AWS_* chain")
+    secret_key: SecretStr | None = Field(
+        default=None,
+        description="seals the passwords kept in the database; NEW,OLD while it is being changed",
+    )
+    accounts_file: Path | None = Field(
+        default=None, description="TOML file of accounts, brought into the database when run starts"
+    )
+    workers: Count = Field(default=16, description="polls at once in this process")
+    uploads: Count = Field(default=16, description="uploads at once in this process")
+    database_connections: Count = Field(
+        default=10, description="connections to PostgreSQL at most, in this process"
+    )
+    lease_seconds: Annotated[float, Field(ge=5)] = Field(
+        default=45.0, description="how long a worker that died keeps an account from the others"
+    )
+    interval_seconds: Positive = Field(
+        default=300.0, description="between polls of an account that names no interval"
+    )
+    session_seconds: Positive = Field(
+        default=1800.0, description="after which a poll of a large mailbox makes room for others"
+    )
+    batch_messages: Count = Field(default=100, description="messages after which a batch is recorded")
+    batch_octets: Count = Field(
+        default=32 * 1024 * 1024, description="octets after which a batch is recorded"
+    )
+    batch_seconds: Positive = Field(default=10.0, description="seconds after which a batch is recorded")
+    message_octets: Count = Field(
+        default=1024 * 1024 * 1024, description="a larger message is quarantined, not fetched"
+    )
+    listing_lines: Count = Field(default=2_000_000, description="messages that a mailbox may list")
+    spool_directory: Path | None = Field(
+        default=None, description="where large messages wait for their upload; unset takes the system's"
+    )
+    spool_memory_bytes: Count = Field(
+        default=64 * 1024 * 1024, description="memory for messages on their way, in this process"
+    )
+    spool_message_bytes: Count = Field(
+        default=1024 * 1024, description="a larger message goes to the spool directory"
+    )
+    drain_seconds: Positive = Field(
+        default=30.0, description="after SIGTERM, until run ends whatever happens"
+    )
+    http_listen: str | None = Field(
+        default=None, description="host:port of /livez, /readyz, /metrics and /v1; unset serves none"
+    )
+    api_token: SecretStr | None = Field(
+        default=None, description="bearer token that /v1 demands; needed unless it listens on loopback"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="of run's log"
+    )
+
+    @classmethod
+    def settings_customise_sources(  # the library's signature
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
+
+
+def load() -> Settings:
+    """Read the settings. Raises UsageError that names each wrong one, and never what a secret one held."""
+    path = _config_file()
+    if path is not None and not path.is_file():
+        raise UsageError(f"there is no configuration file {path}", hint="ARCHIVER_CONFIG names one")
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{PREFIX}{'_'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()
+        )
+        raise UsageError(f"wrong settings: {wrong}", hint="docs/settings.md tells what each may be") from None
+    except ValueError as error:
+        raise UsageError(f"configuration file {path}: {error}") from None
+
+
+def unknown() -> list[str]:
+    """Variables that look like settings and are none: most likely misspelt, or Kubernetes' service links."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | {CONFIG}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def _config_file() -> Path | None:
+    name = os.environ.get(CONFIG)
+    return Path(name) if name else None
