@@ -1,0 +1,157 @@
+"""The one place where real parts meet.
+
+Everything else is given what it works with, so that a test can give it other
+parts. Nothing is opened before it is asked for: a command that only reads the
+database needs no bucket.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from archiver import pop3
+from archiver.db import Database, migrate
+from archiver.errors import UsageError
+from archiver.model import Account
+from archiver.poll import BatchLimits, Tools
+from archiver.secrets import Secrets
+from archiver.settings import Settings
+from archiver.store import Store, open_store
+from archiver.store.spool import Spool
+from archiver.worker import Chance, Worker
+
+
+class Archiver:
+    """The parts of this process, made from its settings when first asked for. A context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.stopping = threading.Event()
+        self.passwords: dict[str, str] = {}
+        """Passwords that were given for this run alone, by account id."""
+        self._close: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for close in reversed(self._close):
+            close()
+
+    @staticmethod
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    @cached_property
+    def raw_database(self) -> Database:
+        """The database, whatever its schema."""
+        database = Database(self.settings.database_url, pool_size=self.settings.database_connections)
+        self._close.append(database.close)
+        return database
+
+    @cached_property
+    def database(self) -> Database:
+        """The database, with the schema of this release. Raises UsageError when there is none."""
+        path = self.raw_database.path
+        if path is not None and not path.exists():
+            raise UsageError(
+                f"there is no archive yet: no database {path}",
+                hint="make one: archiver sync pop3s://you@mail.example.com, or see one: archiver demo",
+            )
+        migrate.ensure(self.raw_database)
+        return self.raw_database
+
+    def make_database(self) -> None:
+        """On one machine, see that there is a database; elsewhere that is ``archiver db upgrade``."""
+        migrate.ensure(self.raw_database)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store, which was seen to answer. Raises UsageError, OperatorNeeded, TryLater."""
+        store = open_store(
+            self.settings.store_url,
+            s3_endpoint_url=self.settings.s3_endpoint_url,
+            s3_region=self.settings.s3_region,
+            max_connections=self.settings.uploads + 4,
+        )
+        store.probe()
+        return store
+
+    def open_archive(self) -> None:
+        """Open store and database for writing; whatever is wrong is found before anything is made."""
+        if self.raw_database.path is None or self.raw_database.path.exists():
+            _ = self.database
+        _ = self.store
+        self.make_database()
+
+    @cached_property
+    def secrets(self) -> Secrets:
+        key = self.settings.secret_key
+        return Secrets(None if key is None else key.get_secret_value())
+
+    @cached_property
+    def worker(self) -> Worker:
+        """The worker, its clock not started."""
+        worker = Worker(
+            self.tools,
+            lease_seconds=self.settings.lease_seconds,
+            workers=self.settings.workers,
+            chance=Chance(uniform=random.uniform),
+            stopping=self.stopping,
+        )
+        self._close.append(worker.close)
+        return worker
+
+    @cached_property
+    def tools(self) -> Tools:
+        settings = self.settings
+        uploads = ThreadPoolExecutor(settings.uploads, thread_name_prefix="upload")
+        self._close.append(lambda: uploads.shutdown(wait=False, cancel_futures=True))
+        directory = settings.spool_directory
+        if directory is not None and not directory.is_dir():
+            raise UsageError(f"there is no spool directory {directory}")
+        return Tools(
+            connect=self.connect,
+            password=self.password,
+            store=self.store,
+            database=self.database,
+            spool=Spool(directory, settings.spool_memory_bytes, settings.spool_message_bytes),
+            uploads=uploads,
+            now=self.now,
+            monotonic=time.monotonic,
+            stopping=self.stopping.is_set,
+            batch=BatchLimits(settings.batch_messages, settings.batch_octets, settings.batch_seconds),
+            session_seconds=settings.session_seconds,
+        )
+
+    def connect(self, account: Account) -> pop3.Mailbox:
+        """A session with the account's server, not yet logged in."""
+        settings = self.settings
+        return pop3.Mailbox.connect(
+            pop3.parse_url(account.url, pop3.Tls(account.tls)),
+            ca_file=None if account.ca_file is None else Path(account.ca_file),
+            limits=pop3.Limits(
+                connect_seconds=account.timeout_seconds,
+                greeting_seconds=account.timeout_seconds,
+                idle_seconds=account.timeout_seconds,
+                # The poll makes room for others before; this ends what does not let it.
+                session_seconds=2 * settings.session_seconds,
+                message_octets=settings.message_octets,
+                listing_lines=settings.listing_lines,
+            ),
+            allow_pipelining=account.pipelining,
+        )
+
+    def password(self, account: Account) -> str:
+        """The account's password, resolved at this moment."""
+        given = self.passwords.get(account.id)
+        return given if given is not None else self.secrets.resolve(account.id, account.name, account.secret)
