@@ -1,0 +1,36 @@
+"""The feed: the ordered stream of what happened to captures, for those who search them.
+
+Events are written in the transaction of the captures they tell of. A position
+only grows, and whoever has read up to one has missed none below it
+(``db.record.publish`` sees to that), so a reader needs to remember one number.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from archiver.db import Database, reads
+
+PAGE_EVENTS = 500
+
+
+def page(database: Database, *, after: int, limit: int = PAGE_EVENTS) -> list[dict[str, Any]]:
+    """Up to ``limit`` events behind a position, in order, each as a mapping that JSON can hold.
+
+    Every event has ``position``, ``event`` (captured, quarantined), ``at``,
+    ``account``, ``account_id``, ``uidl``, ``epoch``, ``poll`` and ``segment``; a
+    captured one also ``capture``, ``sha256``, ``size``, ``key``, ``version_id``.
+    """
+    with database.reading() as connection:
+        rows = reads.events(connection, after=after, limit=limit)
+    return [
+        {"position": row.position, "event": row.kind, "at": row.at.isoformat(), **json.loads(row.body)}
+        for row in rows
+    ]
+
+
+def follow(database: Database, *, after: int) -> Iterator[dict[str, Any]]:
+    """Every event behind a position that is there by now, page by page."""
+    while events := page(database, after=after):
+        yield from events
+        after = events[-1]["position"]

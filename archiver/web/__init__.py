@@ -1,0 +1,163 @@
+"""HTTP: health for Kubernetes, metrics for Prometheus, the feed for consumers. Extra ``[web]``.
+
+``/livez`` says that the clock ticks, ``/readyz`` that database and store answer
+and the schema fits. ``/v1/events?after=&limit=`` tells who wrote to whom's
+mailbox and when, so it wants a bearer token, except on a loopback address.
+"""
+
+import hmac
+import ipaddress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from archiver import feed, observe
+from archiver.db import Database
+from archiver.errors import ArchiverError, OperatorNeeded, UsageError
+
+EVENTS_AT_MOST = 5_000
+START_SECONDS = 10.0
+HIGHEST_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The questions that probes ask: ``ready`` raises an ArchiverError that says why not."""
+
+    alive: Callable[[], bool]
+    ready: Callable[[], None]
+    overdue_seconds: Callable[[], float]
+
+
+def application(database: Database, health: Health, *, token: str | None, on_loopback: bool) -> Starlette:
+    """The routes. Handlers are plain functions: Starlette runs them in threads, as the database blocks."""
+
+    def livez(_: Request) -> Response:
+        alive = health.alive()
+        return PlainTextResponse("ok\n" if alive else "the clock stands still\n", 200 if alive else 503)
+
+    def readyz(_: Request) -> Response:
+        try:
+            health.ready()
+        except ArchiverError as error:
+            return PlainTextResponse(f"{error}\n", 503)
+        return PlainTextResponse("ok\n")
+
+    def metrics(_: Request) -> Response:
+        try:
+            observe.OVERDUE_SECONDS.set(health.overdue_seconds())
+        except ArchiverError:
+            # The process's own figures matter most when the database is away.
+            observe.OVERDUE_SECONDS.set(float("nan"))
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    def events(request: Request) -> Response:
+        refusal = _refusal(request, token, on_loopback=on_loopback)
+        if refusal is not None:
+            return refusal
+        try:
+            after = _number(request, "after", 0, 2**63 - 1)
+            limit = _number(request, "limit", feed.PAGE_EVENTS, EVENTS_AT_MOST)
+        except ValueError as error:
+            return _problem(400, str(error))
+        try:
+            found = feed.page(database, after=after, limit=limit)
+        except ArchiverError as error:
+            return _problem(503, str(error))
+        return JSONResponse({"events": found, "next": found[-1]["position"] if found else after})
+
+    return Starlette(
+        routes=[
+            Route("/livez", livez),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics),
+            Route("/v1/events", events),
+        ]
+    )
+
+
+@contextmanager
+def serving(listen: str, make: Callable[[bool], Starlette]) -> Iterator[str]:
+    """Serve at ``host:port`` in a thread of its own, for the length of the block; gives the address.
+
+    ``make`` is told whether it listens on loopback only. Raises UsageError for
+    an address that is none, OperatorNeeded when it cannot be listened at.
+    """
+    host, port = _address(listen)
+    config = uvicorn.Config(
+        make(_is_loopback(host)),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    try:
+        sockets = [config.bind_socket()]
+    except (OSError, SystemExit) as error:
+        raise OperatorNeeded(
+            f"cannot listen at {listen}", hint="ARCHIVER_HTTP_LISTEN is host:port"
+        ) from error
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, name="web", daemon=True)
+    thread.start()
+    try:
+        ends_at = time.monotonic() + START_SECONDS
+        while not server.started and thread.is_alive() and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        yield f"http://{host}:{sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
+
+
+def _refusal(request: Request, token: str | None, *, on_loopback: bool) -> Response | None:
+    if token is None:
+        if on_loopback:
+            return None
+        return _problem(403, "set ARCHIVER_API_TOKEN to read this from other machines")
+    given = request.headers.get("authorization", "")
+    if hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return None
+    return _problem(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
+
+
+def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    body: dict[str, Any] = {"status": status, "detail": detail}
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def _number(request: Request, name: str, default: int, most: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and int(text) <= most):
+        raise ValueError(f"{name} is a whole number from 0 to {most}")
+    return int(text)
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, separator, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (separator and host and port.isascii() and port.isdigit() and int(port) <= HIGHEST_PORT):
+        raise UsageError(f"{listen!r} is no address to listen at", hint="ARCHIVER_HTTP_LISTEN is host:port")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
