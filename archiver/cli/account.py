@@ -1,0 +1,478 @@
+"""``archiver account``: the mailboxes that are archived."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archiver.cli import options
+from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
+
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+    from archiver.model import Account
+    from archiver.pop3 import Entry, ServerFacts
+
+app = typer.Typer(
+    no_args_is_help=True, help="The mailboxes that are archived: add, look, check, pause, remove."
+)
+
+POLLS_SHOWN = 10
+SLOW_SECONDS = 0.5
+CERTIFICATE_DAYS = 21
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
+Interval = Annotated[float | None, typer.Option(metavar="SECONDS", help="Between two polls.", min=1)]
+
+
+@app.command()
+def add(
+    name: Name,
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Such as pop3s://you@mail.example.com", show_default=False)
+    ],
+    password_file: options.PasswordFile = None,
+    password_env: options.PasswordEnv = None,
+    password_stdin: options.PasswordStdin = False,
+    tls: options.TlsMode = None,
+    ca_file: options.CaFile = None,
+    delete: options.Delete = None,
+    timeout: options.Timeout = None,
+    interval: Interval = None,
+    json: Json = False,
+) -> None:
+    """Add a mailbox to those that `archiver run` polls.
+
+    The password is read at each poll from the file or the variable that you
+    name. One that is typed in, or given on standard input, is sealed in the
+    database with the key in ARCHIVER_SECRET_KEY.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+    from archiver.model import Account, new_account_id
+    from archiver.settings import load
+
+    given = options.Given.of(
+        password_file=password_file,
+        password_env=password_env,
+        password_stdin=password_stdin,
+        tls=tls,
+        ca_file=ca_file,
+        delete=delete,
+        timeout=timeout,
+    )
+    endpoint = given.endpoint(url)
+    if not name.isprintable() or "://" in name or not name.strip():
+        raise UsageError(f"{name!r} cannot be an account's name", hint="use a word, or the mail address")
+    given.check_password()
+    with Archiver(load()) as archiver:
+        new = Account(
+            id=new_account_id(),
+            name=name,
+            url=endpoint.url,
+            tls=endpoint.tls.value,
+            secret="",
+            interval_seconds=interval or archiver.settings.interval_seconds,
+        )
+        new = given.applied_to(new)
+        new = replace(new, secret=_secret(archiver, new, given))
+        archiver.make_database()
+        kept = archiver.database.transact(lambda connection: accounts.add(connection, new, archiver.now()))
+    if json:
+        emit({"account": kept.name, "id": kept.id, "url": kept.url})
+    else:
+        say(f"{kept.name} will be archived from {kept.url}")
+        note(f"see that it works: archiver account check {kept.name}")
+
+
+@app.command()
+def edit(
+    name: Name,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another address of the same mailbox.")
+    ] = None,
+    password_file: options.PasswordFile = None,
+    password_env: options.PasswordEnv = None,
+    password_stdin: options.PasswordStdin = False,
+    tls: options.TlsMode = None,
+    ca_file: options.CaFile = None,
+    delete: options.Delete = None,
+    timeout: options.Timeout = None,
+    interval: Interval = None,
+) -> None:
+    """Change how a mailbox is archived. What is not named stays as it is."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts
+    from archiver.settings import load
+
+    given = options.Given.of(
+        password_file=password_file,
+        password_env=password_env,
+        password_stdin=password_stdin,
+        tls=tls,
+        ca_file=ca_file,
+        delete=delete,
+        timeout=timeout,
+    )
+    given.check_password()
+    with Archiver(load()) as archiver:
+        account = given.applied_to(_find(archiver, name))
+        if url is not None or tls is not None:
+            endpoint = given.endpoint(url or account.url)
+            account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
+        if interval is not None:
+            account = replace(account, interval_seconds=interval)
+        if given.reference() is not None or given.password_stdin:
+            account = replace(account, secret=_secret(archiver, account, given))
+        archiver.database.transact(lambda connection: accounts.change(connection, account))
+    say(f"{name} is changed")
+
+
+@app.command("list")
+def list_accounts(json: Json = False) -> None:
+    """List the accounts with their schedule and what they hold."""
+    from archiver.bootstrap import Archiver
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        states = _states(archiver)
+        now = archiver.now()
+    if json:
+        for state in states:
+            emit(_state_json(state))
+        return
+    made = table(
+        "account", "url", "state", "last poll", "next poll", "messages", "size", right=("messages", "size")
+    )
+    for state in states:
+        due = "-" if state.due_at is None else ago(state.due_at, now) if state.due_at > now else "now"
+        made.add_row(
+            state.name,
+            state.url,
+            _word(state),
+            ago(state.ended_at, now),
+            due,
+            str(state.captures),
+            size(state.octets),
+        )
+    show(made)
+
+
+@app.command("show")
+def show_account(name: Name, json: Json = False) -> None:
+    """Show one account: settings, state, last polls, and what is in quarantine and why."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import reads
+    from archiver.model import uidl_text
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        account = _find(archiver, name)
+        with archiver.database.reading() as connection:
+            state = reads.account_states(connection, [account.id])[0]
+            polls = reads.polls(connection, account.id, POLLS_SHOWN)
+            aside = reads.quarantined(connection, account.id)
+        now = archiver.now()
+    if json:
+        emit(
+            _state_json(state)
+            | {
+                "tls": account.tls,
+                "secret": _secret_kind(account),
+                "delete": str(account.delete),
+                "interval_seconds": account.interval_seconds,
+                "polls": [_poll_json(poll) for poll in polls],
+                "quarantine": [
+                    {
+                        "uidl": uidl_text(row.uidl),
+                        "size": row.size,
+                        "reason": row.reason,
+                        "attempts": row.attempts,
+                        "retry_at": row.retry_at,
+                    }
+                    for row in aside
+                ],
+            }
+        )
+        return
+    say(f"{account.name}  {account.url}  ({_word(state)})")
+    say(f"  id {account.id}, tls {account.tls}, password {_secret_kind(account)}, delete {account.delete}")
+    say(f"  polled every {account.interval_seconds:g} s; {state.captures} messages, {size(state.octets)}")
+    if account.paused_reason:
+        say(f"  paused: {one_line(account.paused_reason)}")
+        say(f"  to go on: archiver account resume {account.name}")
+    made = table(
+        "poll", "ended", "outcome", "listed", "new", "known", "quarantined", "to come", "seconds", "error"
+    )
+    for poll in polls:
+        listed = "-" if poll.listed is None else str(poll.listed)
+        numbers = (poll.new, poll.known, poll.quarantined, poll.to_come or 0)
+        made.add_row(
+            str(poll.token),
+            ago(poll.ended_at, now),
+            poll.outcome,
+            listed,
+            *map(str, numbers),
+            f"{poll.seconds:.1f}",
+            one_line(poll.error or ""),
+        )
+    show(made)
+    for row in aside:
+        say(
+            f"  in quarantine: UIDL {uidl_text(row.uidl)!a}, {row.size} octets, tried {row.attempts} times, "
+            f"again {ago(row.retry_at, now)}: {one_line(row.reason or '')}"
+        )
+
+
+@app.command()
+def pause(name: Name) -> None:
+    """Stop polling an account until it is resumed. A poll under way is finished."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import schedule
+    from archiver.settings import load
+    from archiver.worker import PAUSED_BY_HAND
+
+    with Archiver(load()) as archiver:
+        account = _find(archiver, name)
+        archiver.database.transact(lambda connection: schedule.pause(connection, account.id, PAUSED_BY_HAND))
+    say(f"{name} is paused")
+
+
+@app.command()
+def resume(name: Name) -> None:
+    """Poll an account again, from now on, whatever it was paused for."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts, schedule
+    from archiver.errors import UsageError
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        account = _find(archiver, name)
+        if account.paused_reason == accounts.REMOVED:
+            raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {account.url}")
+        archiver.database.transact(lambda connection: schedule.resume(connection, account.id))
+    say(f"{name} is polled again")
+
+
+@app.command()
+def remove(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Stop archiving an account and forget its password. What was captured stays, and stays provable."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        account = _find(archiver, name)
+        if not yes:
+            typer.confirm(f"Stop archiving {account.url}?", abort=True, err=True)
+        archiver.database.transact(lambda connection: accounts.remove(connection, account.id, archiver.now()))
+    say(f"{name} is no longer polled; what it captured stays in the archive")
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|URL", help="An account, or a POP URL.", show_default=False)
+    ],
+    password_file: options.PasswordFile = None,
+    password_env: options.PasswordEnv = None,
+    password_stdin: options.PasswordStdin = False,
+    tls: options.TlsMode = None,
+    ca_file: options.CaFile = None,
+    timeout: options.Timeout = None,
+    json: Json = False,
+) -> None:
+    """Look at a mail server and its mailbox, and say in plain words what to expect. Changes nothing there."""
+    from archiver.bootstrap import Archiver
+    from archiver.model import Account
+    from archiver.poll import translated
+    from archiver.secrets import PROMPT
+    from archiver.settings import load
+
+    given = options.Given.of(
+        password_file=password_file,
+        password_env=password_env,
+        password_stdin=password_stdin,
+        tls=tls,
+        ca_file=ca_file,
+        delete=None,
+        timeout=timeout,
+    )
+    with Archiver(load()) as archiver:
+        if "://" in target:
+            endpoint = given.endpoint(target)
+            account = Account("", endpoint.url, endpoint.url, endpoint.tls.value, PROMPT)
+        else:
+            account = _find(archiver, target)
+        account = replace(given.applied_to(account), secret=given.reference() or account.secret)
+        if given.password_stdin or account.secret == PROMPT:
+            ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
+            archiver.passwords[account.id] = ask()
+        password = archiver.password(account)
+        with translated(), archiver.connect(account) as mailbox:
+            mailbox.login(password)
+            listing = mailbox.list()
+            round_trip = mailbox.round_trip()
+            facts = mailbox.facts
+            mailbox.quit()
+        now = archiver.now()
+    entries = listing.entries
+    days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
+    advice = _advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip)
+    known_sizes = [entry.size for entry in entries if entry.size is not None]
+    if json:
+        emit(
+            {
+                "account": account.name,
+                "host": facts.host,
+                "port": facts.port,
+                "greeting": facts.greeting,
+                "implementation": facts.implementation,
+                "capabilities": facts.capabilities,
+                "tls_version": facts.tls_version,
+                "cipher": facts.cipher,
+                "certificate_sha256": facts.certificate_sha256,
+                "certificate_days_left": days,
+                "mechanism": facts.mechanism,
+                "pipelining": facts.pipelining,
+                "messages": len(entries),
+                "octets": sum(known_sizes),
+                "has_uidl": listing.has_uidl,
+                "unreadable_lines": listing.skipped_lines,
+                "round_trip_seconds": round(round_trip, 4),
+                "advice": advice,
+            }
+        )
+        return
+    say(f"{facts.host}:{facts.port}  {facts.implementation or facts.greeting}")
+    say(f"  channel     {facts.tls_version or 'clear text'}{f', {facts.cipher}' if facts.cipher else ''}")
+    if days is not None:
+        say(f"  certificate {days} days left, SHA-256 {facts.certificate_sha256}")
+    say(f"  login       works, by {facts.mechanism}")
+    say(f"  offers      {', '.join(facts.capabilities) or 'nothing (no CAPA)'}")
+    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}")
+    say(f"  round trip  {round_trip * 1000:.1f} ms")
+    for line in advice:
+        say(f"  * {line}")
+
+
+def _advice(
+    facts: "ServerFacts", entries: "tuple[Entry, ...]", *, has_uidl: bool, days: int | None, round_trip: float
+) -> list[str]:
+    """What an operator should know of this server, in plain words. A pure function."""
+    from archiver.policy import identify
+
+    advice = []
+    if facts.tls_version is None:
+        advice.append(
+            "The password crosses the network in clear. Use pop3s, or starttls, if the server has it."
+        )
+    if days is not None and days < CERTIFICATE_DAYS:
+        advice.append(f"The certificate ends in {days} days; polls will stop then.")
+    if not has_uidl:
+        advice.append("No UIDL: messages are told apart by content, so each poll fetches all of them.")
+    elif uncertain := sum(not item.certain for item in identify(entries)):
+        advice.append(
+            f"{uncertain} messages have no id of their own; each poll fetches these to compare them."
+        )
+    if not facts.pipelining and round_trip > SLOW_SECONDS / 10:
+        advice.append(
+            "No PIPELINING over a slow line: the first archive takes a round trip for each message."
+        )
+    if facts.login_delay_seconds:
+        advice.append(f"The server wants {facts.login_delay_seconds:g} s between logins; poll no more often.")
+    if any(line.upper().startswith("EXPIRE 0") for line in facts.capabilities):
+        advice.append("EXPIRE 0: the server may remove messages once they were read.")
+    if facts.host.endswith(("gmail.com", "googlemail.com")):
+        advice.append(
+            "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
+        )
+    return advice or ["Nothing to mend."]
+
+
+def _find(archiver: "Archiver", name: str) -> "Account":
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+
+    with archiver.database.reading() as connection:
+        account = accounts.by_name(connection, name)
+    if account is None:
+        raise UsageError(f"there is no account named {name}", hint="archiver account list")
+    return account
+
+
+def _secret(archiver: "Archiver", account: "Account", given: options.Given) -> str:
+    """The reference to keep: as given, or the password itself, sealed."""
+    reference = given.reference()
+    if reference is not None:
+        return reference
+    archiver.secrets.seal(account.id, "")  # A missing key is said before a password is typed.
+    password = options.from_stdin() if given.password_stdin else options.ask(account.name)
+    return archiver.secrets.seal(account.id, password)
+
+
+def _secret_kind(account: "Account") -> str:
+    kind, _, rest = account.secret.partition(":")
+    return {
+        "file": f"in file {rest}",
+        "env": f"in variable {rest}",
+        "sealed": "sealed",
+        "prompt": "asked for",
+    }.get(kind, "forgotten")
+
+
+def _states(archiver: "Archiver") -> list[Any]:
+    from archiver.db import reads
+
+    with archiver.database.reading() as connection:
+        return [state for state in reads.account_states(connection) if state.removed_at is None]
+
+
+def _word(state: Any) -> str:
+    if state.removed_at is not None:
+        return "removed"
+    if state.paused_reason is not None:
+        return "paused"
+    if state.failures or state.refusals:
+        return "failing"
+    return "ok" if state.ended_at is not None else "new"
+
+
+def _state_json(state: Any) -> dict[str, Any]:
+    return {
+        "account": state.name,
+        "id": state.id,
+        "url": state.url,
+        "state": _word(state),
+        "paused_reason": state.paused_reason,
+        "captures": state.captures,
+        "bytes": int(state.octets),
+        "listed": state.listed,
+        "to_come": state.to_come,
+        "quarantined": state.quarantined,
+        "last_outcome": state.outcome,
+        "last_error": state.error,
+        "last_poll_at": state.ended_at,
+        "due_at": state.due_at,
+    }
+
+
+def _poll_json(poll: Any) -> dict[str, Any]:
+    return {
+        "poll": poll.token,
+        "ended_at": poll.ended_at,
+        "outcome": poll.outcome,
+        "listed": poll.listed,
+        "new": poll.new,
+        "known": poll.known,
+        "quarantined": poll.quarantined,
+        "to_come": poll.to_come,
+        "delete_requested": poll.delete_requested,
+        "bytes": poll.octets,
+        "seconds": poll.seconds,
+        "error": poll.error,
+    }

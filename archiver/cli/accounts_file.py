@@ -1,0 +1,115 @@
+"""Accounts from a file, as a cluster's configuration has them.
+
+TOML, a table ``[[account]]`` for each: ``name`` and ``url``, and where wanted
+``password`` (``file:/path`` or ``env:NAME``, never the password), ``tls``,
+``ca_file``, ``delete``, ``interval_seconds``, ``timeout_seconds``. Accounts are
+added and changed to what the file says. One that is no longer in it goes on:
+an archive must not stop because a line was lost.
+"""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from archiver import secrets
+from archiver.db import accounts
+from archiver.errors import UsageError
+from archiver.model import NEVER_DELETE, Account, DeletePolicy, new_account_id
+from archiver.pop3 import Tls, UrlError, parse_url
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from archiver.bootstrap import Archiver
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    url: str
+    password: str
+    tls: Literal["implicit", "starttls", "none"] | None = None
+    ca_file: str | None = None
+    delete: str = str(NEVER_DELETE)
+    interval_seconds: Annotated[float, Field(ge=1)] | None = None
+    timeout_seconds: Annotated[float, Field(ge=1)] = 60.0
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    account: list[_Entry] = []
+
+
+def take_in(archiver: "Archiver", path: Path) -> int:
+    """Bring the accounts of a file into the database; returns how many were added or changed.
+
+    All or none. Raises UsageError that names the account and what is wrong with it.
+    """
+    entries = _read(path)
+    wanted = [_account(archiver, path, entry) for entry in entries]
+    names = [account.name for account in wanted]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UsageError(f"{path}: account {min(twice)} stands there twice")
+
+    def work(connection: "Connection") -> int:
+        changed = 0
+        for account in wanted:
+            found = accounts.by_name(connection, account.name)
+            if found is None or found.paused_reason == accounts.REMOVED:
+                accounts.add(connection, account, archiver.now())
+                changed += 1
+                continue
+            same = replace(
+                account,
+                id=found.id,
+                epoch=found.epoch,
+                pipelining=found.pipelining,
+                paused_reason=found.paused_reason,
+            )
+            if same != found:
+                accounts.change(connection, same)
+                changed += 1
+        return changed
+
+    return archiver.database.transact(work)
+
+
+def _read(path: Path) -> list[_Entry]:
+    try:
+        return _File.model_validate(tomllib.loads(path.read_text("utf-8"))).account
+    except OSError as error:
+        raise UsageError(f"cannot read the accounts file {path}: {error.strerror}") from error
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(str(part) for part in found["loc"])
+        raise UsageError(
+            f"{path}: {where}: {found['msg']}", hint="docs/settings.md describes the file"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+
+
+def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
+    try:
+        endpoint = parse_url(entry.url, None if entry.tls is None else Tls(entry.tls))
+        delete = DeletePolicy.parse(entry.delete)
+        reference = secrets.check_reference(entry.password)
+    except (UrlError, ValueError, UsageError) as error:
+        raise UsageError(f"{path}: account {entry.name}: {error}") from None
+    return Account(
+        id=new_account_id(),
+        name=entry.name,
+        url=endpoint.url,
+        tls=endpoint.tls.value,
+        secret=reference,
+        ca_file=entry.ca_file,
+        delete=delete,
+        interval_seconds=entry.interval_seconds or archiver.settings.interval_seconds,
+        timeout_seconds=entry.timeout_seconds,
+    )

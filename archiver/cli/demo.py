@@ -1,0 +1,6 @@
+"""``archiver demo``"""
+
+import typer
+
+
+def register(app: typer.Typer) -> None: ...

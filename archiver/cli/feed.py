@@ -1,0 +1,48 @@
+"""``archiver feed``: the ordered stream of what happened, for those who index it."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from archiver.cli.output import Json, emit, say, size
+
+app = typer.Typer(
+    no_args_is_help=True, help="The ordered stream of what was captured, for a search to follow."
+)
+
+FOLLOW_SECONDS = 1.0
+
+
+@app.command()
+def tail(
+    after: Annotated[int, typer.Option(metavar="N", min=0, help="Begin behind this position.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more, until interrupted.")] = False,
+    json: Json = False,
+) -> None:
+    """Show the events behind a position, in order.
+
+    A reader that remembers the last position it has seen misses nothing: no
+    event ever appears below it.
+    """
+    from archiver import feed
+    from archiver.bootstrap import Archiver
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        while True:
+            for event in feed.follow(archiver.database, after=after):
+                after = event["position"]
+                if json:
+                    emit(event)
+                else:
+                    say(_line(event))
+            if not follow:
+                return
+            time.sleep(FOLLOW_SECONDS)
+
+
+def _line(event: dict[str, Any]) -> str:
+    what = f"{size(event['size'])} {event['key']}" if "size" in event else ascii(event.get("reason", ""))
+    at = event["at"][:19]
+    return f"{event['position']:>10} {at} {event['event']:11} {event['account']} {what}"

@@ -1,0 +1,152 @@
+"""``archiver message``: what was captured."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archiver.cli.output import Json, emit, say, show, size, table
+
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+
+app = typer.Typer(no_args_is_help=True, help="What was captured: list it, look at one, get its raw octets.")
+
+SHORTEST_PREFIX = 6
+DIGEST_DIGITS = 64
+
+Which = Annotated[
+    str,
+    typer.Argument(
+        metavar="CAPTURE", help="A capture's id, or the first digits of a SHA-256.", show_default=False
+    ),
+]
+
+
+@app.command("list")
+def list_messages(
+    account: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only this account's.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="At most so many.", show_default=False)
+    ] = None,
+    newest: Annotated[bool, typer.Option("--newest", help="The newest first.")] = False,
+    json: Json = False,
+) -> None:
+    """List captures in the order in which they were made."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts, reads
+    from archiver.errors import UsageError
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver, archiver.database.reading() as connection:
+        account_id = None
+        if account is not None:
+            found = accounts.by_name(connection, account)
+            if found is None:
+                raise UsageError(f"there is no account named {account}", hint="archiver account list")
+            account_id = found.id
+        rows = reads.captures(connection, account_id=account_id, limit=limit, newest=newest)
+        if json:
+            for row in rows:
+                emit(_json(row))
+            return
+        made = table("account", "captured at", "size", "UIDL", "SHA-256", right=("size",))
+        for row in rows:
+            described = _json(row)
+            made.add_row(
+                row.account_name,
+                f"{row.captured_at:%Y-%m-%d %H:%M:%S}",
+                size(row.octets),
+                ascii(described["uidl"])[1:-1],
+                described["sha256"][:16],
+            )
+    show(made)
+
+
+@app.command("show")
+def show_message(capture: Which, json: Json = False) -> None:
+    """Show where a message came from and where it lies."""
+    from archiver.bootstrap import Archiver
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        row = _find(archiver, capture)
+        store = archiver.store.url
+    described = _json(row) | {"store": store}
+    if json:
+        emit(described)
+        return
+    for name, value in described.items():
+        say(f"{name:12} {ascii(value)[1:-1] if name == 'uidl' else value}")
+
+
+@app.command()
+def get(capture: Which) -> None:
+    """Write a message's raw octets to standard output, and check their SHA-256 on the way.
+
+    Exit code 1 when they are not what was captured; they are written all the
+    same, so that what is left can be looked at.
+    """
+    import hashlib
+
+    from archiver.bootstrap import Archiver
+    from archiver.cli.output import note
+    from archiver.model import message_key
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        row = _find(archiver, capture)
+        digest = hashlib.sha256()
+        with archiver.store.get(message_key(row.account_id, row.sha256)) as chunks:
+            for chunk in chunks:
+                digest.update(chunk)
+                sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    if digest.digest() != row.sha256:
+        note(f"archiver: this is not what was captured: its SHA-256 is {digest.hexdigest()}")
+        raise typer.Exit(1)
+
+
+def _find(archiver: "Archiver", text: str) -> Any:
+    """The one capture that a person means. Raises UsageError."""
+    from archiver.db import reads
+    from archiver.errors import UsageError
+
+    account_id, separator, digits = text.rpartition("-")
+    digits = digits.lower()
+    if not (SHORTEST_PREFIX <= len(digits) <= DIGEST_DIGITS and all(c in "0123456789abcdef" for c in digits)):
+        raise UsageError(f"{text!r} names no capture", hint="archiver message list shows them")
+    with archiver.database.reading() as connection:
+        rows = reads.find_captures(
+            connection,
+            sha256_from=bytes.fromhex(digits.ljust(DIGEST_DIGITS, "0")),
+            sha256_to=bytes.fromhex(digits.ljust(DIGEST_DIGITS, "f")),
+            account_id=account_id if separator else None,
+        )
+    if not rows:
+        raise UsageError(f"there is no capture {text}", hint="archiver message list shows them")
+    if len(rows) > 1:
+        raise UsageError(
+            f"{text} names several captures", hint="give more digits, or the whole id: ACCOUNT-SHA256"
+        )
+    return rows[0]
+
+
+def _json(row: Any) -> dict[str, Any]:
+    from archiver.model import capture_id, message_key, uidl_text
+
+    return {
+        "capture": capture_id(row.account_id, row.sha256),
+        "account": row.account_name,
+        "uidl": uidl_text(row.uidl),
+        "sha256": row.sha256.hex(),
+        "size": row.octets,
+        "key": message_key(row.account_id, row.sha256),
+        "captured_at": row.captured_at.isoformat(),
+        "version_id": row.version_id,
+        "epoch": row.epoch,
+        "poll": row.token,
+        "segment": row.sequence,
+    }

@@ -1,0 +1,173 @@
+"""Options that several commands share, and what they mean for an account."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from archiver.model import Account
+    from archiver.pop3 import Endpoint
+
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The password is in this file, whole, less one final line end. It is read at each poll.",
+    ),
+]
+PasswordEnv = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The password is in this environment variable at each poll."),
+]
+PasswordStdin = Annotated[
+    bool, typer.Option("--password-stdin", help="Read the password from standard input.")
+]
+TlsMode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="implicit (port 995), starttls (port 110), or none: the password crosses the network in clear. "
+        "A URL with pop3s: is implicit, one with pop3: demands starttls.",
+    ),
+]
+CaFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Certificates (PEM) to trust in place of the system's.")
+]
+Delete = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="never (default), after-archived, or after-days=N: on the mail server, once proved.",
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", help="How long to wait for the mail server at each step.", min=1),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The options of one command, checked. None where an option was not given."""
+
+    password_file: Path | None
+    password_env: str | None
+    password_stdin: bool
+    tls: str | None
+    ca_file: Path | None
+    delete: str | None
+    timeout: float | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        password_file: Path | None,
+        password_env: str | None,
+        password_stdin: bool,
+        tls: str | None,
+        ca_file: Path | None,
+        delete: str | None,
+        timeout: float | None,
+    ) -> "Given":
+        """Raises UsageError for values and combinations that make no sense."""
+        from archiver.errors import UsageError
+        from archiver.model import DeletePolicy
+        from archiver.pop3 import Tls
+
+        if (password_file is not None) + (password_env is not None) + password_stdin > 1:
+            raise UsageError("give one of --password-file, --password-env, --password-stdin")
+        modes = [mode.value for mode in Tls]
+        if tls is not None and tls not in modes:
+            raise UsageError(f"--tls {tls} is unknown: use {', '.join(modes[:-1])} or {modes[-1]}")
+        if delete is not None:
+            try:
+                DeletePolicy.parse(delete)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        if ca_file is not None and not ca_file.is_file():
+            raise UsageError(f"there is no CA file {ca_file}")
+        return cls(
+            password_file and password_file.absolute(),
+            password_env,
+            password_stdin,
+            tls,
+            ca_file and ca_file.absolute(),
+            delete,
+            timeout,
+        )
+
+    def endpoint(self, url: str) -> "Endpoint":
+        """The endpoint of a URL. Raises UsageError."""
+        from archiver.errors import UsageError
+        from archiver.pop3 import Tls, UrlError, parse_url
+
+        try:
+            return parse_url(url, None if self.tls is None else Tls(self.tls))
+        except UrlError as error:
+            raise UsageError(str(error), hint="a URL looks like pop3s://you@mail.example.com") from None
+
+    def applied_to(self, account: "Account") -> "Account":
+        """The account with what was given, apart from the password."""
+        from archiver.model import DeletePolicy
+
+        return replace(
+            account,
+            ca_file=account.ca_file if self.ca_file is None else str(self.ca_file),
+            delete=account.delete if self.delete is None else DeletePolicy.parse(self.delete),
+            timeout_seconds=account.timeout_seconds if self.timeout is None else self.timeout,
+        )
+
+    def reference(self) -> str | None:
+        """The reference to the password, where one was given."""
+        if self.password_file is not None:
+            return f"file:{self.password_file}"
+        if self.password_env is not None:
+            return f"env:{self.password_env}"
+        return None
+
+    def check_password(self) -> None:
+        """See now that the password can be had. Raises OperatorNeeded."""
+        from archiver.secrets import Secrets
+
+        reference = self.reference()
+        if reference is not None:
+            Secrets(None).resolve("", "this account", reference)
+
+
+def need_terminal(account: str) -> None:
+    """Raises UsageError where nobody can be asked for a password."""
+    from archiver.errors import UsageError
+
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{account} needs a password, and nobody can be asked here",
+            hint="give --password-file FILE, --password-env NAME or --password-stdin",
+        )
+
+
+def ask(account: str) -> str:
+    """Ask the person at the terminal. Raises UsageError where there is none."""
+    import getpass
+
+    need_terminal(account)
+    return getpass.getpass(f"Password of {account}: ")
+
+
+def from_stdin() -> str:
+    """The password on standard input, less one final line end. Raises UsageError when there is none."""
+    from archiver.errors import UsageError
+
+    text = sys.stdin.read(64 * 1024).removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise UsageError("there is no password on standard input")
+    return text
+
+
+def log_quietly() -> None:
+    from archiver import observe
+
+    observe.log_quietly()

@@ -1,0 +1,191 @@
+"""How commands talk: results on standard output, everything else on standard error.
+
+``--json`` puts one object a line on standard output and nothing else. A terminal
+sees bars and tables, a pipe sees plain lines.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from archiver.errors import ArchiverError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+    from archiver.model import Account
+
+LINE_SECONDS = 5.0
+"""Between two lines of progress where no bar can be drawn."""
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A console that never breaks or colours text meant for a pipe."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """A line of result for people. Markup is not interpreted: it may come from a mail server."""
+    console().print(text, markup=False)
+
+
+def note(text: str) -> None:
+    """A line that is not the result."""
+    console(stderr=True).print(text, markup=False)
+
+
+def complain(error: ArchiverError) -> None:
+    """An error, on one line, and what to do on the next."""
+    note(f"archiver: {one_line(error)}")
+    if error.hint:
+        note(f"  hint: {one_line(error.hint)}")
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def emit(value: dict[str, Any]) -> None:
+    """One JSON object on a line of standard output, out at once: a reader may be waiting."""
+    sys.stdout.write(json.dumps(value, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
+    """A table with a header; the columns named in ``right`` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def show(made: "Table") -> None:
+    from rich.console import Console
+
+    target = Console(highlight=False)
+    if not target.is_terminal:
+        target = Console(highlight=False, width=200)
+    target.print(made)
+
+
+def size(octets: float) -> str:
+    """Octets for people."""
+    from rich.filesize import decimal
+
+    return decimal(int(octets))
+
+
+def ago(then: datetime | None, now: datetime) -> str:
+    """How long since, or until, for people."""
+    if then is None:
+        return "-"
+    seconds = (now - then).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if abs(seconds) >= length:
+            return _tense(f"{abs(seconds) / length:.0f} {unit}", past=seconds > 0)
+    return _tense(f"{abs(seconds):.0f} s", past=seconds > 0)
+
+
+def _tense(text: str, *, past: bool) -> str:
+    return f"{text} ago" if past else f"in {text}"
+
+
+class SyncProgress:
+    """The progress of many polls: a bar each on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, *, quiet: bool, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._quiet = quiet
+        self._monotonic = monotonic
+        self._console = console(stderr=True)
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if not self._quiet and self._console.is_terminal:
+            from rich import progress
+
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def watch(self, account: "Account") -> "AccountProgress":
+        """What the poll of this account is to tell."""
+        return AccountProgress(
+            account.name, self._bars, None if self._quiet or self._bars else note, self._monotonic
+        )
+
+
+class AccountProgress:
+    """A ``poll.Watch`` for one account."""
+
+    def __init__(
+        self,
+        name: str,
+        bars: "Progress | None",
+        line: Callable[[str], None] | None,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._name = name
+        self._bars = bars
+        self._line = line
+        self._monotonic = monotonic
+        self._task: TaskID | None = None
+        self._started_at = self._said_at = monotonic()
+        self._messages = self._wanted = 0
+        self._octets = 0
+
+    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
+        """See ``poll.Watch``."""
+        self._messages, self._octets, self._wanted = 0, 0, to_fetch
+        self._started_at = self._said_at = self._monotonic()
+        if self._line is not None:
+            much = f" ({size(octets)})" if octets else ""
+            self._line(f"{self._name}: {listed} on the server, {to_fetch} to fetch{much}")
+        if self._bars is not None and to_fetch:
+            self._task = self._bars.add_task(self._name, total=to_fetch, rate="")
+
+    def fetched(self, octets: int) -> None:
+        """See ``poll.Watch``."""
+        self._messages += 1
+        self._octets += octets
+        now = self._monotonic()
+        rate = f"{self._messages / max(now - self._started_at, 0.001):.0f}/s"
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=1, rate=rate)
+        elif self._line is not None and now - self._said_at >= LINE_SECONDS:
+            self._said_at = now
+            self._line(
+                f"{self._name}: {self._messages} of {self._wanted} fetched, {size(self._octets)}, {rate}"
+            )

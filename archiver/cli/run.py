@@ -1,0 +1,120 @@
+"""``archiver run``: the service."""
+
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from archiver.bootstrap import Archiver
+
+AGAIN_SECONDS = 5.0
+"""Between two looks at a database or a store that is not ready yet."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+
+
+def run() -> None:
+    """Run the service: poll every account when it is due, until SIGTERM.
+
+    Any number of these may share one PostgreSQL; each account is polled by one
+    at a time. Logs one JSON object a line on standard error. Serves health,
+    metrics and the feed at ARCHIVER_HTTP_LISTEN. On SIGTERM polls finish what
+    they have asked for, within ARCHIVER_DRAIN_SECONDS.
+    """
+    from archiver import observe
+    from archiver.bootstrap import Archiver
+    from archiver.cli import accounts_file
+    from archiver.settings import load, unknown
+
+    settings = load()
+    observe.log_json(settings.log_level)
+    log = observe.get_logger()
+    for name in unknown():
+        log.warning("setting.unknown", name=name)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    drained = True
+    with Archiver(settings) as archiver, ExitStack() as stack:
+        opened = threading.Event()
+        if settings.http_listen is not None:
+            address = stack.enter_context(_web(archiver, settings.http_listen, opened))
+            log.info("http.listening", address=address)
+        if _open(archiver, stop, log):
+            if settings.accounts_file is not None:
+                changed = accounts_file.take_in(archiver, settings.accounts_file)
+                log.info("accounts.read", file=str(settings.accounts_file), changed=changed)
+            worker = archiver.worker
+            opened.set()
+            drained = worker.serve(stop, settings.drain_seconds)
+    if not drained:
+        # Threads that hang in a socket would keep the process; what they have
+        # not recorded is still on the server.
+        os._exit(0)
+
+
+def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
+    """Wait until database and store can be used; false when told to stop before.
+
+    On a cluster a pod may start before its database, or before the migration
+    of a new release: it is unready then, and does not crash.
+    """
+    from archiver.db.migrate import WrongSchema
+    from archiver.errors import TryLater
+
+    while not stop.is_set():
+        try:
+            archiver.open_archive()
+        except (TryLater, WrongSchema) as error:
+            if archiver.raw_database.is_sqlite:
+                raise
+            log.warning("service.waiting", error=str(error))
+            stop.wait(AGAIN_SECONDS)
+        else:
+            return True
+    return False
+
+
+def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "AbstractContextManager[str]":
+    from archiver.db import migrate
+    from archiver.errors import TryLater, UsageError
+    from archiver.worker import overdue
+
+    try:
+        from archiver import web
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "ARCHIVER_HTTP_LISTEN is set, and what serves it is not installed",
+            hint="pip install 'archiver[web]'",
+        ) from error
+
+    def ready() -> None:
+        if not opened.is_set():
+            raise TryLater("starting: database and store were not seen to work yet")
+        if archiver.stopping.is_set():
+            raise TryLater("draining")
+        migrate.ensure(archiver.raw_database)
+
+    health = web.Health(
+        alive=lambda: not opened.is_set() or archiver.worker.alive,
+        ready=ready,
+        overdue_seconds=lambda: overdue(archiver.raw_database, archiver.now()),
+    )
+    token = archiver.settings.api_token
+    return web.serving(
+        listen,
+        lambda on_loopback: web.application(
+            archiver.raw_database,
+            health,
+            token=None if token is None else token.get_secret_value(),
+            on_loopback=on_loopback,
+        ),
+    )

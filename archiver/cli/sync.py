@@ -1,0 +1,211 @@
+"""``archiver sync``: poll now, once, with progress."""
+
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archiver.cli import options
+from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, size
+
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+    from archiver.model import Account, PollReport
+    from archiver.pop3 import Endpoint
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(sync)
+
+
+def sync(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ACCOUNT|URL]...",
+            help="Accounts by name, or POP URLs such as pop3s://you@mail.example.com. None: every account.",
+            show_default=False,
+        ),
+    ] = None,
+    password_file: options.PasswordFile = None,
+    password_env: options.PasswordEnv = None,
+    password_stdin: options.PasswordStdin = False,
+    tls: options.TlsMode = None,
+    ca_file: options.CaFile = None,
+    delete: options.Delete = None,
+    timeout: options.Timeout = None,
+    json: Json = False,
+) -> None:
+    """Poll mailboxes now, once, and show what was archived.
+
+    A URL needs no set-up: it becomes an account of that name, so that the next
+    sync of it fetches only what is new. Schedule and backoff are not waited
+    for. Exit code 1 when a poll did not end well.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.settings import load
+
+    given = options.Given.of(
+        password_file=password_file,
+        password_env=password_env,
+        password_stdin=password_stdin,
+        tls=tls,
+        ca_file=ca_file,
+        delete=delete,
+        timeout=timeout,
+    )
+    endpoints = {target: given.endpoint(target) for target in targets or [] if "://" in target}
+    settings = load()
+    options.log_quietly()
+    with Archiver(settings) as archiver:
+        _check(archiver, targets or [], endpoints, given)
+        archiver.open_archive()
+        chosen = _choose(archiver, targets or [], endpoints, given)
+        _ask_passwords(archiver, chosen, given, named=bool(targets))
+        worker = archiver.worker
+        worker.start_clock(claim=False)
+        with SyncProgress(quiet=json) as progress:
+            reports = worker.poll_now(chosen, progress.watch)
+    for report in reports:
+        if json:
+            emit(as_json(report))
+        else:
+            _tell(report)
+    if not reports and not json:
+        note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
+    if any(report.outcome != "ok" for report in reports):
+        raise typer.Exit(1)
+
+
+def as_json(report: "PollReport") -> dict[str, Any]:
+    """A report in the form that scripts rely on."""
+    return {
+        "account": report.account,
+        "outcome": report.outcome,
+        "listed": report.listed or 0,
+        "new": report.new,
+        "known": report.known,
+        "quarantined": report.quarantined,
+        "to_come": report.to_come or 0,
+        "delete_requested": report.delete_requested,
+        "bytes": report.octets,
+        "seconds": round(report.seconds, 3),
+        "error": report.error,
+    }
+
+
+def _check(
+    archiver: "Archiver", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given
+) -> None:
+    """Find what is wrong with what was asked before anything is made."""
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+    from archiver.secrets import PROMPT
+
+    given.check_password()
+    path = archiver.raw_database.path
+    with ExitStack() as stack:
+        connection = None
+        if path is None or path.exists():
+            connection = stack.enter_context(archiver.database.reading())
+        for target in targets:
+            endpoint = endpoints.get(target)
+            if connection is None:
+                found = None
+            elif endpoint is None:
+                found = accounts.by_name(connection, target)
+            else:
+                found = accounts.by_url(connection, endpoint.url)
+            if endpoint is None and found is None:
+                raise UsageError(
+                    f"there is no account named {target}", hint="archiver account list, or give a URL"
+                )
+            unknown = found is None or found.secret == PROMPT
+            if unknown and given.reference() is None and not given.password_stdin:
+                options.need_terminal(target)
+
+
+def _choose(
+    archiver: "Archiver", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given
+) -> "list[Account]":
+    from archiver.db import accounts
+
+    if not targets:
+        with archiver.database.reading() as connection:
+            active = accounts.all_active(connection)
+        return [account for account in active if account.paused_reason is None]
+    chosen: dict[str, Account] = {}
+    for target in targets:
+        if target in endpoints:
+            account = _account_of(archiver, endpoints[target], given)
+        else:
+            with archiver.database.reading() as connection:
+                found = accounts.by_name(connection, target)
+            if found is None:
+                raise LookupError(target)
+            account = found
+        chosen[account.id] = account
+    return list(chosen.values())
+
+
+def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given) -> "Account":
+    """The account of a URL, made or brought up to what was given."""
+    from archiver.db import accounts
+    from archiver.model import Account, new_account_id
+    from archiver.secrets import PROMPT
+
+    with archiver.database.reading() as connection:
+        found = accounts.by_url(connection, endpoint.url)
+    account = found or Account(
+        id=new_account_id(),
+        name=endpoint.url,
+        url=endpoint.url,
+        tls=endpoint.tls.value,
+        secret=PROMPT,
+        interval_seconds=archiver.settings.interval_seconds,
+    )
+    account = replace(given.applied_to(account), tls=endpoint.tls.value)
+    account = replace(account, secret=given.reference() or account.secret)
+    if found is None:
+        return archiver.database.transact(
+            lambda connection: accounts.add(connection, account, archiver.now())
+        )
+    archiver.database.transact(lambda connection: accounts.change(connection, account))
+    return account
+
+
+def _ask_passwords(
+    archiver: "Archiver", chosen: "list[Account]", given: options.Given, *, named: bool
+) -> None:
+    """Have the passwords that are kept nowhere for the length of this run."""
+    from archiver.secrets import PROMPT
+
+    if given.password_stdin:
+        password = options.from_stdin()
+        archiver.passwords.update({account.id: password for account in chosen})
+        return
+    for account in chosen:
+        if account.secret == PROMPT and (named or sys.stdin.isatty()):
+            archiver.passwords[account.id] = options.ask(account.name)
+
+
+def _tell(report: "PollReport") -> None:
+    if report.outcome != "ok":
+        say(f"{report.account}: {report.outcome.replace('_', ' ')}: {one_line(report.error)}")
+        if report.hint:
+            say(f"  hint: {one_line(report.hint)}")
+    counts = [f"{report.new} new", f"{report.known} known"]
+    if report.quarantined:
+        counts.append(f"{report.quarantined} in quarantine")
+    if report.to_come:
+        counts.append(f"{report.to_come} still to come")
+    if report.delete_requested:
+        counts.append(f"{report.delete_requested} asked to be deleted")
+    if report.listed is not None:
+        rate = f", {report.new / report.seconds:.0f}/s" if report.new and report.seconds else ""
+        say(
+            f"{report.account}: {report.listed} on the server: {', '.join(counts)}; "
+            f"{size(report.octets)} in {report.seconds:.1f} s{rate}"
+        )

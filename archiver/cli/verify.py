@@ -1,0 +1,115 @@
+"""``archiver verify``: objects, journal and database against each other."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from archiver.cli.output import Json, console, emit, say, size
+
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+    from archiver.evidence.verify import Verdict
+    from archiver.model import Account
+
+READERS = 8
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(verify)
+
+
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ACCOUNT]...", help="Only these accounts. None: every one.", show_default=False
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare sizes; do not read and hash every message again.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Prove that nothing was lost or altered: objects, journal and database against each other.
+
+    Every message is read from the store and hashed again. Missing: captured,
+    and not in the store. Damaged: not the octets that were captured. Chain
+    breaks: a journal that was cut or changed. Unrecorded: one of the three has
+    what another lacks. Changes nothing. Exit code 1 when anything is found.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+    from archiver.evidence.verify import Verdict
+    from archiver.settings import load
+
+    verdict = Verdict()
+    with Archiver(load()) as archiver:
+        with archiver.database.reading() as connection:
+            chosen = accounts.every(connection)
+        if names:
+            missing = set(names) - {account.name for account in chosen}
+            if missing:
+                raise UsageError(f"there is no account named {min(missing)}", hint="archiver account list")
+            chosen = [account for account in chosen if account.name in names]
+        _verify(archiver, chosen, verdict, rehash=not quick, quiet=json)
+    if json:
+        emit(
+            {
+                "checked": verdict.checked,
+                "bytes": verdict.octets,
+                "segments": verdict.segments,
+                "missing": verdict.missing,
+                "damaged": verdict.damaged,
+                "chain_breaks": verdict.chain_breaks,
+                "unrecorded": verdict.unrecorded,
+                "findings": [finding._asdict() for finding in verdict.findings],
+            }
+        )
+    else:
+        _tell(verdict, len(chosen))
+    if not verdict.clean:
+        raise typer.Exit(1)
+
+
+def _verify(
+    archiver: "Archiver", chosen: "list[Account]", verdict: "Verdict", *, rehash: bool, quiet: bool
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from archiver.db import reads
+    from archiver.evidence.verify import verify as verify_account
+
+    with archiver.database.reading() as connection:
+        states = reads.account_states(connection, [account.id for account in chosen])
+    columns = (TextColumn("hashing again"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    target = console(stderr=True)
+    with (
+        ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers,
+        Progress(*columns, console=target, disable=quiet or not target.is_terminal, transient=True) as bars,
+    ):
+        task = bars.add_task("", total=sum(int(state.octets) for state in states))
+        for account in chosen:
+            verify_account(
+                account,
+                archiver.database,
+                archiver.store,
+                verdict,
+                now=archiver.now(),
+                readers=readers,
+                rehash=rehash,
+                progress=lambda found: bars.update(task, advance=found.size),
+            )
+
+
+def _tell(verdict: "Verdict", accounts: int) -> None:
+    for finding in verdict.findings:
+        say(f"{finding.kind.replace('_', ' ')}: {finding.account}: {finding.key}: {finding.detail}")
+    say(
+        f"{verdict.checked} messages ({size(verdict.octets)} hashed again) and "
+        f"{verdict.segments} journal segments of {accounts} accounts: "
+        f"{verdict.missing} missing, {verdict.damaged} damaged, "
+        f"{verdict.chain_breaks} chain breaks, {verdict.unrecorded} unrecorded"
+    )
