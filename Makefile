@@ -1,0 +1,65 @@
+# `make` explains itself. Everything here is safe to run twice.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+
+##@ Try it
+.PHONY: demo
+demo: setup ## The whole thing on this machine: a mail server, sample mailboxes, an archive. ARGS="--help" for more
+	@$(BIN)/archiver demo $(ARGS)
+
+##@ Work on it
+.PHONY: setup
+setup: ## Make .venv what requirements.lock says. PYTHON=python3.12 chooses the interpreter
+	@tools/setup
+
+.PHONY: test
+test: setup ## Run the tests against real servers, where there are any. ARGS="tests/unit -k listing" for fewer
+	@tools/servers
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint lint-code lint-format lint-types lint-imports lint-chart
+lint: lint-code lint-format lint-types lint-imports lint-chart ## Everything a machine can judge: style, types, layers, the chart
+
+lint-code: setup
+	@$(BIN)/ruff check
+
+lint-format: setup
+	@$(BIN)/ruff format --check
+
+lint-types: setup
+	@$(BIN)/mypy
+
+lint-imports: setup
+	@$(BIN)/lint-imports
+
+lint-chart: setup
+	@helm=$$($(BIN)/python -m tests.harness.helm) && for values in helm/archiver/ci/*-values.yaml; do \
+	     "$$helm" lint --strict --quiet --values "$$values" helm/archiver || exit; done
+
+.PHONY: format
+format: setup ## Let ruff lay out the code and mend what it can
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+##@ Look after it
+.PHONY: lock
+lock: ## Pin what pyproject.toml asks for. UPGRADE=1 moves every pin to its newest version
+	@tools/lock
+
+.PHONY: clean
+clean: ## Remove what make made, .venv too. An archive that you made (./archive) stays
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find archiver alembic tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help:
+	@echo "archiver: every message of many POP3 mailboxes, byte for byte, in a bucket, and proof of it."
+	@awk 'BEGIN { FS = ":.*## " } \
+	     /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	     /^[a-z-]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "New here? make demo, then README.md. Then docs/ for how it works and make test for proof."
