@@ -1,0 +1,148 @@
+"""Fixtures: real servers, started once for all tests; a mailbox, a database and a bucket for each test.
+
+A server that cannot be had fails the test where the environment says CI, and skips it elsewhere.
+"""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from archiver.demo import MailServer
+from archiver.demo import dovecot as demo_dovecot
+from archiver.demo.corpus import corpus as generate_corpus
+from archiver.demo.dovecot import Dovecot
+from tests.harness import postgres as harness_postgres
+from tests.harness.postgres import Postgres
+
+if TYPE_CHECKING:
+    from tests.harness.seaweedfs import SeaweedFS
+
+_CORPUS_COUNT, _CORPUS_SEED = 200, 20240108
+
+
+def require(reason: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Go on when there is no reason not to; otherwise fail in CI, and skip with the reason elsewhere."""
+    if reason is None:
+        return
+    if environment.get("CI"):
+        pytest.fail(f"in CI every server must be there: {reason}")
+    pytest.skip(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """One user's mailbox on a real server."""
+
+    server: MailServer
+    user: str
+    password: str
+
+    @property
+    def url(self) -> str:
+        return self.server.url(self.user)
+
+    @property
+    def ca_file(self) -> Path:
+        return self.server.ca_file
+
+    def deliver(self, messages: Iterable[bytes]) -> None:
+        self.server.deliver(self.user, messages)
+
+    def messages(self) -> list[bytes]:
+        return self.server.messages(self.user)
+
+    def remove(self, number: int) -> None:
+        self.server.remove(self.user, number)
+
+
+@pytest.fixture(scope="session")
+def server_directory() -> Iterator[Path]:
+    """A directory that servers without root's rights can enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="archiver-", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def dovecot(server_directory: Path) -> Iterator[Dovecot]:
+    require(demo_dovecot.unavailable(server_directory))
+    with Dovecot(server_directory / "dovecot") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _numbers() -> Iterator[int]:
+    """For names that no other test of this run has."""
+    return itertools.count(1)
+
+
+@pytest.fixture
+def mailbox(dovecot: Dovecot, _numbers: Iterator[int]) -> Callable[..., Mailbox]:
+    """A factory of mailboxes on Dovecot, each for a new user: ``mailbox([message, ...])``."""
+
+    def make(messages: Iterable[bytes] = ()) -> Mailbox:
+        user = f"user{next(_numbers)}"
+        made = Mailbox(dovecot, user, password=f"secret of {user}")
+        dovecot.add_user(made.user, made.password)
+        made.deliver(messages)
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres(server_directory: Path) -> Iterator[Postgres]:
+    require(harness_postgres.unavailable())
+    with harness_postgres.postgres(server_directory / "postgres") as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres, _numbers: Iterator[int]) -> Iterator[str]:
+    """A new, empty database."""
+    name = f"test{next(_numbers)}"
+    yield postgres.create_database(name)
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A database file that is not there yet."""
+    return f"sqlite:///{tmp_path / 'archiver.db'}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Each of the databases in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def s3(server_directory: Path) -> "Iterator[SeaweedFS]":
+    from tests.harness import seaweedfs
+
+    require(seaweedfs.why_not())
+    with seaweedfs.seaweedfs(server_directory / "seaweedfs") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: "SeaweedFS", _numbers: Iterator[int]) -> str:
+    """The name of a new, empty bucket."""
+    name = f"test-{next(_numbers)}"
+    s3.create_bucket(name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[bytes]:
+    """Two hundred sample messages with every oddity, about 15 MB."""
+    return list(generate_corpus(_CORPUS_COUNT, _CORPUS_SEED))

@@ -1,0 +1,270 @@
+"""A TCP relay on loopback that measures, delays and breaks connections to a real server.
+
+Owns a listener and a thread with an event loop of its own. Promises that
+latency and bandwidth delay octets but never hold the next ones back: what a
+client sends while earlier octets are under way is under way too, so that
+pipelining gains here what it gains on a long line. (Connecting itself is not
+delayed.) Sees through nothing: what is encrypted is counted, not read.
+"""
+
+import array
+import asyncio
+import concurrent.futures
+import fcntl
+import math
+import re
+import socket
+import struct
+import termios
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+Break = Literal["cut", "reset", "stall"]
+Direction = Literal["up", "down"]  # up: from client to server
+_End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+_HOST = "127.0.0.1"
+_BACKLOG = 512
+_CHUNK_OCTETS = 64 * 1024
+_CHUNKS_UNDER_WAY = 4096  # bounds memory; far above any bandwidth-delay product used in tests
+_LINE_OCTETS = 8192  # longer lines are no commands
+_DELIVERY_SECONDS = 2.0  # for a client that reads; one that does not gets less
+_RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with no time to linger: close sends RST
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Break the next ``times`` connections that have relayed so many octets in one direction."""
+
+    how: Break
+    direction: Direction
+    after_octets: int
+    times: int
+
+
+class Proxy:
+    """A relay to ``target_port``; clients connect to ``(host, port)``. A context manager.
+
+    ``latency_seconds`` is added each way, so a round trip gains twice that.
+    ``octets_per_second`` limits each direction of each connection.
+    ``record`` selects the lines from clients to keep; it is of use in clear text only.
+    ``octets_up``, ``octets_down`` and ``connections`` count what was relayed so far.
+    """
+
+    host = _HOST
+
+    def __init__(
+        self,
+        target_port: int,
+        *,
+        latency_seconds: float = 0.0,
+        octets_per_second: float = math.inf,
+        record: re.Pattern[bytes] | None = None,
+    ) -> None:
+        self.target_port = target_port
+        self.latency_seconds = latency_seconds
+        self.octets_per_second = octets_per_second
+        self.octets_up = 0
+        self.octets_down = 0
+        self.connections = 0
+        self._plan: _Plan | None = None
+        self._record = record
+        self._lines: list[bytes] = []
+        self._live: set[_Connection] = set()
+        self._loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        started: concurrent.futures.Future[int] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="proxy", daemon=True)
+        self._thread.start()
+        self.port = started.result()
+
+    def lines(self, pattern: bytes = b"") -> list[bytes]:
+        """The recorded lines in which this regular expression is found, in the order of their arrival."""
+        return [line for line in list(self._lines) if re.search(pattern, line)]
+
+    def break_now(self, how: Break) -> None:
+        """Break every connection there is: "cut" ends it, "reset" sends RST, "stall" lets nothing pass."""
+
+        async def break_all() -> None:
+            for connection in list(self._live):
+                connection.break_off(how)
+
+        asyncio.run_coroutine_threadsafe(break_all(), self._loop).result()
+
+    def break_after(self, octets: int, how: Break, *, direction: Direction = "down", times: int = 1) -> None:
+        """Let the next ``times`` connections relay exactly ``octets`` in ``direction``, then break them."""
+        self._plan = _Plan(how, direction, octets, times)
+
+    def heal(self) -> None:
+        """Forget ``break_after``. What is stalled stays so."""
+        self._plan = None
+
+    def close(self) -> None:
+        """Reset all connections and stop listening. May be called again."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def keep(self, lines: list[bytes]) -> None:
+        if self._record is not None:
+            self._lines.extend(filter(self._record.search, lines))
+
+    def passing(self, direction: Direction, relayed: int, chunk: bytes) -> tuple[bytes, Break | None]:
+        """How much of a chunk a connection that relayed so much may relay, and the break after it."""
+        plan, how = self._plan, None
+        if plan is not None and plan.direction == direction and relayed + len(chunk) >= plan.after_octets:
+            chunk, how = chunk[: max(0, plan.after_octets - relayed)], plan.how
+            plan.times -= 1
+            if plan.times == 0:
+                self._plan = None
+        if direction == "up":
+            self.octets_up += len(chunk)
+        else:
+            self.octets_down += len(chunk)
+        return chunk, how
+
+    def _run(self, started: concurrent.futures.Future[int]) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._listen(started))
+
+    async def _listen(self, started: concurrent.futures.Future[int]) -> None:
+        server = await asyncio.start_server(self._serve, _HOST, 0, backlog=_BACKLOG)
+        started.set_result(server.sockets[0].getsockname()[1])
+        await self._closing.wait()
+        server.close()
+        live = list(self._live)
+        for connection in live:
+            connection.break_off("reset")
+        await asyncio.gather(*(connection.ended.wait() for connection in live))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            server = await asyncio.open_connection(_HOST, self.target_port)
+        except OSError:
+            writer.close()
+            return
+        self.connections += 1
+        connection = _Connection(self, (reader, writer), server)
+        self._live.add(connection)
+        await connection.relay()
+        self._live.discard(connection)
+
+
+class _Connection:
+    """One client's connection and ours to the server; closed when both directions end, or by a break."""
+
+    def __init__(self, proxy: Proxy, client: _End, server: _End) -> None:
+        self.ended = asyncio.Event()
+        self._proxy = proxy
+        self._client = client
+        self._server = server
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._broken: Break | None = None
+        self._relaying = asyncio.current_task()
+
+    async def relay(self) -> None:
+        """Return when the connection has ended, in whatever way."""
+        try:
+            async with asyncio.TaskGroup() as directions:
+                self._start(directions, "up", self._client, self._server)
+                self._start(directions, "down", self._server, self._client)
+        except* OSError:
+            pass  # one side is gone; closing tells the other
+        except* asyncio.CancelledError:
+            if self._broken is None:
+                raise
+        finally:
+            for _, writer in (self._client, self._server):
+                self._end(writer)
+            self.ended.set()
+
+    def break_off(self, how: Break) -> None:
+        if how == "stall":
+            self._flowing.clear()
+        elif self._broken is None and self._relaying is not None:
+            self._broken = how
+            self._relaying.cancel()
+
+    def _start(self, directions: asyncio.TaskGroup, direction: Direction, source: _End, sink: _End) -> None:
+        under_way: asyncio.Queue[tuple[float, bytes, Break | None]] = asyncio.Queue(_CHUNKS_UNDER_WAY)
+        directions.create_task(self._take(direction, source[0], under_way))
+        directions.create_task(self._give(sink[1], under_way))
+
+    async def _take(
+        self,
+        direction: Direction,
+        source: asyncio.StreamReader,
+        under_way: asyncio.Queue[tuple[float, bytes, Break | None]],
+    ) -> None:
+        """Read as fast as the source sends; say of every chunk when it is due at the other side."""
+        proxy, now = self._proxy, asyncio.get_running_loop().time
+        lines = _Lines()
+        relayed, line_free_at = 0, 0.0
+        while chunk := await source.read(_CHUNK_OCTETS):
+            await self._flowing.wait()
+            chunk, how = proxy.passing(direction, relayed, chunk)
+            relayed += len(chunk)
+            if direction == "up":
+                proxy.keep(lines.completed_by(chunk))
+            line_free_at = max(now(), line_free_at) + len(chunk) / proxy.octets_per_second
+            await under_way.put((line_free_at + proxy.latency_seconds, chunk, how))
+        await under_way.put((max(now(), line_free_at) + proxy.latency_seconds, b"", None))
+
+    async def _give(
+        self, sink: asyncio.StreamWriter, under_way: asyncio.Queue[tuple[float, bytes, Break | None]]
+    ) -> None:
+        """Write each chunk when it is due, and break the connection behind it where that is planned."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due, chunk, how = await under_way.get()
+            await asyncio.sleep(due - loop.time())
+            await self._flowing.wait()
+            if chunk:
+                sink.write(chunk)
+                await sink.drain()
+            elif how is None:
+                sink.write_eof()
+                return
+            if how is not None:
+                await _delivered(sink)
+                self.break_off(how)
+
+    def _end(self, writer: asyncio.StreamWriter) -> None:
+        if self._broken == "reset":
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+            writer.transport.abort()
+        else:
+            writer.close()
+
+
+async def _delivered(sink: asyncio.StreamWriter) -> None:
+    """Wait until the other side's kernel has all that was written: a reset drops what has not left ours."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _DELIVERY_SECONDS
+    unacknowledged = array.array("i", [1])
+    while loop.time() < deadline and (sink.transport.get_write_buffer_size() or unacknowledged[0]):
+        await asyncio.sleep(0.001)
+        fcntl.ioctl(sink.get_extra_info("socket").fileno(), termios.TIOCOUTQ, unacknowledged)
+
+
+class _Lines:
+    """Cuts a stream into lines; what is longer than a command can be is dropped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def completed_by(self, chunk: bytes) -> list[bytes]:
+        *lines, rest = (self._rest + chunk).split(b"\n")
+        self._rest = rest[-_LINE_OCTETS:]
+        return [line.removesuffix(b"\r") for line in lines]
