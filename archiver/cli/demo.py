@@ -1,6 +1,260 @@
-"""``archiver demo``"""
+"""``archiver demo``: the whole thing on this machine, with sample mailboxes."""
+
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archiver.cli import options
+from archiver.cli.output import SyncProgress, say, show, size, table
 
-def register(app: typer.Typer) -> None: ...
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+    from archiver.demo import MailServer
+    from archiver.evidence.verify import Verdict
+    from archiver.model import Account, PollReport
+
+MESSAGES = {"anna": 150, "ben": 100, "carla": 50}
+"""Three mailboxes, of a size that is looked through in seconds and not at a glance."""
+LATE_MESSAGES = 5
+SCALE = 0.4
+"""Of the sample messages' usual size: some 10 MB in all."""
+SEED = 20260101
+MARK = "DEMO.txt"
+INDEX = "archiver.db"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(demo)
+
+
+def demo(
+    directory: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where the archive goes. It must not hold one yet, but a demo's."),
+    ] = Path("archive"),
+) -> None:
+    """See the whole thing work on this machine, with sample mailboxes, in less than a minute.
+
+    Starts a mail server on loopback (Dovecot, where it is installed), archives
+    three mailboxes, polls them again, delivers new mail, and verifies. Leaves
+    the archive, to look into.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.demo import start_mail_server
+    from archiver.settings import Settings
+
+    _make_room(directory)
+    options.log_quietly()
+    passwords = {user: f"{user}'s password" for user in MESSAGES}
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="archiver-demo-")))
+        # The mail server may run as a user of its own, who must get there.
+        place.chmod(0o755)
+        server = stack.enter_context(start_mail_server(place, passwords))
+        settings = Settings(
+            database_url=f"sqlite:///{directory / INDEX}", store_url=f"file:{directory / 'store'}"
+        )
+        archiver = stack.enter_context(Archiver(settings))
+        archiver.open_archive()
+        (directory / MARK).write_text(
+            "This archive was made by `archiver demo`, which replaces it when it holds nothing else.\n"
+        )
+        _play(archiver, server, passwords, directory)
+
+
+def _make_room(directory: Path) -> None:
+    """Replace an earlier demo's archive, and nothing else. Raises UsageError, OperatorNeeded."""
+    from archiver.errors import OperatorNeeded, UsageError
+
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            if not _is_a_demos(directory):
+                raise UsageError(
+                    f"{directory} holds something that is not a demo's",
+                    hint="choose another place: archiver demo --directory DIR",
+                )
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorNeeded(f"cannot make room for the archive in {directory}: {error.strerror}") from error
+
+
+def _is_a_demos(directory: Path) -> bool:
+    """Whether an archive has a demo's mark, and nobody's mail was added to it since."""
+    from archiver.db import Database, accounts
+
+    if not (directory / MARK).is_file():
+        return False
+    database = Database(f"sqlite:///{directory / INDEX}")
+    if database.path is not None and not database.path.exists():
+        return True
+    try:
+        with database.reading() as connection:
+            return {account.name for account in accounts.every(connection)} <= MESSAGES.keys()
+    finally:
+        database.close()
+
+
+@dataclass(slots=True)
+class _Story:
+    """What was done so far, for the summary."""
+
+    archiver: "Archiver"
+    accounts: "list[Account]"
+
+    def poll(self) -> "list[PollReport]":
+        """Poll every account. Raises OperatorNeeded when one did not end well: a demo has no excuse."""
+        from archiver.errors import OperatorNeeded
+
+        with SyncProgress(quiet=False) as progress:
+            reports = self.archiver.worker.poll_now(self.accounts, progress.watch)
+        for report in reports:
+            if report.outcome != "ok":
+                raise OperatorNeeded(f"{report.account}: {report.error}", hint=report.hint)
+        return reports
+
+    def put_to_rest(self) -> None:
+        """The mail server ends with the demo; nobody shall ask for it in vain."""
+        from archiver.db import schedule
+        from archiver.worker import PAUSED_BY_HAND
+
+        for account in self.accounts:
+            self.archiver.database.transact(
+                partial(schedule.pause, account_id=account.id, reason=PAUSED_BY_HAND)
+            )
+
+
+def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str], directory: Path) -> None:
+    from archiver.demo.corpus import corpus
+
+    samples = corpus(sum(MESSAGES.values()) + LATE_MESSAGES, SEED, scale=SCALE)
+    for user, count in MESSAGES.items():
+        server.deliver(user, [next(samples) for _ in range(count)])
+    kind = type(server).__name__
+    say(f"1. A mail server with {len(MESSAGES)} mailboxes is running: {kind}, TLS, on loopback.")
+    archiver.worker.start_clock(claim=False)
+    story = _Story(archiver, [_account(archiver, server, user, passwords[user]) for user in MESSAGES])
+
+    say("\n2. Archiving what is there.")
+    reports = story.poll()
+    _reports(reports)
+
+    say("\n3. Polling again: nothing is fetched twice.")
+    _reports(story.poll())
+
+    lucky = next(iter(MESSAGES))
+    say(f"\n4. Delivering {LATE_MESSAGES} new messages to {lucky}, and polling: just these arrive.")
+    server.deliver(lucky, list(samples))
+    _reports(story.poll())
+
+    say("\n5. Verifying: every message is read from the archive and hashed again.")
+    verdict = _verify(story)
+    say(
+        f"   {verdict.checked} messages, {size(verdict.octets)}; {verdict.segments} journal segments: "
+        f"{verdict.missing} missing, {verdict.damaged} damaged, {verdict.chain_breaks} chain breaks, "
+        f"{verdict.unrecorded} unrecorded"
+    )
+    story.put_to_rest()
+    _farewell(story, verdict, directory)
+    if not verdict.clean:
+        raise typer.Exit(1)
+
+
+def _account(archiver: "Archiver", server: "MailServer", user: str, password: str) -> "Account":
+    from archiver.db import accounts
+    from archiver.model import Account, new_account_id
+    from archiver.pop3 import Tls
+    from archiver.secrets import PROMPT
+
+    account = Account(
+        id=new_account_id(),
+        name=user,
+        url=server.url(user),
+        tls=Tls.IMPLICIT.value,
+        secret=PROMPT,
+        ca_file=str(server.ca_file),
+    )
+    archiver.passwords[account.id] = password
+    return archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
+
+
+def _reports(reports: "list[PollReport]") -> None:
+    numbers = ("on the server", "fetched", "known already", "size", "seconds")
+    made = table("mailbox", *numbers, right=numbers)
+    for report in reports:
+        made.add_row(
+            report.account,
+            str(report.listed),
+            str(report.new),
+            str(report.known),
+            size(report.octets),
+            f"{report.seconds:.2f}",
+        )
+    show(made)
+
+
+def _verify(story: _Story) -> "Verdict":
+    from concurrent.futures import ThreadPoolExecutor
+
+    from archiver.evidence.verify import Verdict, verify
+
+    verdict = Verdict()
+    with ThreadPoolExecutor(4) as readers:
+        for account in story.accounts:
+            verify(
+                account,
+                story.archiver.database,
+                story.archiver.store,
+                verdict,
+                now=story.archiver.now(),
+                readers=readers,
+            )
+    return verdict
+
+
+def _farewell(story: _Story, verdict: "Verdict", directory: Path) -> None:
+    from archiver.db import reads
+
+    with story.archiver.database.reading() as connection:
+        newest = next(reads.captures(connection, limit=1, newest=True))
+    count, boxes = verdict.checked, len(story.accounts)
+    command = _command()
+    elsewhere = ""
+    if directory != Path("archive"):
+        elsewhere = (
+            f"\n  export ARCHIVER_DATABASE_URL=sqlite:///{directory / INDEX}"
+            f"\n  export ARCHIVER_STORE_URL=file:{directory / 'store'}"
+        )
+    say(f"""
+Done. {count} messages of {boxes} mailboxes were archived, each once and byte for byte.
+
+  {directory}/store/messages/  the messages as they were sent, each named by its SHA-256
+  {directory}/store/journal/   what was captured, when and from where: a hash-chained record
+  {directory}/{INDEX}      the index; the store is the truth
+
+Look into it:{elsewhere}
+  {command} status
+  {command} message list --newest --limit 10
+  {command} message get {newest.sha256.hex()[:12]}
+
+Archive your own mailbox:
+  {command} account check pop3s://you@mail.example.com
+  {command} sync pop3s://you@mail.example.com""")
+
+
+def _command() -> str:
+    """How this command is called from here."""
+    called = Path(sys.argv[0])
+    if called.name != "archiver":
+        return "python -m archiver"
+    if shutil.which("archiver") == str(called):
+        return "archiver"
+    return os.path.relpath(called)

@@ -18,11 +18,13 @@ def status(json: Json = False) -> None:
 
     Unaccounted for is what the last listing showed and is neither archived nor
     in quarantine: still to come, if all is well. Exit code 1 when an account
-    fails or is paused, or something is in quarantine.
+    fails, or waits for an operator, or something is in quarantine; not for one
+    that was paused by hand.
     """
     from archiver.bootstrap import Archiver
     from archiver.db import reads
     from archiver.settings import load
+    from archiver.worker import PAUSED_BY_HAND
 
     with Archiver(load()) as archiver:
         with archiver.database.reading() as connection:
@@ -57,5 +59,6 @@ def status(json: Json = False) -> None:
             say(f"  {state.name}: {how}, last polled {ago(state.ended_at, now)}: {reason}")
         if len(paused + failing) > FAILURES_SHOWN:
             note("more: archiver account list")
-    if failing or paused or summary["quarantined"]:
+    waiting = [state for state in paused if state.paused_reason != PAUSED_BY_HAND]
+    if failing or waiting or summary["quarantined"]:
         raise typer.Exit(1)
