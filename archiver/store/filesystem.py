@@ -1,0 +1,283 @@
+"""The store in a directory: a key is a path below its root.
+
+Promises what the port promises, across processes and power cuts: an object
+appears under its name complete, checked and durable, by link(2), which
+refuses an existing name; and its whole path is durable when ``put`` returns.
+Whatever was being written when a process died lies in ``.incoming``, where no
+key leads, and is removed by a later ``probe``.
+
+Leaves to the operator: permissions, backups, and a file system that knows
+hard links and fsync.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from archiver.errors import IntegrityError, OperatorNeeded, TryLater
+from archiver.store import (
+    Body,
+    ObjectDiffers,
+    ObjectNotFound,
+    PutResult,
+    StoredObject,
+    check_key,
+    check_prefix,
+    is_key,
+)
+from archiver.store._disk import durable, durable_directory, failure
+
+__all__ = ["FilesystemStore"]
+
+_CHUNK_BYTES = 256 * 1024
+
+# A write that is alive touches its file all the time; a day without is the death of its process.
+_STALE_SECONDS = 24 * 3600
+
+# How many directories to remember as durable: some megabytes at most.
+_REMEMBERED_DIRECTORIES = 32_768
+
+_OBJECT_MODE = 0o444  # written once: the mode says so, too
+_ROOT_MODE = 0o700  # mail is nobody else's business; who wants it otherwise makes the directory first
+
+
+class FilesystemStore:
+    """Objects as read-only files below ``root``. For any number of threads and processes at once.
+
+    ``root`` must exist, except for ``probe``, which makes it: an archive must
+    not begin anew below the mount point of a volume that has gone away.
+    """
+
+    def __init__(self, root: Path) -> None:
+        # Absolute from the start: a later change of the working directory must not move the archive.
+        self._root = root.absolute()
+        self._incoming = self._root / ".incoming"
+        self._durable_directories: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return f"file:{self._root}"
+
+    def put(self, key: str, body: Body) -> PutResult:
+        path = self._path(key)
+        try:
+            temporary = self._write(key, body)
+            try:
+                created = self._link(temporary, path)
+            finally:
+                temporary.unlink()
+            if not created:
+                _compare(key, path, body)
+            # Also where another process won: its own call may still be on the way to this.
+            durable_directory(path.parent)
+        except OSError as error:
+            raise failure(error, f"write {path}") from error
+        return PutResult(created)
+
+    @contextmanager
+    def get(self, key: str) -> Iterator[Iterator[bytes]]:
+        path = self._path(key)
+        try:
+            file = path.open("rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            self._check_root()
+            raise ObjectNotFound(f"{key} is not in {self.url}") from error
+        except OSError as error:
+            raise failure(error, f"read {path}") from error
+        with file:
+            yield _translated(file, path)
+
+    def stat(self, key: str) -> StoredObject | None:
+        path = self._path(key)
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_root()
+            return None
+        except OSError as error:
+            raise failure(error, f"look at {path}") from error
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        modified_at = datetime.fromtimestamp(status.st_mtime, UTC)
+        return StoredObject(key, status.st_size, modified_at=modified_at)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+        parent, slash, _ = check_prefix(prefix).rpartition("/")
+        self._check_root()
+        return self._walk(parent + slash, prefix, after)
+
+    def probe(self) -> None:
+        """As the port says; also makes the directory, and removes what dead processes left in it."""
+        try:
+            self._make_root()
+            with self._mark() as mark:
+                _check_links(mark)
+                durable_directory(self._incoming)
+                # By the file system's own clock: it need not agree with this machine's.
+                self._remove_older_than(mark.stat().st_mtime - _STALE_SECONDS)
+        except OSError as error:
+            raise failure(error, f"use the directory {self._root} as a store") from error
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _check_root(self) -> None:
+        """Tells a missing object from a missing archive. Raises OperatorNeeded, TryLater."""
+        try:
+            os.scandir(self._root).close()
+        except OSError as error:
+            raise failure(error, f"use the directory {self._root} as a store") from error
+
+    def _temporary(self) -> tuple[BinaryIO, Path]:
+        path = self._incoming / f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            return path.open("xb"), path
+        except FileNotFoundError:
+            self._incoming.mkdir(exist_ok=True)
+            return path.open("xb"), path
+
+    @contextmanager
+    def _mark(self) -> Iterator[Path]:
+        file, path = self._temporary()
+        file.close()
+        try:
+            yield path
+        finally:
+            path.unlink()
+
+    def _write(self, key: str, body: Body) -> Path:
+        """A temporary file that holds the body, checked and durable."""
+        file, path = self._temporary()
+        try:
+            with file, body.open() as reader:
+                os.fchmod(file.fileno(), _OBJECT_MODE)
+                _copy(key, reader, file, body)
+                file.flush()
+                durable(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+        return path
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        """Gives the temporary file its name; false when that is taken."""
+        self._make_directory(path.parent)
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        return True
+
+    def _make_directory(self, directory: Path) -> None:
+        """Makes a directory below the root, and its path durable.
+
+        Also a path that was there already: another process may have made it
+        just now and died before it was durable.
+        """
+        if str(directory) in self._durable_directories and directory.is_dir():
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for ancestor in directory.parents:
+            durable_directory(ancestor)
+            if ancestor == self._root:
+                break
+        if len(self._durable_directories) >= _REMEMBERED_DIRECTORIES:
+            self._durable_directories.clear()
+        self._durable_directories.add(str(directory))
+
+    def _make_root(self) -> None:
+        missing = [path for path in (self._root, *self._root.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(mode=_ROOT_MODE, exist_ok=True)
+            durable_directory(path.parent)
+        self._incoming.mkdir(exist_ok=True)
+
+    def _remove_older_than(self, limit: float) -> None:
+        with os.scandir(self._incoming) as entries:
+            for entry in entries:
+                # Two processes may clean at the same time.
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.stat(follow_symlinks=False).st_mtime < limit:
+                        Path(entry.path).unlink()
+
+    def _walk(self, directory: str, prefix: str, after: str) -> Iterator[StoredObject]:
+        """What lies below ``directory`` ("" or "a/b/"), in the order of the whole keys.
+
+        A directory sorts by its name with the slash, as its keys do:
+        "a-b" comes before "a/x", and that before "a0".
+        """
+        try:
+            with os.scandir(self._root / directory) as entries:
+                names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise failure(error, f"list {self._root / directory}") from error
+        for name in names:
+            key = directory + name
+            if not is_key(key.removesuffix("/")):
+                continue  # nothing of ours, or what is incoming
+            if name.endswith("/"):
+                wanted = key.startswith(prefix) or prefix.startswith(key)
+                if wanted and (key > after or after.startswith(key)):
+                    yield from self._walk(key, prefix, after)
+            elif key.startswith(prefix) and key > after:
+                stored = self.stat(key)
+                if stored is not None:
+                    yield stored
+
+
+def _chunks(reader: BinaryIO) -> Iterator[bytes]:
+    while chunk := reader.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _copy(key: str, reader: BinaryIO, file: BinaryIO, body: Body) -> None:
+    digest = hashlib.sha256()
+    size = 0
+    for chunk in _chunks(reader):
+        digest.update(chunk)
+        size += file.write(chunk)
+    if (size, digest.digest()) != (body.size, body.sha256):
+        raise IntegrityError(f"the content of {key} changed between the wire and the store")
+
+
+def _translated(reader: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from _chunks(reader)
+    except OSError as error:
+        raise failure(error, f"read {path}") from error
+
+
+def _compare(key: str, path: Path, body: Body) -> None:
+    """Whoever is told that an object is there already will rely on it. Raises ObjectDiffers, TryLater."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            same = os.fstat(file.fileno()).st_size == body.size
+            same = same and hashlib.file_digest(file, "sha256").digest() == body.sha256
+    except FileNotFoundError as error:
+        raise TryLater(f"{key} was removed while it was written again") from error
+    if not same:
+        raise ObjectDiffers(f"{key} is in the store already, with other content")
+
+
+def _check_links(mark: Path) -> None:
+    """Whether link(2) works here, and refuses a name that is taken: write-once stands on it."""
+    second = mark.with_suffix(".link")
+    second.hardlink_to(mark)
+    try:
+        second.hardlink_to(mark)
+    except FileExistsError:
+        return
+    finally:
+        second.unlink()
+    raise OperatorNeeded(
+        "this file system lets a hard link replace a file", hint="choose a local file system"
+    )

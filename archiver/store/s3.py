@@ -1,0 +1,551 @@
+"""The store in a bucket of S3, or of whatever speaks its protocol.
+
+Promises what the port promises, as far as the server keeps to three things:
+``If-None-Match: *`` refuses an existing key, also where a multipart upload is
+completed; a body whose SHA-256 is not the one in ``x-amz-checksum-sha256`` is
+refused; an answered PUT is durable. Not every maker's server does; which do
+is for ``archiver bucket doctor`` to find out.
+
+Needs the rights s3:PutObject, s3:GetObject, s3:ListBucket and
+s3:AbortMultipartUpload. A lifecycle rule that removes incomplete multipart
+uploads after some days clears away what a killed process leaves unseen.
+
+Tries once: botocore's own retries are off. Credentials come by boto3's chain.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlsplit
+
+import boto3
+import urllib3
+from botocore import exceptions as boto
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+
+from archiver import __version__
+from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater, UsageError
+from archiver.store import (
+    Body,
+    ObjectDiffers,
+    ObjectNotFound,
+    PutResult,
+    StoredObject,
+    check_key,
+    check_prefix,
+    is_key,
+)
+from archiver.store._disk import failure
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from botocore.awsrequest import AWSPreparedRequest
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+__all__ = ["S3Store"]
+
+_MIB = 1024 * 1024
+
+# Below, one request; above, parts. A part that fails is what must be sent again.
+_MULTIPART_BYTES = 64 * _MIB
+_PART_BYTES = 16 * _MIB
+_MOST_PARTS = 10_000  # docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+
+# botocore sends every body with "Expect: 100-continue", and waits a round trip for the answer. That
+# is worth it from where sending takes longer than a round trip: then a refusal comes before the body.
+_EXPECT_BYTES = 512 * 1024
+
+_CHUNK_BYTES = 256 * 1024
+_FILE_BUFFER_BYTES = 128 * 1024
+
+_CONTENT_TYPES = {".eml": "message/rfc822", ".ndjson": "application/x-ndjson"}
+
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile or role they come from"
+_EXPIRED = "renew AWS_SESSION_TOKEN with its keys, or use a role that renews itself"
+_RIGHTS = "grant s3:PutObject, s3:GetObject, s3:ListBucket and s3:AbortMultipartUpload to these credentials"
+_BUCKET = "create the bucket, or correct ARCHIVER_STORE_URL or ARCHIVER_S3_ENDPOINT_URL"
+_REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
+_ENDPOINT = "check ARCHIVER_S3_ENDPOINT_URL: what answers there does not speak S3 as it must"
+_CERTIFICATE = "set AWS_CA_BUNDLE to the file of the authority that signed its certificate"
+_ORDER = "name accounts so that no name begins another, or use a server that lists keys in their order"
+_UNREACHABLE = "check ARCHIVER_S3_ENDPOINT_URL, the network, and that the server runs"
+
+# docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. An answer to HEAD has no body, so
+# that only its status is known: the numbers stand for those.
+_LASTING = {
+    "AccessDenied": _RIGHTS,
+    "AllAccessDisabled": _RIGHTS,
+    "AuthorizationHeaderMalformed": _REGION,
+    "EntityTooLarge": "raise the limit of the server, or of the proxy before it, for the size of a request",
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "IllegalLocationConstraintException": _REGION,
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidObjectState": "the object is in a cold storage class: restore it first",
+    "InvalidToken": _EXPIRED,
+    "NoSuchBucket": _BUCKET,
+    "NotImplemented": _ENDPOINT,
+    "PermanentRedirect": _REGION,
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "SignatureDoesNotMatch": _CREDENTIALS,
+    "TokenRefreshRequired": _EXPIRED,
+    "301": _REGION,
+    "401": _CREDENTIALS,
+    "403": _RIGHTS,
+    "404": _BUCKET,
+    "413": "raise the limit of the server, or of the proxy before it, for the size of a request",
+    "501": _ENDPOINT,
+}
+_DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+_PASSING = _DAMAGED | {
+    "BandwidthLimitExceeded",
+    "ConditionalRequestConflict",
+    "InternalError",
+    "NoSuchUpload",  # somebody else's cleaning; a repetition begins another one
+    "OperationAborted",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "408",
+    "409",
+    "425",
+    "429",
+}
+
+# What never reached a server, or never came back from it; the first that fits counts.
+_CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[ArchiverError], str]] = [
+    ((boto.NoCredentialsError, boto.PartialCredentialsError), OperatorNeeded, _CREDENTIALS),
+    (
+        (boto.TokenRetrievalError, boto.SSOError),
+        OperatorNeeded,
+        "log in again, or use a role",
+    ),
+    # From a machine's or pod's metadata service, or a helper program: these recover.
+    ((boto.CredentialRetrievalError, boto.MetadataRetrievalError), TryLater, _CREDENTIALS),
+    ((boto.ConnectionError, boto.HTTPClientError), TryLater, _UNREACHABLE),
+    ((boto.IncompleteReadError, urllib3.exceptions.HTTPError), TryLater, _UNREACHABLE),
+    ((boto.ChecksumError, boto.FlexibleChecksumError), TryLater, "nothing to do, unless it happens often"),
+    (ResponseParserError, OperatorNeeded, _ENDPOINT),
+    (boto.BotoCoreError, OperatorNeeded, "check the AWS_* settings and ARCHIVER_S3_ENDPOINT_URL"),
+]
+_FOREIGN = (boto.ClientError, boto.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, OSError)
+
+
+class S3Store:
+    """Objects below ``prefix`` (which may be empty) of ``bucket``. For any number of threads.
+
+    ``endpoint_url`` is None for Amazon's own, ``region`` None for what the
+    environment says. ``max_connections`` are kept open: one for each thread
+    that uses the store. Bodies above ``multipart_bytes`` go up in parts of
+    ``part_bytes`` (larger where 10,000 of them would not do). ``session`` is
+    a boto3 session other than the environment's. Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        max_connections: int = 32,
+        multipart_bytes: int = _MULTIPART_BYTES,
+        part_bytes: int = _PART_BYTES,
+        connect_timeout_seconds: float = 10,
+        read_timeout_seconds: float = 60,
+        session: boto3.session.Session | None = None,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = f"{check_prefix(prefix).removesuffix('/')}/" if prefix else ""
+        self._multipart_bytes = multipart_bytes
+        self._part_bytes = part_bytes
+        if endpoint_url is not None:
+            _check_endpoint(endpoint_url)
+        config = Config(
+            user_agent_extra=f"archiver/{__version__}",
+            connect_timeout=connect_timeout_seconds,
+            read_timeout=read_timeout_seconds,
+            max_pool_connections=max_connections,
+            tcp_keepalive=True,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            # Few servers have a name for each bucket; Amazon's do.
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+            # The default adds a trailing CRC to every body, on which many servers choke.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            self._client = (session or boto3.session.Session()).client(
+                "s3", endpoint_url=endpoint_url, region_name=region, config=config
+            )
+        except (boto.BotoCoreError, ValueError) as error:
+            raise UsageError(f"cannot use S3 with these settings: {_one_line(str(error))}") from error
+        # There is no setting for either.
+        self._client.meta.events.register("before-send.s3.PutObject", _send_small_bodies_at_once)
+        self._client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
+        self._where = f"{self.url} at {self._client.meta.endpoint_url}"
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".removesuffix("/")
+
+    def put(self, key: str, body: Body) -> PutResult:
+        name = self._name(key)
+        with self._translated(f"write {key}"):
+            try:
+                if body.size > self._multipart_bytes:
+                    # Before much is sent for nothing: a look costs one round trip.
+                    if self.stat(key) is not None:
+                        return self._compare(key, body)
+                    return PutResult(True, self._put_in_parts(name, body))
+                return PutResult(True, self._put_at_once(name, body))
+            except boto.ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412"):
+                    return self._compare(key, body)
+                if _code(error) in _DAMAGED:
+                    _check_body(body)  # here, or on the way?
+                raise
+
+    @contextmanager
+    def get(self, key: str) -> Iterator[Iterator[bytes]]:
+        name = self._name(key)
+        with self._translated(f"read {key}"):
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            except boto.ClientError as error:
+                if _code(error) == "NoSuchKey":
+                    raise ObjectNotFound(f"{key} is not in {self._where}") from error
+                raise
+        with closing(answer["Body"]) as content:
+            _required(answer, "ETag")
+            yield self._chunks(key, content)
+
+    def stat(self, key: str) -> StoredObject | None:
+        name = self._name(key)
+        with self._translated(f"look at {key}"):
+            try:
+                head = self._client.head_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED")
+            except boto.ClientError as error:
+                # An answer to HEAD never says why: that the key is missing, or the bucket is.
+                self._look(name)
+                if _status(error) == HTTPStatus.NOT_FOUND:
+                    return None
+                raise
+        _required(head, "ETag")
+        return StoredObject(
+            key,
+            head["ContentLength"],
+            sha256=_sha256_of(head),
+            version_id=head.get("VersionId"),
+            modified_at=head.get("LastModified"),
+        )
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+        query: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
+        if after:
+            query["StartAfter"] = self._prefix + after
+        pages = iter(self._client.get_paginator("list_objects_v2").paginate(**query))
+        last = after
+        while True:
+            with self._translated(f"list {prefix or 'everything'}"):
+                page = next(pages, None)
+            if page is None:
+                return
+            for item in page.get("Contents", ()):
+                key = item["Key"].removeprefix(self._prefix)
+                if not is_key(key):
+                    continue  # a bucket may hold other things, such as a console's "folders"
+                if key <= last:
+                    # Some servers sort by the parts of a path: "a/x" before "a-b". Whoever compares
+                    # this listing with another would find objects missing that are not.
+                    raise OperatorNeeded(f"{self._where} lists {key} behind {last}", hint=_ORDER)
+                last = key
+                yield StoredObject(key, item["Size"], modified_at=item["LastModified"])
+
+    def probe(self) -> None:
+        """As the port says; writing is tried by beginning a multipart upload and aborting it."""
+        name = f"{self._prefix}probe"
+        with self._translated("use the bucket"):
+            self._look(self._prefix)
+            begun = self._client.create_multipart_upload(Bucket=self._bucket, Key=name)
+            upload_id = _required(begun, "UploadId")
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
+
+    def _name(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _look(self, prefix: str) -> None:
+        """The cheapest question that is answered with a reason: does the bucket exist, and let us in?"""
+        self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1)
+
+    def _put_at_once(self, name: str, body: Body) -> str | None:
+        with body.open() as reader:
+            answer = self._client.put_object(
+                Bucket=self._bucket,
+                Key=name,
+                Body=io.BufferedReader(_Part(reader, 0, body.size), _FILE_BUFFER_BYTES),
+                ContentLength=body.size,
+                ContentType=_content_type(name),
+                ChecksumSHA256=_base64(body.sha256),
+                Metadata={"sha256": body.sha256.hex()},
+                IfNoneMatch="*",
+            )
+        _required(answer, "ETag")
+        return answer.get("VersionId")
+
+    def _put_in_parts(self, name: str, body: Body) -> str | None:
+        begun = self._client.create_multipart_upload(
+            Bucket=self._bucket,
+            Key=name,
+            ContentType=_content_type(name),
+            ChecksumAlgorithm="SHA256",
+            Metadata={"sha256": body.sha256.hex()},
+        )
+        upload_id = _required(begun, "UploadId")
+        try:
+            parts = self._send_parts(name, upload_id, body)
+        except BaseException:
+            self._abort(name, upload_id)
+            raise
+        try:
+            answer = self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=name,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                IfNoneMatch="*",
+            )
+        except boto.ClientError as error:
+            # Only a clear refusal. Where the answer was lost, or the server failed, the object may
+            # exist or be about to: an abort could take away what it is made of.
+            if _status(error) < HTTPStatus.INTERNAL_SERVER_ERROR:
+                self._abort(name, upload_id)
+            raise
+        _required(answer, "ETag")
+        return answer.get("VersionId")
+
+    def _send_parts(self, name: str, upload_id: str, body: Body) -> "Sequence[CompletedPartTypeDef]":
+        """Sends the parts one after the other, each read twice: for its checksum, and to be sent."""
+        part_bytes = max(self._part_bytes, -(-body.size // _MOST_PARTS))
+        whole = hashlib.sha256()
+        parts: list[CompletedPartTypeDef] = []
+        with body.open() as reader:
+            for start in range(0, body.size, part_bytes):
+                size = min(part_bytes, body.size - start)
+                checksum = hashlib.sha256()
+                with io.BufferedReader(_Part(reader, start, size), _FILE_BUFFER_BYTES) as part:
+                    while chunk := part.read(_CHUNK_BYTES):
+                        checksum.update(chunk)
+                        whole.update(chunk)
+                    if start + size == body.size and whole.digest() != body.sha256:
+                        raise _damaged()
+                    part.seek(0)
+                    answer = self._client.upload_part(
+                        Bucket=self._bucket,
+                        Key=name,
+                        UploadId=upload_id,
+                        PartNumber=len(parts) + 1,
+                        Body=part,
+                        ContentLength=size,
+                        ChecksumSHA256=_base64(checksum.digest()),
+                    )
+                parts.append(
+                    {
+                        "PartNumber": len(parts) + 1,
+                        "ETag": _required(answer, "ETag"),
+                        "ChecksumSHA256": _base64(checksum.digest()),
+                    }
+                )
+        return parts
+
+    def _abort(self, name: str, upload_id: str) -> None:
+        # The failure that led here is what the caller must hear of.
+        with suppress(*_FOREIGN):
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
+
+    def _compare(self, key: str, body: Body) -> PutResult:
+        """Whoever is told that an object is there already will rely on it."""
+        stored = self.stat(key)
+        if stored is None:
+            raise TryLater(f"{key} was removed from {self._where} while it was written again")
+        if stored.size != body.size or stored.sha256 not in (None, body.sha256):
+            raise ObjectDiffers(f"{key} is in {self._where} already, with other content")
+        return PutResult(False, stored.version_id)
+
+    def _chunks(self, key: str, content: Any) -> Iterator[bytes]:
+        with self._translated(f"read {key}"):
+            while chunk := content.read(_CHUNK_BYTES):
+                yield chunk
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except _FOREIGN as error:
+            raise self._translate(error, doing) from error
+
+    def _translate(self, error: Exception, doing: str) -> ArchiverError:
+        cause = error.kwargs.get("error") if isinstance(error, boto.HTTPClientError) else None
+        if isinstance(cause, ArchiverError):
+            return cause  # of the body, met while botocore was reading it
+        trying = f"{doing} in {self._where}"
+        if isinstance(error, boto.ClientError):
+            return _refusal(error, trying)
+        message = f"cannot {trying}: {_one_line(str(error))}"
+        if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return OperatorNeeded(message, hint=_CERTIFICATE)
+        for types, translation, hint in _CLIENT_SIDE:
+            if isinstance(error, types):
+                return translation(message, hint=hint)
+        return failure(error, trying) if isinstance(error, OSError) else OperatorNeeded(message)
+
+
+class _Part(io.RawIOBase):
+    """Exactly ``size`` octets of a reader, from ``start``: no more, and no fewer without an error."""
+
+    def __init__(self, reader: BinaryIO, start: int, size: int) -> None:
+        super().__init__()
+        self._reader = reader
+        self._start = start
+        self._size = size
+        self._position = 0
+        self._reader.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        target = memoryview(buffer).cast("B")
+        wanted = min(len(target), self._size - self._position)
+        data = self._reader.read(wanted)
+        if wanted and not data:
+            raise _damaged()
+        target[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        self._reader.seek(self._start + self._position)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+def _send_small_bodies_at_once(request: "AWSPreparedRequest", **_: object) -> None:
+    # The signature does not cover this header.
+    if int(request.headers.get("Content-Length", _EXPECT_BYTES)) < _EXPECT_BYTES:
+        del request.headers["Expect"]
+
+
+def _follow_no_redirect(params: dict[str, Any], **_: object) -> None:
+    """Where a request is redirected, botocore asks by HeadBucket for the bucket's region.
+
+    Should a server, or the proxy before it, redirect everything, then that
+    question, too: botocore would ask again for ever.
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _required(answer: Mapping[str, Any], name: str) -> str:
+    """What S3 never leaves out, such as an object's ETag: who leaves it out may be any web server."""
+    if not answer.get(name):
+        raise OperatorNeeded(f"a request to S3 was answered without {name}", hint=_ENDPOINT)
+    return str(answer[name])
+
+
+def _check_endpoint(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError("ARCHIVER_S3_ENDPOINT_URL must look like https://host:port")
+    if "@" in parts.netloc:
+        raise UsageError("ARCHIVER_S3_ENDPOINT_URL must hold no credentials: AWS_ACCESS_KEY_ID does")
+
+
+def _check_body(body: Body) -> None:
+    """Raises IntegrityError when it is not what it says, so that sending it again would not help."""
+    digest = hashlib.sha256()
+    size = 0
+    with body.open() as reader:
+        while chunk := reader.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    if (size, digest.digest()) != (body.size, body.sha256):
+        raise _damaged()
+
+
+def _damaged() -> IntegrityError:
+    return IntegrityError("the content changed between the wire and the store")
+
+
+def _content_type(name: str) -> str:
+    return _CONTENT_TYPES.get(PurePosixPath(name).suffix, "application/octet-stream")
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode("ascii")
+
+
+def _sha256_of(head: Any) -> bytes | None:
+    """The digest of the whole object from an answer to HEAD.
+
+    The server's own, where it made one of the whole (a composite one, of a
+    multipart upload, ends in "-" and the number of parts); else what was
+    written beside the object. Some servers change the case of metadata.
+    """
+    with suppress(binascii.Error):
+        digest = base64.b64decode(head.get("ChecksumSHA256", ""), validate=True)
+        if len(digest) == hashlib.sha256().digest_size and head.get("ChecksumType") != "COMPOSITE":
+            return digest
+    for name, value in head.get("Metadata", {}).items():
+        if name.lower() == "sha256" and re.fullmatch("[0-9a-f]{64}", value):
+            return bytes.fromhex(value)
+    return None
+
+
+def _code(error: boto.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: boto.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _refusal(error: boto.ClientError, trying: str) -> ArchiverError:
+    """Of an answer that is no success. An unknown code counts by its status."""
+    code, status = _code(error), _status(error)
+    text = error.response.get("Error", {}).get("Message", "")
+    message = _one_line(f"cannot {trying}: {code or status} {text}")
+    if code in _LASTING:
+        return OperatorNeeded(message, hint=_LASTING[code])
+    failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
+    if failed or code in _PASSING or str(status) in _PASSING:
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        wait = headers.get("retry-after", "")
+        # RFC 9110, section 10.2.3: seconds, or a date, which no store sends.
+        return TryLater(message, wait_seconds=float(wait) if re.fullmatch(r"\d{1,6}", wait) else None)
+    return OperatorNeeded(message, hint=_LASTING.get(str(status)))
+
+
+def _one_line(text: str) -> str:
+    """What others say, fit for a log."""
+    return re.sub(r"[^ -~]+", " ", text)[:500].strip()
