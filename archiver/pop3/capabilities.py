@@ -1,0 +1,57 @@
+"""What a server says it can do (CAPA, RFC 2449 section 5).
+
+Owns the reading of a capability list. Promises to take any list: unknown tags,
+empty lines, repetitions, and the word CAPA that some servers put first. Servers
+both under- and over-report, so this is advice; only what would be harmful to
+try unasked (PIPELINING) depends on it.
+"""
+
+from dataclasses import dataclass
+
+from archiver.pop3.failures import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """A capability list. ``lines`` are for people; parameters of a repeated tag add up."""
+
+    lines: tuple[str, ...]
+    parameters: dict[str, tuple[str, ...]]
+
+    def __contains__(self, tag: str) -> bool:
+        return tag in self.parameters
+
+    @property
+    def sasl_mechanisms(self) -> frozenset[str]:
+        """The names after SASL (RFC 2449 section 6.3), in upper case."""
+        return frozenset(name.upper() for name in self.parameters.get("SASL", ()))
+
+    @property
+    def login_delay_seconds(self) -> float | None:
+        """The least time between two logins (RFC 2449 section 6.5)."""
+        for parameter in self.parameters.get("LOGIN-DELAY", ()):
+            if parameter.isdecimal():
+                return min(float(parameter), _LONGEST_DELAY_SECONDS)
+        return None
+
+    @property
+    def implementation(self) -> str | None:
+        """What the server calls itself (RFC 2449 section 6.9)."""
+        return " ".join(self.parameters.get("IMPLEMENTATION", ())) or None
+
+
+_LONGEST_DELAY_SECONDS = 86400.0
+
+
+def parse_capabilities(block: bytes) -> Capabilities:
+    """Read the multi-line response to CAPA."""
+    lines: list[str] = []
+    parameters: dict[str, tuple[str, ...]] = {}
+    for octets in block.splitlines():
+        line = printable(octets.strip())
+        tag, *words = line.split() or [""]
+        if tag.upper() in {"", "CAPA"}:
+            continue
+        lines.append(line)
+        parameters[tag.upper()] = parameters.get(tag.upper(), ()) + tuple(words)
+    return Capabilities(tuple(lines), parameters)

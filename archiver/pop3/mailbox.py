@@ -1,0 +1,758 @@
+"""One POP3 session: from the connection to QUIT (RFC 1939, RFC 2449, RFC 2595, RFC 5034).
+
+Owns the order of commands, what may be pipelined, and every limit. Promises:
+
+- nothing secret crosses a channel that is not private, and never a fallback;
+- a message's octets reach the caller's sink as they arrive, never the whole of
+  it in memory;
+- nothing is deleted unless ``quit`` was called: leaving the block in any other
+  way drops the connection, and a server deletes only at QUIT (RFC 1939 section 6);
+- an error that concerns one message alone is a ``Refused``; every other error
+  ends the session, and is a ``Pop3Error``.
+
+Leaves to the caller what to fetch, what to delete, when to try again. A session
+is used by one thread.
+"""
+
+import base64
+import binascii
+import builtins
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Generic, Protocol, Self, TypeVar
+
+from archiver.pop3.capabilities import Capabilities, parse_capabilities
+from archiver.pop3.failures import (
+    FailureKind,
+    Pop3Error,
+    Stage,
+    Verdict,
+    classify,
+    printable,
+    says_unknown_command,
+)
+from archiver.pop3.listing import Entry, Listing, decimal, join, parse_list, parse_uidl
+from archiver.pop3.sasl import LOGIN_COMMANDS, MECHANISMS, Mechanism, choose_mechanism
+from archiver.pop3.transport import Transport, tls_context
+from archiver.pop3.url import Endpoint, Tls
+from archiver.pop3.wire import (
+    COMMAND_LINE_OCTETS,
+    STATUS_LINE_OCTETS,
+    BlockEnd,
+    Command,
+    Event,
+    Receiver,
+    Reply,
+    Shape,
+    Status,
+    command,
+)
+
+_CAPABILITY_OCTETS: Final = 64 * 1024  # the longest seen is under 1 KiB
+_CHALLENGES: Final = 8  # of one login; SCRAM needs two
+_GREETING: Final = Command(b"", "the greeting")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long, and how much, at most. Seconds and octets."""
+
+    connect_seconds: float = 30
+    """For TCP, and again for the TLS handshake."""
+    greeting_seconds: float = 60
+    """Servers look up names and play for time before they greet."""
+    capability_seconds: float = 20
+    """Some servers never answer CAPA; the session is then opened anew without it."""
+    login_seconds: float = 180
+    """Servers wait up to two minutes for another session's lock before they refuse."""
+    listing_seconds: float = 300
+    """Until a listing begins: a server may first have to read every message for its size."""
+    idle_seconds: float = 60
+    """Between two octets of anything else."""
+    session_seconds: float = 3600
+    """From the first octet to the last before QUIT, however steadily the server drips."""
+    quit_seconds: float = 300
+    """A server rewrites a big mailbox at QUIT before it answers."""
+    status_line_octets: int = STATUS_LINE_OCTETS
+    listing_lines: int = 2_000_000
+    listing_octets: int = 256 * 1024 * 1024
+    message_octets: int = 1024 * 1024 * 1024
+    """A larger message is refused."""
+    window: int = 32
+    """Commands outstanding when pipelining, refilled at half. The sixteen that are then left are 1.3 MB of
+    usual mail (mean 80 KB), more than 100 Mbit/s carries in two round trips of 40 ms; 32 commands are under
+    600 octets, which any socket buffer takes; and no more than 32 messages are still to come when a caller
+    stops."""
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What is known of the server, for the record. Text of the server is escaped and cut."""
+
+    host: str
+    port: int
+    greeting: str
+    capabilities: tuple[str, ...]
+    """The lines of the last CAPA; nothing that was told in clear before STLS."""
+    tls_version: str | None
+    cipher: str | None
+    certificate_sha256: str | None
+    certificate_not_after: datetime | None
+    mechanism: str | None
+    """How the login was done; None before it."""
+    pipelining: bool
+    """Whether commands are pipelined in this session."""
+    bare_lf: bool
+    """Whether the server ends its lines in a bare LF, which frames this session."""
+    login_delay_seconds: float | None
+    implementation: str | None
+
+
+class Sink(Protocol):
+    """Where a message's octets go, in order."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take all of ``data``."""
+
+
+SinkT = TypeVar("SinkT", bound=Sink)
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved(Generic[SinkT]):
+    """A message that is complete in its sink."""
+
+    entry: Entry
+    sink: SinkT
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Generic[SinkT]):
+    """A message that cannot be had (kind POISON), while the session goes on.
+
+    ``sink`` is set when one was opened: it holds a part, to be thrown away.
+    """
+
+    entry: Entry
+    error: Pop3Error
+    sink: SinkT | None = None
+
+
+class _CapaError(Exception):
+    """The server hung or hung up at CAPA."""
+
+
+class Mailbox:
+    """A session with one mailbox. Made by ``connect``; a context manager.
+
+    The order is ``login``, ``list``, then ``retrieve`` and ``delete`` as wanted,
+    then ``quit``.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        ca_file: Path | None,
+        limits: Limits,
+        allow_pipelining: bool,
+        ask_capabilities: bool,
+        monotonic: Callable[[], float],
+    ) -> None:
+        """Use ``connect``."""
+        self._endpoint = endpoint
+        self._limits = limits
+        self._allow_pipelining = allow_pipelining
+        self._ask_for_capabilities = ask_capabilities
+        self._monotonic = monotonic
+        self._deadline = monotonic() + limits.session_seconds
+        self._secrets: tuple[bytes, ...] = ()
+        self._failure: Pop3Error | None = None
+        self._receiver = self._new_receiver()
+        self._outstanding: deque[Command] = deque()
+        self._capabilities: Capabilities | None = None
+        self._greeting = ""
+        self._mechanism: str | None = None
+        self._in_transit: Entry | None = None
+        self._listed = False
+        self._closed = False
+        with self._named("connect"):
+            self._transport = Transport.connect(
+                endpoint.host, endpoint.port, timeout_seconds=limits.connect_seconds, monotonic=monotonic
+            )
+        try:
+            self._open(ca_file)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(
+        cls,
+        endpoint: Endpoint,
+        *,
+        ca_file: Path | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        allow_pipelining: bool = True,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """Connect, start TLS as the endpoint demands, read the greeting, ask for CAPA.
+
+        A server that hangs, or hangs up, at CAPA is called again without it,
+        once. Raises Pop3Error.
+        """
+        call = partial(
+            cls,
+            endpoint,
+            ca_file=ca_file,
+            limits=limits,
+            allow_pipelining=allow_pipelining,
+            monotonic=monotonic,
+        )
+        try:
+            return call(ask_capabilities=True)
+        except _CapaError:
+            return call(ask_capabilities=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def facts(self) -> ServerFacts:
+        """What is known of the server by now."""
+        tls = self._transport.tls
+        known = self._capabilities
+        return ServerFacts(
+            host=self._endpoint.host,
+            port=self._endpoint.port,
+            greeting=self._greeting,
+            capabilities=known.lines if known else (),
+            tls_version=tls.version if tls else None,
+            cipher=tls.cipher if tls else None,
+            certificate_sha256=tls.certificate_sha256 if tls else None,
+            certificate_not_after=tls.certificate_not_after if tls else None,
+            mechanism=self._mechanism,
+            pipelining=self._pipelining,
+            bare_lf=self._receiver.bare_lf,
+            login_delay_seconds=known.login_delay_seconds if known else None,
+            implementation=known.implementation if known else None,
+        )
+
+    @property
+    def in_transit(self) -> Entry | None:
+        """The entry whose message is awaited or being received; stays set when the connection dies there."""
+        return self._in_transit
+
+    # The session's steps, in their order.
+
+    def login(self, password: str) -> None:
+        """Log in, by the best way that the server and the endpoint have in common; then ask for CAPA again.
+
+        Another way is tried only when the server does not know the first one.
+        Raises Pop3Error: AUTH when the credentials were refused, TRANSIENT for a
+        lock or throttling, OPERATOR when a person is needed, SECURITY when the
+        channel is not private. The password is in no error.
+        """
+        if self._mechanism is not None:
+            raise RuntimeError("the session is logged in")
+        known = self._capabilities
+        with self._named("login"):
+            self._secrets = _secrets(self._endpoint.user, password)
+            ways = choose_mechanism(
+                known.sasl_mechanisms if known else frozenset(),
+                self._endpoint.mechanism,
+                private=self._transport.tls is not None or self._endpoint.tls is Tls.NONE,
+                user_is_ascii=self._endpoint.user.isascii(),
+            )
+        deadline = self._until(self._limits.login_seconds)
+        for way in ways:
+            refusal = self._login_by(way, password, deadline)
+            if refusal is None:
+                self._mechanism = way
+                break
+            label, reply = refusal
+            if way is ways[-1] or not says_unknown_command(reply.text):
+                raise self._refused(label, reply, Stage.LOGIN)
+        if self._ask_for_capabilities:
+            self._ask_capabilities(deadline)
+
+    def stat(self) -> tuple[int, int]:
+        """Count and octets of the mailbox by STAT: a hint. Raises Pop3Error (PROTOCOL: it makes no sense)."""
+        reply = self._ask(command("STAT"), Stage.LISTING)
+        match [decimal(field) for field in reply.text.split()[:2]]:
+            case [int(count), int(octets)]:
+                return count, octets
+            case _:
+                raise self._error(FailureKind.PROTOCOL, "STAT", f"the server said {self._show(reply.text)!r}")
+
+    def list(self) -> Listing:
+        """The one listing of this session, by UIDL and LIST; a second call is a programming error.
+
+        After a DELE some servers renumber their listings while RETR and DELE
+        keep the old numbers, so a session lists once, before any DELE. UIDL is
+        tried even if CAPA lacks it. Raises Pop3Error when the server has neither.
+        """
+        if self._listed:
+            raise RuntimeError("a session lists its mailbox once")
+        self._listed = True
+        uidl, sizes = self._listing_blocks(
+            command("UIDL", shape=Shape.BLOCK), command("LIST", shape=Shape.BLOCK)
+        )
+        if uidl is None and sizes is None:
+            raise self._error(FailureKind.PROTOCOL, "UIDL and LIST", "the server knows neither")
+        return join(
+            None if uidl is None else parse_uidl(uidl),
+            None if sizes is None else parse_list(sizes),
+        )
+
+    def retrieve(
+        self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
+    ) -> Iterator[Retrieved[SinkT] | Refused[SinkT]]:
+        """Fetch messages, in the order of ``entries``, each into the sink that ``open_sink`` gives for it.
+
+        With PIPELINING up to ``limits.window`` RETRs are under way, so that the
+        server sends on while the caller works; ``entries`` is consumed lazily, as
+        the window refills, so that the caller can end the supply at any time;
+        what was already asked for still comes. ``open_sink`` is called when the
+        message begins. An iteration that is abandoned earlier leaves replies
+        unread: the session is then good for ``close`` alone.
+
+        Raises Pop3Error for what concerns the whole session; ``in_transit`` is
+        the message at which the connection failed, None when it did not fail but
+        the server refused to go on.
+        """
+        self._need_quiet()
+        supply = iter(entries)
+        awaited: deque[Entry] = deque()
+        while True:
+            self._need_life()
+            self._refill(awaited, supply, _retr)
+            if not awaited:
+                return
+            self._in_transit = awaited[0]
+            try:
+                result = self._receive_message(awaited.popleft(), open_sink)
+            except BaseException as error:  # a sink's too: its message is half read
+                if isinstance(error, Pop3Error):
+                    self._failure = error
+                self.close()
+                raise
+            self._in_transit = None
+            with suppress(Pop3Error):  # raised again once this message, which is complete, was handed over
+                self._refill(awaited, supply, _retr)
+            yield result
+
+    def delete(self, entries: Iterable[Entry]) -> builtins.list[Entry]:
+        """Mark messages for deletion at ``quit``; returns those that the server answered with +OK.
+
+        RuntimeError while messages are outstanding. Raises Pop3Error when the
+        session fails, and then nothing is deleted.
+        """
+        self._need_quiet()
+        supply = iter(entries)
+        awaited: deque[Entry] = deque()
+        marked: list[Entry] = []
+        while True:
+            self._refill(awaited, supply, _dele)
+            if not awaited:
+                return marked
+            entry = awaited.popleft()
+            if self._reply(self._limits.idle_seconds, self._deadline).ok:
+                marked.append(entry)
+
+    def round_trip(self) -> float:
+        """Seconds that a command takes which does nothing: NOOP, or CAPA before the login."""
+        asked = command("NOOP") if self._mechanism else command("CAPA", shape=Shape.BLOCK)
+        started = self._monotonic()
+        self._send(asked)
+        if self._reply(self._limits.idle_seconds, self._deadline).ok and asked.shape is Shape.BLOCK:
+            self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, self._deadline)
+        return self._monotonic() - started
+
+    def quit(self) -> None:
+        """End the session so that the server deletes what was marked, and close.
+
+        RuntimeError while messages are outstanding. A Pop3Error means that it is
+        not known what was deleted; +OK does not prove it either: only a later
+        listing does.
+        """
+        self._need_quiet()
+        try:
+            self._send(command("QUIT"))
+            reply = self._reply(self._limits.quit_seconds, self._monotonic() + self._limits.quit_seconds)
+            if not reply.ok:
+                raise self._refused("QUIT", reply, Stage.UPDATE)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Drop the connection without QUIT, so that nothing is deleted. May be called again."""
+        self._closed = True
+        self._transport.close()
+
+    # Opening.
+
+    def _open(self, ca_file: Path | None) -> None:
+        if self._endpoint.tls is Tls.IMPLICIT:
+            self._start_tls(ca_file)
+        self._expect(_GREETING)
+        greeting = self._reply(self._limits.greeting_seconds, self._until(self._limits.greeting_seconds))
+        self._greeting = printable(greeting.text)
+        if not greeting.ok:
+            raise self._refused(_GREETING.label, greeting, Stage.GREETING)
+        if self._endpoint.tls is Tls.STARTTLS:
+            self._upgrade(ca_file)
+        if self._ask_for_capabilities:
+            try:
+                self._ask_capabilities(self._until(self._limits.capability_seconds))
+            except Pop3Error as error:
+                if error.kind is FailureKind.TRANSIENT:
+                    raise _CapaError from error
+                raise
+
+    def _upgrade(self, ca_file: Path | None) -> None:
+        """STLS (RFC 2595 section 4). CAPA is not asked in clear: what it said would have to be forgotten."""
+        asked = command("STLS")
+        self._send(asked)
+        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        if not reply.ok:
+            raise self._error(
+                FailureKind.SECURITY,
+                asked.label,
+                f"the server refuses TLS, nothing secret was sent: {self._show(reply.text)!r}",
+            )
+        if self._receiver.surplus:
+            raise self._error(
+                FailureKind.SECURITY,
+                asked.label,
+                "octets in clear came after the +OK: somebody injected them",
+            )
+        self._receiver = self._new_receiver()
+        self._start_tls(ca_file)
+
+    def _start_tls(self, ca_file: Path | None) -> None:
+        with self._named("TLS"):
+            self._transport.start_tls(
+                tls_context(ca_file), deadline=self._until(self._limits.connect_seconds)
+            )
+
+    def _ask_capabilities(self, deadline: float) -> None:
+        asked = command("CAPA", shape=Shape.BLOCK)
+        self._send(asked)
+        known = None
+        if self._reply(self._limits.capability_seconds, deadline).ok:
+            known = parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, deadline))
+        self._capabilities = known
+
+    # Logging in.
+
+    def _login_by(self, way: str, password: str, deadline: float) -> tuple[str, Reply] | None:
+        """Try one way; the refused command and its -ERR, or None when it worked."""
+        if way == LOGIN_COMMANDS:
+            return self._login_by_user_pass(password, deadline)
+        mechanism = MECHANISMS[way](self._endpoint.user, password)
+        reply = self._authenticate(mechanism, deadline, at_once=True)
+        if not reply.ok and says_unknown_command(reply.text):
+            # Servers older than RFC 5034, and Microsoft's, know AUTH only without an initial response.
+            reply = self._authenticate(
+                MECHANISMS[way](self._endpoint.user, password), deadline, at_once=False
+            )
+        return None if reply.ok else (f"AUTH {way}", reply)
+
+    def _login_by_user_pass(self, password: str, deadline: float) -> tuple[str, Reply] | None:
+        with self._named("login"):
+            steps = (
+                command("USER", self._endpoint.user, label="USER"),
+                command("PASS", password, label="PASS"),
+            )
+        for step in steps:
+            self._send(step)
+            reply = self._reply(self._limits.login_seconds, deadline)
+            if not reply.ok:
+                return step.label, reply
+        return None
+
+    def _authenticate(self, mechanism: Mechanism, deadline: float, *, at_once: bool) -> Reply:
+        """The AUTH exchange (RFC 5034 section 4), to its +OK or -ERR."""
+        with self._named("login"):
+            initial = mechanism.start()
+        label = f"AUTH {mechanism.name}"
+        opening = f"AUTH {mechanism.name}\r\n".encode()
+        if at_once and initial is not None:
+            whole = f"AUTH {mechanism.name} ".encode() + (base64.b64encode(initial) or b"=") + b"\r\n"
+            if len(whole) <= COMMAND_LINE_OCTETS:
+                opening, initial = whole, None
+        self._send(Command(opening, label, Shape.EXCHANGE))
+        for _ in range(_CHALLENGES):
+            reply = self._reply(self._limits.login_seconds, deadline)
+            if reply.status is not Status.CHALLENGE:
+                if reply.ok and not mechanism.complete:
+                    reason = "the server ended the exchange before it proved itself"
+                    raise self._error(FailureKind.SECURITY, label, reason)
+                return reply
+            if initial is None:
+                answer = self._answer(mechanism, reply, deadline)
+            else:
+                answer, initial = initial, None
+            self._send(Command(base64.b64encode(answer) + b"\r\n", label, Shape.EXCHANGE))
+        raise self._error(FailureKind.PROTOCOL, label, f"the server made more than {_CHALLENGES} challenges")
+
+    def _answer(self, mechanism: Mechanism, challenge: Reply, deadline: float) -> bytes:
+        """The answer to a challenge. A bad challenge cancels the exchange, which keeps the framing intact."""
+        label = f"AUTH {mechanism.name}"
+        try:
+            with self._named(label):
+                return mechanism.respond(base64.b64decode(challenge.text, validate=True))
+        except (Pop3Error, binascii.Error) as error:
+            self._send(Command(b"*\r\n", label, Shape.EXCHANGE))
+            self._reply(self._limits.login_seconds, deadline)
+            if isinstance(error, Pop3Error):
+                raise
+            raise self._error(FailureKind.PROTOCOL, label, "the server's challenge is not base64") from error
+
+    # Listing and retrieving.
+
+    def _listing_blocks(self, *asked: Command) -> Iterator[bytes | None]:
+        if self._pipelining:
+            self._send(*asked)
+        for each in asked:
+            if not self._pipelining:
+                self._send(each)
+            yield self._listing_block(each)
+
+    def _listing_block(self, asked: Command) -> bytes | None:
+        """The response to UIDL or LIST; None when the server does not know the command."""
+        reply = self._reply(self._limits.listing_seconds, self._deadline)
+        if reply.ok:
+            limits = self._limits
+            return self._block(asked, limits.listing_octets, limits.listing_lines, self._deadline)
+        promised = self._capabilities is not None and asked.label in self._capabilities
+        if promised or self._verdict(reply, Stage.LISTING).kind is not FailureKind.PROTOCOL:
+            raise self._refused(asked.label, reply, Stage.LISTING)
+        return None
+
+    def _block(self, asked: Command, most_octets: int, most_lines: int, deadline: float) -> bytes:
+        """A whole multi-line response, bounded."""
+        chunks: list[bytes] = []
+        octets = lines = 0
+        for chunk in self._content(deadline):
+            octets += len(chunk)
+            lines += chunk.count(b"\n")
+            if octets > most_octets or lines > most_lines:
+                reason = f"the response is longer than {most_lines} lines or {most_octets} octets"
+                with self._named(asked.label, fatal=True):
+                    raise Pop3Error(FailureKind.PROTOCOL, reason)
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _receive_message(
+        self, entry: Entry, open_sink: Callable[[Entry], SinkT]
+    ) -> Retrieved[SinkT] | Refused[SinkT]:
+        doing = f"RETR {entry.number}"
+        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        if not reply.ok:
+            error = self._refused(doing, reply, Stage.RETRIEVE)
+            if error.kind is not FailureKind.POISON:
+                self._in_transit = None  # it was answered: the session does not end because of this message
+                raise error
+            return Refused(entry, error)
+        sink = open_sink(entry)
+        size, limit = 0, self._limits.message_octets
+        for octets in self._content(self._deadline):
+            size += len(octets)
+            if size <= limit:
+                sink.write(octets)
+        if size > limit:
+            reason = f"the message has {size} octets, more than the limit of {limit}"
+            return Refused(entry, self._error(FailureKind.POISON, doing, reason), sink)
+        return Retrieved(entry, sink)
+
+    # Commands and replies.
+
+    @property
+    def _pipelining(self) -> bool:
+        return (
+            self._allow_pipelining and self._capabilities is not None and "PIPELINING" in self._capabilities
+        )
+
+    def _until(self, seconds: float) -> float:
+        return min(self._monotonic() + seconds, self._deadline)
+
+    def _new_receiver(self) -> Receiver:
+        return Receiver(status_line_octets=self._limits.status_line_octets, show=self._show)
+
+    def _need_life(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise RuntimeError("the session is closed")
+
+    def _need_quiet(self) -> None:
+        self._need_life()
+        if self._outstanding:
+            raise RuntimeError("replies of this session are still to be read")
+
+    def _refill(
+        self, awaited: deque[Entry], supply: Iterator[Entry], render: Callable[[Entry], Command]
+    ) -> None:
+        """Keep the window full: once half of it is answered, send what the supply gives."""
+        window = self._limits.window if self._pipelining else 1
+        if len(awaited) > window // 2:
+            return
+        batch = list(islice(supply, window - len(awaited)))
+        if batch:
+            awaited.extend(batch)
+            self._send(*map(render, batch))
+
+    def _ask(self, asked: Command, stage: Stage) -> Reply:
+        """A command of one line to its +OK."""
+        self._need_quiet()
+        self._send(asked)
+        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        if not reply.ok:
+            raise self._refused(asked.label, reply, stage)
+        return reply
+
+    def _send(self, *commands: Command) -> None:
+        self._need_life()
+        if not self._outstanding:
+            self._hear_out(commands[0].label)
+        self._expect(*commands)
+        self._transport.send(b"".join(each.octets for each in commands))
+
+    def _expect(self, *commands: Command) -> None:
+        for each in commands:
+            self._receiver.expect(each.shape)
+            self._outstanding.append(each)
+
+    def _hear_out(self, doing: str) -> None:
+        """Notice what came unasked, before it is taken for the answer to the next command.
+
+        A server that ends the session on its own may say so in an -ERR line.
+        """
+        with self._named(doing, fatal=True):
+            octets = self._transport.receive_now()
+            if octets:
+                self._receiver.feed(octets)
+            surplus = self._receiver.surplus
+            if surplus[:4].upper() == b"-ERR":
+                raise Pop3Error(
+                    FailureKind.TRANSIENT,
+                    f"the server ended the session: {self._show(surplus[4:].strip())!r}",
+                )
+            if surplus:
+                raise Pop3Error(FailureKind.PROTOCOL, f"the server said unasked {self._show(surplus)!r}")
+            if octets == b"":
+                raise Pop3Error(FailureKind.TRANSIENT, "the server closed the connection")
+
+    def _next(self, idle_seconds: float, deadline: float) -> Event:
+        """The next event of the reply that is due. An error here ends the session."""
+        due = self._outstanding[0]
+        with self._named(due.label, fatal=True):
+            while (event := self._receiver.next_event()) is None:
+                octets = self._transport.receive(idle_seconds=idle_seconds, deadline=deadline)
+                if not octets:
+                    where = " in the middle of a reply" if self._receiver.in_reply else ""
+                    raise Pop3Error(FailureKind.TRANSIENT, f"the server closed the connection{where}")
+                self._receiver.feed(octets)
+        if isinstance(event, BlockEnd) or (
+            isinstance(event, Reply) and not (event.ok and due.shape is Shape.BLOCK)
+        ):
+            self._outstanding.popleft()
+        return event
+
+    def _reply(self, idle_seconds: float, deadline: float) -> Reply:
+        event = self._next(idle_seconds, deadline)
+        if isinstance(event, Reply):
+            return event
+        raise RuntimeError("a multi-line response was not read to its end")
+
+    def _content(self, deadline: float) -> Iterator[bytes]:
+        while isinstance(octets := self._next(self._limits.idle_seconds, deadline), bytes):
+            yield octets
+
+    # Errors.
+
+    @contextmanager
+    def _named(self, doing: str, *, fatal: bool = False) -> Iterator[None]:
+        """Add what was tried, and where, to an error from below."""
+        try:
+            yield
+        except Pop3Error as error:
+            named = self._error(error.kind, doing, str(error), error.wait_seconds)
+            if fatal:
+                self._failure = named
+                self.close()
+            raise named from error
+
+    def _show(self, octets: bytes) -> str:
+        """The server's octets for people. It may repeat what it was sent: what is secret is taken out."""
+        for secret in self._secrets:
+            octets = octets.replace(secret, b"***")
+        return printable(octets)
+
+    def _error(
+        self, kind: FailureKind, doing: str, reason: str, wait_seconds: float | None = None
+    ) -> Pop3Error:
+        return Pop3Error(kind, f"{doing} at {self._endpoint.address}: {reason}", wait_seconds=wait_seconds)
+
+    def _verdict(self, reply: Reply, stage: Stage) -> Verdict:
+        known = self._capabilities
+        return classify(
+            reply.text,
+            stage,
+            auth_resp_code=known is not None and "AUTH-RESP-CODE" in known,
+            login_delay_seconds=known.login_delay_seconds if known else None,
+        )
+
+    def _refused(self, doing: str, reply: Reply, stage: Stage) -> Pop3Error:
+        verdict = self._verdict(reply, stage)
+        said = (
+            f"the server said {self._show(reply.text)!r}"
+            if reply.text
+            else "the server refused without a word"
+        )
+        return self._error(verdict.kind, doing, said, verdict.wait_seconds)
+
+
+def _secrets(user: str, password: str) -> tuple[bytes, ...]:
+    """What must never be quoted from a server that repeats what it was sent, the longest first.
+
+    Raises Pop3Error of kind OPERATOR for what no login can carry.
+    """
+    if any(octet in field for octet in "\r\n\0" for field in (user, password)):
+        raise Pop3Error(
+            FailureKind.OPERATOR, "nothing was sent: the user name or the password holds CR, LF or NUL"
+        )
+    try:
+        secret = password.encode()
+        message = b"\0" + user.encode() + b"\0" + secret
+    except UnicodeEncodeError:
+        raise Pop3Error(
+            FailureKind.OPERATOR, "nothing was sent: the user name or the password is not Unicode text"
+        ) from None
+    return tuple(each for each in (base64.b64encode(message), base64.b64encode(secret), secret) if each)
+
+
+def _retr(entry: Entry) -> Command:
+    return command("RETR", entry.number, shape=Shape.BLOCK)
+
+
+def _dele(entry: Entry) -> Command:
+    return command("DELE", entry.number)

@@ -1,0 +1,190 @@
+"""A mailbox's address: POP URLs (RFC 2384), and the channel that they demand.
+
+Owns the reading and writing of ``pop3s://user@host`` and its relatives.
+Promises that a URL never holds a password, that nothing which could break out
+of a command line (CR, LF, NUL) passes, and that no error repeats what might be
+a secret. Leaves secrets, and the choice of a mechanism, to others.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv6Address
+from typing import Final
+from urllib.parse import quote, unquote_to_bytes
+
+
+class Tls(Enum):
+    """How the channel becomes private."""
+
+    IMPLICIT = "implicit"
+    """TLS from the first octet (RFC 8314 section 3)."""
+    STARTTLS = "starttls"
+    """STLS demanded before anything secret is sent (RFC 2595 section 4); never a fallback to clear."""
+    NONE = "none"
+    """No TLS: the operator says in words that passwords may cross this path in clear."""
+
+
+class UrlError(ValueError):
+    """A POP URL that cannot be used. The message is one line and never repeats the URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Whom to call, and as whom.
+
+    ``host`` is a name in A-labels, an IPv4 address, or an IPv6 address without
+    brackets. ``mechanism`` is what the URL fixes after ``;AUTH=`` in upper case
+    (a SASL name, or ``+APOP`` and the like), None where any will do.
+    """
+
+    host: str
+    port: int
+    tls: Tls
+    user: str
+    mechanism: str | None = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` for people, with brackets around an IPv6 address."""
+        return f"{self._bracketed_host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL of this endpoint: ``parse_url(endpoint.url, endpoint.tls) == endpoint``.
+
+        TLS that is implicit or by STLS is part of the URL; ``Tls.NONE`` is not,
+        so that a URL which is copied elsewhere asks for TLS.
+        """
+        scheme = "pop3s" if self.tls is Tls.IMPLICIT else "pop3"
+        auth = f";AUTH={self.mechanism}" if self.mechanism else ""
+        port = "" if self.port == _DEFAULT_PORTS[self.tls] else f":{self.port}"
+        return f"{scheme}://{quote(self.user, safe='')}{auth}@{self._bracketed_host}{port}"
+
+    @property
+    def _bracketed_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+
+_DEFAULT_PORTS: Final = {Tls.IMPLICIT: 995, Tls.STARTTLS: 110, Tls.NONE: 110}
+_SCHEMES: Final = {"pop3s": Tls.IMPLICIT, "pops": Tls.IMPLICIT, "pop3": Tls.STARTTLS, "pop": Tls.STARTTLS}
+_USER_OCTETS = 1024  # far over the 255 octets that a command line holds; SASL lines may be longer
+
+_HOST_NAME_OCTETS = 253  # RFC 1035 section 2.3.4, without the root
+_LARGEST_PORT = 65535
+
+_PORT = re.compile(r"[0-9]{1,5}")
+_HOST_NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
+_AUTH_TYPE = re.compile(r"\+?[A-Z0-9_-]{1,40}")
+_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
+    """Read a POP URL: ``pop3s://user@host``, ``pop3://user@host:1110``, ``pop://user;AUTH=PLAIN@[::1]``.
+
+    ``pop3s`` means TLS from the first octet, port 995. ``pop3`` and ``pop``
+    mean STLS demanded, port 110, unless ``tls`` says otherwise. Raises UrlError.
+    """
+    if any(c.isspace() or not c.isprintable() for c in url):
+        raise UrlError("the URL holds a space or a control character; in a user name write it as %XX")
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() not in _SCHEMES:
+        raise UrlError("a POP URL starts with pop3s:// (TLS) or pop3:// (STARTTLS)")
+    _refuse_password(rest)
+    if "?" in rest or "#" in rest:
+        raise UrlError("a POP URL has no query and no fragment; in a user name write ? as %3F and # as %23")
+    authority, _, path = rest.partition("/")
+    if path:
+        raise UrlError("a POP URL has no path; in a user name write / as %2F")
+    userinfo, at, hostport = authority.rpartition("@")
+    if "@" in userinfo:
+        raise UrlError("the URL holds two @; in the user name write it as %40")
+    user, mechanism = _parse_userinfo(userinfo if at else "")
+    host, port = _parse_hostport(hostport)
+    channel = _channel(_SCHEMES[scheme.lower()], tls)
+    return Endpoint(host, _DEFAULT_PORTS[channel] if port is None else port, channel, user, mechanism)
+
+
+def _refuse_password(rest: str) -> None:
+    # Looked for before anything else, in all that precedes the last "@": a password may hold "/", "?" or "@",
+    # and a complaint about those must not be the first.
+    if ":" in rest.rpartition("@")[0]:
+        raise UrlError(
+            "the URL must not hold a password, since URLs end up in shell history, process lists and logs; "
+            "leave it out and give it by prompt, standard input or file (a colon in a user name is %3A)"
+        )
+
+
+def _channel(of_scheme: Tls, asked: Tls | None) -> Tls:
+    if of_scheme is Tls.IMPLICIT and asked not in {None, Tls.IMPLICIT}:
+        raise UrlError(
+            "pop3s:// means TLS from the first octet, so tls cannot be anything but implicit; use pop3://"
+        )
+    return of_scheme if asked is None else asked
+
+
+def _parse_userinfo(userinfo: str) -> tuple[str, str | None]:
+    encoded_user, semicolon, parameter = userinfo.partition(";")
+    user = _percent_decoded(encoded_user)
+    if not user:
+        raise UrlError("the URL names no user: pop3s://user@host")
+    if len(user.encode()) > _USER_OCTETS:
+        raise UrlError(f"the user name is longer than {_USER_OCTETS} octets")
+    if not semicolon:
+        return user, None
+    name, _, value = parameter.partition("=")
+    auth_type = _percent_decoded(value).upper()
+    if name.upper() != "AUTH" or not (auth_type == "*" or _AUTH_TYPE.fullmatch(auth_type)):
+        raise UrlError("after the user name only ;AUTH=<mechanism> may follow; a semicolon in it is %3B")
+    return user, None if auth_type == "*" else auth_type
+
+
+def _percent_decoded(text: str) -> str:
+    if _BAD_PERCENT.search(text):
+        raise UrlError("a % in the URL must be followed by two hexadecimal digits; a % itself is %25")
+    try:
+        decoded = unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise UrlError("the user name is not UTF-8 after percent-decoding") from None
+    if any(unicodedata.category(c) == "Cc" for c in decoded):
+        raise UrlError("the user name holds a control character, which no POP3 command can carry")
+    return decoded
+
+
+def _parse_hostport(hostport: str) -> tuple[str, int | None]:
+    if hostport.startswith("["):
+        literal, bracket, after = hostport[1:].partition("]")
+        if not bracket or (after and not after.startswith(":")):
+            raise UrlError("an IPv6 address in a URL stands in brackets: pop3s://user@[::1]:995")
+        try:
+            host = str(IPv6Address(literal))
+        except ValueError:
+            raise UrlError("what stands in brackets is not an IPv6 address") from None
+        if "%" in host:
+            raise UrlError("an IPv6 address in a URL cannot name a zone")
+        colon, port = after[:1], after[1:]
+    elif hostport.count(":") > 1:
+        raise UrlError("an IPv6 address in a URL stands in brackets: pop3s://user@[::1]:995")
+    else:
+        name, colon, port = hostport.partition(":")
+        host = _host_name(name)
+    return host, _port(port) if colon else None
+
+
+def _host_name(name: str) -> str:
+    if not name:
+        raise UrlError("the URL names no host: pop3s://user@host")
+    try:
+        host = name.lower() if name.isascii() else name.encode("idna").decode("ascii")
+    except UnicodeError:
+        host = ""
+    if len(host) > _HOST_NAME_OCTETS or not _HOST_NAME.fullmatch(host):
+        raise UrlError("the host is neither a name nor an address (an IPv6 address stands in brackets)")
+    return host
+
+
+def _port(text: str) -> int:
+    if not _PORT.fullmatch(text) or not 1 <= int(text) <= _LARGEST_PORT:
+        raise UrlError(f"the port must be a number from 1 to {_LARGEST_PORT}")
+    return int(text)
