@@ -1,0 +1,237 @@
+"""The documents against the code: what exists is told, what is told exists, links lead somewhere."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import prometheus_client
+import pytest
+import typer
+from typer.core import TyperGroup, TyperOption
+
+from archiver import observe, settings
+from archiver.cli import app
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+COMMANDS = (DOCS / "commands.md").read_text()
+SETTINGS = (DOCS / "settings.md").read_text()
+OPERATIONS = (DOCS / "operations.md").read_text()
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/**/*.md", "helm/**/*.md")
+    for page in REPOSITORY.glob(pattern)
+    if not page.is_symlink()
+)
+
+SETTING_NAMES = {f"{settings.PREFIX}{name}".upper() for name in settings.Settings.model_fields}
+SETTING_NAMES.add(settings.CONFIG)
+LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
+
+FENCE = re.compile(r"^(?P<fence>```+).*?^(?P=fence)\s*$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
+HEADING = re.compile(r"^#{1,6} +(.+?)\s*$", re.MULTILINE)
+
+
+def commands(command: Any, words: tuple[str, ...] = ("archiver",)) -> Iterator[tuple[str, Any]]:
+    """Every command that can be called, groups as well, by its whole name."""
+    yield " ".join(words), command
+    if isinstance(command, TyperGroup):
+        for name, inner in command.commands.items():
+            yield from commands(inner, (*words, name))
+
+
+TREE = dict(commands(typer.main.get_command(app)))
+
+
+def options(command: Any) -> set[str]:
+    """The long options of a command, as they are typed."""
+    return {
+        name
+        for parameter in command.params
+        if isinstance(parameter, TyperOption)
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name.startswith("--") and name != "--help"
+    }
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text below each heading, up to the next one of any level."""
+    parts = re.split(r"^#+ +(.+?)\s*$", FENCE.sub("", text), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+SECTIONS = sections(COMMANDS)
+
+
+def anchors(page: Path) -> set[str]:
+    """What may follow a # in a link to a page: its headings, as GitHub writes them."""
+    found: set[str] = set()
+    for heading in HEADING.findall(FENCE.sub("", page.read_text())):
+        text = re.sub(r"[^\w\- ]", "", re.sub(LINK, "", heading).lower())
+        anchor = candidate = text.replace(" ", "-")
+        times = 0
+        while candidate in found:
+            times += 1
+            candidate = f"{anchor}-{times}"
+        found.add(candidate)
+    return found
+
+
+def prose(page: Path) -> str:
+    """A page without its code, where brackets and parentheses are no links."""
+    return CODE.sub("", FENCE.sub("", page.read_text()))
+
+
+def called(page: Path) -> Iterator[str]:
+    """What pages tell people to type behind the word archiver: in code spans, and behind a prompt."""
+    text = page.read_text()
+    for span in CODE.findall(FENCE.sub("", text)):
+        yield from re.findall(r"(?:^|/|python -m )archiver( .+)$", span.strip("`"))
+    for block in FENCE.finditer(text):
+        lines = re.sub(r"\\\n\s*", "", block[0]).splitlines()
+        for line in lines:
+            # Behind a prompt, or the command that another one runs (kubectl exec ... -- archiver).
+            yield from re.findall(r"(?:^\$ (?:time )?(?:\S*/)?|-- )archiver( [^|#]+)", line)
+
+
+def resolved(words: list[str]) -> tuple[str, list[str]]:
+    """The command that these words name, and those left over."""
+    name = "archiver"
+    while words and isinstance(TREE[name], TyperGroup) and not words[0].startswith("-"):
+        name = f"{name} {words[0]}"
+        if name not in TREE:
+            return name, words
+        words = words[1:]
+    return name, words
+
+
+def log_events() -> set[str]:
+    """The first argument of every call that logs, as the source has it."""
+    found: set[str] = set()
+    for path in sorted((REPOSITORY / "archiver").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+                continue
+            event = str(node.args[0].value)
+            match node.func:
+                case ast.Attribute(value=ast.Name(id="log" | "_log"), attr=method) if method in LOG_METHODS:
+                    found.add(event)
+                case ast.Attribute(value=ast.Attribute(attr="log"), attr=method) if method in LOG_METHODS:
+                    found.add(event)
+                case ast.Name(id="say") if re.fullmatch(r"[a-z]+\.[a-z_]+", event):
+                    found.add(event)
+    return found
+
+
+def metrics() -> set[str]:
+    """The metrics of observe.py by the names that Prometheus sees."""
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for metric in vars(observe).values()
+        if isinstance(metric, prometheus_client.metrics.MetricWrapperBase)
+        for family in metric.collect()
+    }
+
+
+def documented_metrics() -> set[str]:
+    return set(re.findall(r"^\| `(archiver_\w+)(?:\{\w+\})?` \|", OPERATIONS, re.MULTILINE))
+
+
+def documented_events() -> set[str]:
+    table = OPERATIONS.split("## Log lines")[1]
+    cells = re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.mark.parametrize("name", sorted(set(TREE) - {"archiver"}))
+def test_every_command_has_its_section(name: str) -> None:
+    assert name in SECTIONS, f"docs/commands.md has no heading {name!r}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in TREE if options(TREE[name]) and name != "archiver"))
+def test_every_option_is_in_its_commands_section(name: str) -> None:
+    told = set(re.findall(r"--[a-z][a-z-]*", SECTIONS[name]))
+    assert options(TREE[name]) <= told, f"docs/commands.md does not tell of these below {name!r}"
+
+
+def test_the_options_of_the_program_itself_are_told() -> None:
+    assert options(TREE["archiver"]) <= set(re.findall(r"--[a-z][a-z-]*", COMMANDS))
+
+
+def test_every_section_of_a_command_is_of_one_that_exists() -> None:
+    told = {heading for heading in SECTIONS if heading.startswith("archiver ")}
+    assert told <= set(TREE)
+
+
+@pytest.mark.parametrize("name", sorted(set(TREE) & set(SECTIONS)))
+def test_every_option_listed_below_a_command_is_one_of_it(name: str) -> None:
+    bullets = re.findall(r"^- ((?:`--[^`]+`(?:, )?)+)", SECTIONS[name], re.MULTILINE)
+    told = set(re.findall(r"--[a-z][a-z-]*", " ".join(bullets)))
+    assert told <= options(TREE[name])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_what_a_page_has_people_type_exists(page: Path) -> None:
+    for line in called(page):
+        name, left = resolved(line.split())
+        assert name in TREE, f"{page.name}: there is no command {name!r}"
+        told = {word.partition("=")[0] for word in left if word.startswith("--") and word != "--help"}
+        assert told <= options(TREE[name]), f"{page.name}: {name} has no such option"
+
+
+def test_every_setting_is_told() -> None:
+    told = set(re.findall(r"^\| `(ARCHIVER_\w+)` \|", SETTINGS, re.MULTILINE))
+    assert told == SETTING_NAMES
+
+
+def test_every_default_is_told_as_it_is() -> None:
+    rows = re.findall(r"^\| `ARCHIVER_(\w+)` \| (?:`([^`]+)`|(unset)) \|", SETTINGS, re.MULTILINE)
+    told = {name.lower(): value or None for name, value, _ in rows if f"ARCHIVER_{name}" != settings.CONFIG}
+    fields = settings.Settings.model_fields
+    actual = {name: fields[name].default for name in fields}
+    shown = {name: None if value is None else str(value).removesuffix(".0") for name, value in actual.items()}
+    assert told == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    assert set(re.findall(r"\bARCHIVER_[A-Z0-9_]*[A-Z0-9]", page.read_text())) <= SETTING_NAMES
+
+
+def test_every_metric_is_told_and_every_metric_told_exists() -> None:
+    assert documented_metrics() == metrics()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_metric_that_a_page_names_exists(page: Path) -> None:
+    assert set(re.findall(r"\barchiver_[a-z]\w*", page.read_text())) <= metrics()
+
+
+def test_every_log_event_is_told_and_every_event_told_exists() -> None:
+    assert documented_events() == log_events()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert target.is_relative_to(REPOSITORY), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_decision_is_listed() -> None:
+    folder = DOCS / "decisions"
+    pages = {page.name for page in folder.glob("[0-9]*.md")}
+    assert set(LINK.findall((folder / "README.md").read_text())) == pages
+    for name in pages:
+        assert (folder / name).read_text().startswith(f"# {name[:4]}: ")
