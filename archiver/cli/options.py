@@ -129,6 +129,19 @@ class Given:
             return f"env:{self.password_env}"
         return None
 
+    @property
+    def changes(self) -> str | None:
+        """The first option given that would change an account, None when there is none."""
+        options = {
+            "--password-file": self.password_file,
+            "--password-env": self.password_env,
+            "--tls": self.tls,
+            "--ca-file": self.ca_file,
+            "--delete": self.delete,
+            "--timeout": self.timeout,
+        }
+        return next((name for name, value in options.items() if value is not None), None)
+
     def check_password(self) -> None:
         """See now that the password can be had. Raises OperatorNeeded."""
         from archiver.secrets import Secrets
@@ -158,13 +171,10 @@ def ask(account: str) -> str:
 
 
 def from_stdin() -> str:
-    """The password on standard input, less one final line end. Raises UsageError when there is none."""
-    from archiver.errors import UsageError
+    """The password on standard input, as in a password file. Raises OperatorNeeded when there is none."""
+    from archiver.secrets import SECRET_OCTETS, from_octets
 
-    text = sys.stdin.read(64 * 1024).removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise UsageError("there is no password on standard input")
-    return text
+    return from_octets(sys.stdin.buffer.read(SECRET_OCTETS + 1), "the password on standard input")
 
 
 def log_quietly() -> None:

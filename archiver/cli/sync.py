@@ -73,9 +73,9 @@ def sync(
             emit(as_json(report))
         else:
             _tell(report)
-    if not reports and not json:
+    if not chosen and not json:
         note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
-    if any(report.outcome != "ok" for report in reports):
+    if archiver.stopping.is_set() or any(report.outcome != "ok" for report in reports):
         raise typer.Exit(1)
 
 
@@ -104,6 +104,8 @@ def _check(
     from archiver.errors import UsageError
     from archiver.secrets import PROMPT
 
+    if given.changes and not targets:
+        raise UsageError(f"{given.changes} is for a URL, and none is given")
     given.check_password()
     path = archiver.raw_database.path
     with ExitStack() as stack:
@@ -118,7 +120,12 @@ def _check(
                 found = accounts.by_name(connection, target)
             else:
                 found = accounts.by_url(connection, endpoint.url)
-            if endpoint is None and found is None:
+            if endpoint is None and given.changes:
+                raise UsageError(
+                    f"{given.changes} is for a URL, and {target} is an account",
+                    hint=f"archiver account edit {target} {given.changes} ... changes it",
+                )
+            if endpoint is None and (found is None or found.paused_reason == accounts.REMOVED):
                 raise UsageError(
                     f"there is no account named {target}", hint="archiver account list, or give a URL"
                 )

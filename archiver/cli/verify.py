@@ -52,12 +52,12 @@ def verify(
             if missing:
                 raise UsageError(f"there is no account named {min(missing)}", hint="archiver account list")
             chosen = [account for account in chosen if account.name in names]
-        _verify(archiver, chosen, verdict, rehash=not quick, quiet=json)
+        _verify(archiver, chosen, verdict, every=not names, rehash=not quick, quiet=json)
     if json:
         emit(
             {
                 "checked": verdict.checked,
-                "bytes": verdict.octets,
+                "bytes": 0 if quick else verdict.octets,
                 "segments": verdict.segments,
                 "missing": verdict.missing,
                 "damaged": verdict.damaged,
@@ -67,13 +67,19 @@ def verify(
             }
         )
     else:
-        _tell(verdict, len(chosen))
+        _tell(verdict, len(chosen), rehashed=not quick)
     if not verdict.clean:
         raise typer.Exit(1)
 
 
 def _verify(
-    archiver: "Archiver", chosen: "list[Account]", verdict: "Verdict", *, rehash: bool, quiet: bool
+    archiver: "Archiver",
+    chosen: "list[Account]",
+    verdict: "Verdict",
+    *,
+    every: bool,
+    rehash: bool,
+    quiet: bool,
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -83,7 +89,8 @@ def _verify(
     from archiver.evidence.verify import verify as verify_account
 
     with archiver.database.reading() as connection:
-        states = reads.account_states(connection, [account.id for account in chosen])
+        # PostgreSQL takes 65,535 parameters, and there may be more accounts.
+        states = reads.account_states(connection, None if every else [account.id for account in chosen])
     columns = (TextColumn("hashing again"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     target = console(stderr=True)
     with (
@@ -104,11 +111,12 @@ def _verify(
             )
 
 
-def _tell(verdict: "Verdict", accounts: int) -> None:
+def _tell(verdict: "Verdict", accounts: int, *, rehashed: bool) -> None:
+    how = f"{size(verdict.octets)} hashed again" if rehashed else "their sizes compared"
     for finding in verdict.findings:
         say(f"{finding.kind.replace('_', ' ')}: {finding.account}: {finding.key}: {finding.detail}")
     say(
-        f"{verdict.checked} messages ({size(verdict.octets)} hashed again) and "
+        f"{verdict.checked} messages ({how}) and "
         f"{verdict.segments} journal segments of {accounts} accounts: "
         f"{verdict.missing} missing, {verdict.damaged} damaged, "
         f"{verdict.chain_breaks} chain breaks, {verdict.unrecorded} unrecorded"

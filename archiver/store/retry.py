@@ -111,7 +111,7 @@ class RetryingStore:
 
         def log(state: tenacity.RetryCallState) -> None:
             _log.warning(
-                "store_call_repeated",
+                "store.call_repeated",
                 verb=verb,
                 store=self.url,
                 attempt=state.attempt_number,

@@ -3,8 +3,7 @@
 Promises what the port promises, as far as the server keeps to three things:
 ``If-None-Match: *`` refuses an existing key, also where a multipart upload is
 completed; a body whose SHA-256 is not the one in ``x-amz-checksum-sha256`` is
-refused; an answered PUT is durable. Not every maker's server does; which do
-is for ``archiver bucket doctor`` to find out.
+refused; an answered PUT is durable. Not every maker's server does.
 
 Needs the rights s3:PutObject, s3:GetObject, s3:ListBucket and
 s3:AbortMultipartUpload. A lifecycle rule that removes incomplete multipart
