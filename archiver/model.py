@@ -80,7 +80,7 @@ class DeletePolicy(NamedTuple):
             case 0.0:
                 return "after-archived"
             case days:
-                return f"after-days={days:g}"
+                return f"after-days={days:.0f}"
 
 
 NEVER_DELETE = DeletePolicy()

@@ -26,6 +26,9 @@ QUARANTINE_CAP_SECONDS = 7 * 86400.0
 FATAL_ATTEMPTS = 3
 """How often the connection may die over one message before that message is set aside."""
 
+LONGEST_WAIT_SECONDS = 31 * 86400.0
+"""However long an interval was asked for: an account is looked at once a month."""
+
 INTERVAL_JITTER = 0.1
 """Share of the interval by which due times are spread, so that accounts added together drift apart."""
 
@@ -72,12 +75,17 @@ def identify(entries: Iterable[E]) -> list[Identified[E]]:
 
 def may_delete(policy: DeletePolicy, captured_at: datetime, now: datetime) -> bool:
     """Whether the account's policy lets a message go that was captured then."""
-    return policy.after_days is not None and now - captured_at >= timedelta(days=policy.after_days)
+    return policy.after_days is not None and (now - captured_at) / timedelta(days=1) >= policy.after_days
 
 
 def quarantine_retry_seconds(attempts: int) -> float:
     """How long a message that failed by itself so often is left alone: an hour, doubling, at most a week."""
     return float(min(QUARANTINE_CAP_SECONDS, QUARANTINE_BASE_SECONDS * 2.0 ** (attempts - 1)))
+
+
+def is_fatal(attempts: int) -> bool:
+    """Whether a message has cost so many connections that it is set aside."""
+    return attempts >= FATAL_ATTEMPTS
 
 
 class Setbacks(NamedTuple):
@@ -109,13 +117,22 @@ def next_poll(
 ) -> NextPoll:
     """Decide when to poll again, by the class of what happened.
 
+    An operator who is needed once the mailbox was listed (or while the journal
+    is caught up with) is needed for the store, the spool or the database. No
+    account is paused for that: it would be all of them, and each would have to
+    be resumed.
+
     Full jitter (a wait drawn evenly between nothing and the exponential bound)
     spreads accounts that failed together:
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     asked = report.wait_seconds or 0.0
     failures, refusals = setbacks
-    match report.outcome:
+    interval_seconds = min(interval_seconds, LONGEST_WAIT_SECONDS)
+    outcome = report.outcome
+    if outcome == "operator_needed" and (report.listed is not None or report.journal_uncertain):
+        outcome = "try_later"
+    match outcome:
         case "ok" if report.to_come:
             return NextPoll(asked, Setbacks())
         case "ok":
@@ -130,16 +147,3 @@ def next_poll(
             return NextPoll(max(asked, wait + uniform(0.0, wait * INTERVAL_JITTER)), again)
         case _:
             return NextPoll(None, Setbacks(failures, refusals + 1), report.error or report.outcome)
-
-
-def absent(
-    live: Iterable[SightingKey], listed: Iterable[SightingKey], *, complete: bool
-) -> list[SightingKey]:
-    """Which messages that were on the server are no longer shown.
-
-    Only a complete listing says anything about what is not in it.
-    """
-    if not complete:
-        return []
-    shown = set(listed)
-    return [sighting for sighting in live if sighting not in shown]

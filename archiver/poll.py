@@ -9,6 +9,7 @@ repeated in place; the schedule does that.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from archiver.model import (
     segment_key,
 )
 from archiver.policy import Identified
-from archiver.store import PutResult, Store
+from archiver.store import ObjectDiffers, PutResult, Store
 from archiver.store.spool import BytesBody, Spool, SpooledMessage
 
 DELETIONS_AT_ONCE = 500
@@ -177,6 +178,7 @@ class _Poll:
         self.listing: pop3.Listing | None = None
         self.attempts: dict[SightingKey, int] = {}
         self.known_contents: set[SightingKey] = set()
+        self.untold: Counter[SightingKey] = Counter()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
         self.pipelining_broke = False
@@ -187,9 +189,8 @@ class _Poll:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for upload in self.uploads:
-            upload.cancel()
-        wait(self.uploads)
+        # One that was cancelled is not waited for: it may be behind many of other accounts.
+        wait([upload for upload in self.uploads if not upload.cancel()])
         for spooled in self.spooled.values():
             spooled.close()
 
@@ -233,8 +234,12 @@ class _Poll:
         plan = _Plan()
         items = policy.identify(listing.entries)
         unseen = {item.sighting: item for item in items if item.certain}
-        plan.fetch += [item for item in items if not item.certain]
+        uncertain = [item for item in items if not item.certain]
+        ambiguous = {item.sighting for item in uncertain}
+        before: dict[SightingKey, reads.Known] = {}
         complete = listing.skipped_lines == 0
+        # A message without a UIDL may be any of those that are not shown by theirs.
+        all_named = all(entry.uidl is not None for entry in listing.entries)
         now = self.tools.now()
         with self.tools.database.reading() as connection:
             for sighting, known in reads.present_sightings(connection, self.account.id, self.account.epoch):
@@ -242,7 +247,9 @@ class _Poll:
                     self.known_contents.add(sighting)
                 elif (item := unseen.pop(sighting, None)) is not None:
                     self._place(plan, item, known, now)
-                elif complete:
+                elif sighting in ambiguous:
+                    before[sighting] = known
+                elif complete and (all_named or not sighting.uidl):
                     what = What.DELETED if known.delete_requested else What.GONE
                     plan.absent.append(Resolved(what, sighting, now, sha256=known.sha256))
             returned = reads.absent_sightings(
@@ -253,8 +260,11 @@ class _Poll:
                 plan.present_again.append(sighting)
                 self._place(plan, item, known, now)
         plan.fetch += unseen.values()
-        # In the order of the mailbox, which is that of arrival.
-        plan.fetch.sort(key=lambda item: item.entry.number)
+        for item in uncertain:
+            self._place_uncertain(plan, item, before.get(item.sighting), now)
+        # In the order of the mailbox, which is that of arrival; but what cost a
+        # connection before holds nothing else up.
+        plan.fetch.sort(key=lambda item: (item.sighting in self.attempts, item.entry.number))
         sizes = [item.entry.size for item in plan.fetch]
         octets = None if None in sizes else sum(size for size in sizes if size is not None)
         self.watch.listed(len(listing.entries), len(plan.fetch), octets)
@@ -271,6 +281,16 @@ class _Poll:
                 self.quarantined += 1
             case _:
                 plan.fetch.append(item)
+
+    def _place_uncertain(
+        self, plan: _Plan, item: Identified[pop3.Entry], known: reads.Known | None, now: datetime
+    ) -> None:
+        """Only its content can tell which message this is, so it is fetched; unless that failed of late."""
+        if known is None or known.state == "captured":
+            plan.fetch.append(item)
+        else:
+            self.untold[item.sighting] += 1
+            self._place(plan, item, known, now)
 
     def _archive(self, mailbox: pop3.Mailbox, plan: _Plan) -> None:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
@@ -293,8 +313,12 @@ class _Poll:
                     case pop3.Refused(error=error):
                         self._set_aside(item, str(error), batch)
                 if batch.is_full(self.tools.batch, self.tools.monotonic()):
-                    self._record(batch, plan)
-                    batch = _Batch(self.tools.monotonic())
+                    full, batch = batch, _Batch(self.tools.monotonic())
+                    self._record(full, plan)
+        except (TryLater, OperatorNeeded):
+            # The spool has no room for a message: those before it must not be fetched for nothing.
+            self._record(batch, plan)
+            raise
         except pop3.Pop3Error as error:
             self.pipelining_broke = mailbox.facts.pipelining and error.kind is pop3.FailureKind.PROTOCOL
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
@@ -321,6 +345,7 @@ class _Poll:
         spooled.seal()
         sighting = item.sighting
         if not item.certain:
+            self._tell_apart(sighting, batch)
             item = Identified(item.entry, sighting._replace(content=spooled.sha256), certain=False)
         upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
@@ -330,6 +355,12 @@ class _Poll:
         batch.octets += spooled.size
         self.octets += spooled.size
         self.watch.fetched(spooled.size)
+
+    def _tell_apart(self, sighting: SightingKey, batch: _Batch) -> None:
+        """Messages that failed before, and have no id of their own, are all known by content at last."""
+        self.untold[sighting] -= 1
+        if self.untold[sighting] == 0:
+            batch.resolved.append(Resolved(What.GONE, sighting, self.tools.now()))
 
     def _upload(self, number: int, spooled: SpooledMessage) -> PutResult:
         with spooled:
@@ -346,36 +377,35 @@ class _Poll:
         batch.resolved.append(
             Resolved(What.QUARANTINED, item.sighting, self.tools.now(), reason=reason, attempts=attempts)
         )
-        self.quarantined += 1
 
     def _blame(self, item: Identified[pop3.Entry], reason: str, batch: _Batch) -> None:
         """The connection died in this message. Once is chance; time and again, it is the message."""
-        claim, epoch = self.lease.claim, self.account.epoch
-        attempts = self.tools.database.transact(
+        claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
+        attempts = self.attempts.get(item.sighting, 0) + 1
+        self.tools.database.transact(
             lambda connection: record.died_in_transit(
-                connection, claim, epoch, item.sighting, self.tools.now()
+                connection, claim, epoch, item.sighting, attempts=attempts, at=now
             )
         )
-        if record.is_fatal(attempts):
-            self.attempts[item.sighting] = attempts - 1
+        if policy.is_fatal(attempts):
             self._set_aside(item, reason, batch)
 
     def _record(self, batch: _Batch, plan: _Plan) -> None:
         """Steps 2 to 4 of a batch: objects, journal segment, rows; each durable before the next."""
         results = [(fetched, fetched.upload.result()) for fetched in batch.fetched]
-        self.uploads.clear()
+        self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
+        if not results and not batch.resolved:
+            return
         with self.tools.database.reading() as connection:
             held = reads.held(connection, self.account.id, [fetched.sha256 for fetched in batch.fetched])
         captured: set[bytes] = set(held)
         lines = list(batch.resolved)
+        counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
         for fetched, put in results:
             sighting = fetched.item.sighting
             what = What.KNOWN if fetched.sha256 in captured else What.CAPTURED
             captured.add(fetched.sha256)
-            if what is What.CAPTURED:
-                self.new += 1
-            else:
-                self.known += 1
+            counts[what] += 1
             if sighting in self.known_contents:
                 continue  # It is fetched at every poll, and nothing about it is new.
             lines.append(
@@ -391,6 +421,10 @@ class _Poll:
             )
         if lines:
             self._write_segment(lines)
+        # Not before: a report must not count what the database does not know.
+        self.new += counts[What.CAPTURED]
+        self.known += counts[What.KNOWN]
+        self.quarantined += counts[What.QUARANTINED]
         now = self.tools.now()
         plan.deletable += [
             _Deletable(fetched.item.entry, fetched.item.sighting, fetched.sha256)
@@ -418,7 +452,11 @@ class _Poll:
         body = BytesBody(journal.encode(segment))
         self.lease.check()
         self.journal_uncertain = True
-        if not self.tools.store.put(segment_key(self.account.id, segment.sequence), body).created:
+        try:
+            created = self.tools.store.put(segment_key(self.account.id, segment.sequence), body).created
+        except ObjectDiffers:
+            created = False
+        if not created:
             self._settle(segment, body.sha256)
         self._record_segment(segment, body.sha256)
         self.journal_uncertain = False
@@ -523,7 +561,8 @@ class _Poll:
             hint=None if error is None else error.hint,
             segments=self.segments,
             wait_seconds=error.wait_seconds if isinstance(error, TryLater) else None,
-            journal_uncertain=self.journal_uncertain,
+            # Objects that no segment names yet are the next poll's to account for, too.
+            journal_uncertain=self.journal_uncertain or bool(self.uploads),
             pipelining_broke=self.pipelining_broke,
         )
 

@@ -23,13 +23,16 @@ def is_dead(owner: str) -> bool:
     host, namespace, pid, started = (owner.split("/") + [""] * 4)[:4]
     if host != socket.gethostname() or namespace in ("", "-") or namespace != _namespace():
         return False
-    return pid.isdecimal() and _started(int(pid)) != started
+    return pid.isdecimal() and started.isdecimal() and _started(int(pid)) != started
 
 
 def _namespace() -> str:
-    # Two containers may share a name and count their processes apart.
+    # Two containers may share a name and count their processes apart. So may
+    # two machines made from one image: only the boot tells those apart, as the
+    # first namespace has the same number on every Linux.
     try:
-        return str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot}-{str(Path('/proc/self/ns/pid').readlink()).strip('pid:[]')}"
     except OSError:
         return "-"
 

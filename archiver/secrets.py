@@ -42,7 +42,7 @@ KEY_HINT = (
 def check_reference(reference: str) -> str:
     """A reference as it was given, if it is one. Raises UsageError; never repeats what it was given."""
     kind, separator, rest = reference.partition(":")
-    if separator and rest and kind in ("file", "env", "sealed"):
+    if separator and rest and kind in ("file", "env", "sealed") and rest.isprintable():
         return reference
     raise UsageError(
         "a password is referred to as file:/path or env:NAME",
@@ -57,18 +57,23 @@ def from_file(path: Path) -> str:
             octets = file.read(SECRET_OCTETS + 1)
     except OSError as error:
         raise OperatorNeeded(f"cannot read the password file {path}: {error.strerror}") from error
+    return from_octets(octets, f"the password file {path}")
+
+
+def from_octets(octets: bytes, where: str) -> str:
+    """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``."""
     if len(octets) > SECRET_OCTETS:
-        raise OperatorNeeded(f"{path} is too large for a password file")
+        raise OperatorNeeded(f"{where} is too large for a password")
     for ending in (b"\r\n", b"\n"):
         if octets.endswith(ending):
             octets = octets[: -len(ending)]
             break
     if not octets:
-        raise OperatorNeeded(f"the password file {path} is empty")
+        raise OperatorNeeded(f"{where} is empty")
     try:
         return octets.decode()
     except UnicodeDecodeError:
-        raise OperatorNeeded(f"the password file {path} is not UTF-8 text") from None
+        raise OperatorNeeded(f"{where} is not UTF-8 text") from None
 
 
 class Secrets:

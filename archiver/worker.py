@@ -26,6 +26,9 @@ from archiver.model import Account, Claim, PollReport
 from archiver.poll import Tools, Watch, poll
 
 TICK_SECONDS = 1.0
+STILL_SECONDS = 60.0
+"""A clock that stands still for so long will not go on by itself."""
+
 PAUSED_BY_HAND = "paused by hand"
 """An account paused so goes on when somebody says so, not when a poll of it happens to work."""
 
@@ -33,11 +36,13 @@ PAUSED_BY_HAND = "paused by hand"
 class HeldLease:
     """A lease in this process's hands, judged by the monotonic clock, which nobody sets back."""
 
-    def __init__(self, claim: Claim, lease_seconds: float, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, claim: Claim, lease_seconds: float, monotonic: Callable[[], float], asked_at: float
+    ) -> None:
         self.claim = claim
         self._lease_seconds = lease_seconds
         self._monotonic = monotonic
-        self._renewed_at = monotonic()
+        self._renewed_at = asked_at
         self._lost = False
 
     def renewed(self, asked_at: float) -> None:
@@ -83,17 +88,18 @@ class Worker:
         self.chance = chance
         self.stopping = stopping
         self.log = observe.get_logger()
-        self._held: dict[str, HeldLease] = {}
+        self._held: dict[Claim, HeldLease] = {}
         self._claiming = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="poll")
         self._clock = BackgroundScheduler(timezone="UTC")
-        self._ticked_at = tools.monotonic()
+        self._beat_at = tools.monotonic()
 
     # The clock
 
     def start_clock(self, *, claim: bool) -> None:
         """Renew leases from now on, and, with ``claim``, take accounts as they fall due."""
         every = {"trigger": "interval", "max_instances": 1, "coalesce": True}
+        self._clock.add_job(self._beat, seconds=TICK_SECONDS, **every)
         self._clock.add_job(self._heartbeat, seconds=self.lease_seconds / 4, **every)
         if claim:
             self._clock.add_job(self._tick, seconds=TICK_SECONDS, **every)
@@ -101,30 +107,33 @@ class Worker:
 
     def close(self) -> None:
         """Stop the clock and the threads. What still runs is left to the lease's end."""
-        self._clock.shutdown(wait=False)
+        if self._clock.running:
+            self._clock.shutdown(wait=False)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def alive(self) -> bool:
-        """Whether the clock still ticks: for a liveness probe."""
-        return self.tools.monotonic() - self._ticked_at < max(60.0, 60 * TICK_SECONDS)
+        """Whether the clock still ticks, whatever the database does: for a liveness probe."""
+        return self.tools.monotonic() - self._beat_at < STILL_SECONDS
+
+    def _beat(self) -> None:
+        self._beat_at = self.tools.monotonic()
 
     def _heartbeat(self) -> None:
         held = dict(self._held)
         if not held:
             return
         asked_at = self.tools.monotonic()
-        tokens = {account_id: lease.claim.token for account_id, lease in held.items()}
         try:
             kept = self.database.transact(
-                lambda connection: schedule.renew(connection, tokens, lease_seconds=self.lease_seconds)
+                lambda connection: schedule.renew(connection, held, lease_seconds=self.lease_seconds)
             )
         except ArchiverError as error:
             observe.HEARTBEATS_FAILED.inc()
             self.log.warning("lease.renewal_failed", leases=len(held), error=str(error))
             return
-        for account_id, lease in held.items():
-            if account_id in kept:
+        for claim, lease in held.items():
+            if claim in kept:
                 lease.renewed(asked_at)
             else:
                 lease.lost()
@@ -134,7 +143,6 @@ class Worker:
         if not self._claiming.acquire(blocking=False):
             return
         try:
-            self._ticked_at = self.tools.monotonic()
             free = self.workers - len(self._held)
             if self.stopping.is_set() or free <= 0:
                 return
@@ -146,18 +154,25 @@ class Worker:
             self._claiming.release()
 
     def _claim_due(self, free: int) -> list[HeldLease]:
+        asked_at = self.tools.monotonic()
         claims = self.database.transact(
             lambda connection: schedule.claim_due(
                 connection, owner=self.owner, lease_seconds=self.lease_seconds, limit=free
             )
         )
-        return [self._hold(claim) for claim in claims]
+        return [self._hold(claim, asked_at) for claim in claims]
 
-    def _hold(self, claim: Claim) -> HeldLease:
-        lease = HeldLease(claim, self.lease_seconds, self.tools.monotonic)
-        self._held[claim.account_id] = lease
+    def _hold(self, claim: Claim, asked_at: float) -> HeldLease:
+        # By claim, not by account: one that was released a moment ago may be
+        # due and claimed again before its last thread has let it go.
+        lease = HeldLease(claim, self.lease_seconds, self.tools.monotonic, asked_at)
+        self._held[claim] = lease
         observe.POLLS_RUNNING.set(len(self._held))
         return lease
+
+    def _let_go(self, lease: HeldLease) -> None:
+        self._held.pop(lease.claim, None)
+        observe.POLLS_RUNNING.set(len(self._held))
 
     # The service
 
@@ -184,9 +199,10 @@ class Worker:
             with self.database.reading() as connection:
                 account = accounts.by_id(connection, lease.claim.account_id)
             self._poll_held(account, lease, None, disprove=False)
-        except ArchiverError as error:
-            self._held.pop(lease.claim.account_id, None)
-            self.log.warning("poll.not_started", account=lease.claim.account_id, error=str(error))
+        except Exception:
+            # The lease runs out by itself. Held on to, it would be renewed for ever.
+            self._let_go(lease)
+            self.log.exception("poll.not_started", account=lease.claim.account_id)
         self._tick()
 
     # The command
@@ -198,8 +214,8 @@ class Worker:
             wait(futures)
         except KeyboardInterrupt:
             self.stopping.set()
-            wait(futures)
-        return [future.result() for future in futures]
+            wait([future for future in futures if not future.cancel()])
+        return [future.result() for future in futures if not future.cancelled()]
 
     def _poll_to_the_end(self, account: Account, watch: Watch) -> PollReport:
         total: PollReport | None = None
@@ -221,23 +237,30 @@ class Worker:
         while True:
             with self.database.reading() as connection:
                 holder = schedule.holder(connection, account.id)
+            asked_at = self.tools.monotonic()
             claim = self.database.transact(
                 partial(
                     schedule.claim_account,
                     account_id=account.id,
                     owner=self.owner,
                     lease_seconds=self.lease_seconds,
-                    take_over=holder if holder is not None and process.is_dead(holder) else None,
+                    take_over=holder if self._is_left_behind(holder, account.id) else None,
                 )
             )
             if claim is not None:
-                return self._hold(claim)
+                return self._hold(claim, asked_at)
             if self.tools.monotonic() > ends_at or self.stopping.is_set():
                 raise TryLater(
                     f"{account.name} is being polled by {holder}",
                     hint="it goes on there; look at: archiver status",
                 )
             self.chance.sleep(0.2)
+
+    def _is_left_behind(self, holder: str | None, account_id: str) -> bool:
+        """Whether nobody polls under this lease: its process died, or our own claim's answer was lost."""
+        if holder == self.owner:
+            return all(claim.account_id != account_id for claim in tuple(self._held))
+        return holder is not None and process.is_dead(holder)
 
     # One poll, for both
 
@@ -262,9 +285,10 @@ class Worker:
         except ArchiverError as error:
             # The lease runs out by itself, and its next holder looks at the journal.
             self.log.warning("lease.not_released", account=account.name, error=str(error))
+        except Exception:
+            self.log.exception("lease.not_released", account=account.name)
         finally:
-            self._held.pop(account.id, None)
-            observe.POLLS_RUNNING.set(len(self._held))
+            self._let_go(lease)
         self._tell(report, lease)
         return report
 

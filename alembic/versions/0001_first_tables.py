@@ -36,6 +36,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_account"),
         sa.UniqueConstraint("name", name="uq_account_name"),
     )
+    op.create_index("ix_account_url", "account", ["url"])
     op.create_table(
         "lease",
         account_id(),

@@ -14,7 +14,7 @@ import typer
 from archiver import __version__
 from archiver.cli import account, db, demo, feed, message, run, status, sync, verify
 from archiver.cli.output import complain
-from archiver.errors import ArchiverError, TryLater
+from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 
 app = typer.Typer(
     name="archiver",
@@ -55,12 +55,12 @@ def main() -> None:
     """Run the command line and exit."""
     try:
         app()
-    except TryLater as error:
-        complain(error)
-        sys.exit(1)
-    except ArchiverError as error:
+    except (OperatorNeeded, UsageError) as error:
         complain(error)
         sys.exit(2)
+    except ArchiverError as error:
+        complain(error)
+        sys.exit(1)
     except BrokenPipeError:
         # The reader had enough (``| head``): no reason for a traceback, and
         # none for another one when Python flushes at its end.

@@ -50,7 +50,7 @@ def add(
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
     from archiver.errors import UsageError
-    from archiver.model import Account, new_account_id
+    from archiver.model import Account
     from archiver.settings import load
 
     given = options.Given.of(
@@ -68,7 +68,7 @@ def add(
     given.check_password()
     with Archiver(load()) as archiver:
         new = Account(
-            id=new_account_id(),
+            id=_id_for(archiver, name),
             name=name,
             url=endpoint.url,
             tls=endpoint.tls.value,
@@ -117,7 +117,7 @@ def edit(
     )
     given.check_password()
     with Archiver(load()) as archiver:
-        account = given.applied_to(_find(archiver, name))
+        account = given.applied_to(_find_active(archiver, name))
         if url is not None or tls is not None:
             endpoint = given.endpoint(url or account.url)
             account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
@@ -190,6 +190,7 @@ def show_account(name: Name, json: Json = False) -> None:
                         "reason": row.reason,
                         "attempts": row.attempts,
                         "retry_at": row.retry_at,
+                        "absent_at": row.absent_at,
                     }
                     for row in aside
                 ],
@@ -219,9 +220,10 @@ def show_account(name: Name, json: Json = False) -> None:
         )
     show(made)
     for row in aside:
+        again = f"again {ago(row.retry_at, now)}" if row.absent_at is None else "no longer on the server"
         say(
             f"  in quarantine: UIDL {uidl_text(row.uidl)!a}, {row.size} octets, tried {row.attempts} times, "
-            f"again {ago(row.retry_at, now)}: {one_line(row.reason or '')}"
+            f"{again}: {one_line(row.reason or '')}"
         )
 
 
@@ -234,7 +236,7 @@ def pause(name: Name) -> None:
     from archiver.worker import PAUSED_BY_HAND
 
     with Archiver(load()) as archiver:
-        account = _find(archiver, name)
+        account = _find_active(archiver, name)
         archiver.database.transact(lambda connection: schedule.pause(connection, account.id, PAUSED_BY_HAND))
     say(f"{name} is paused")
 
@@ -243,14 +245,11 @@ def pause(name: Name) -> None:
 def resume(name: Name) -> None:
     """Poll an account again, from now on, whatever it was paused for."""
     from archiver.bootstrap import Archiver
-    from archiver.db import accounts, schedule
-    from archiver.errors import UsageError
+    from archiver.db import schedule
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
-        account = _find(archiver, name)
-        if account.paused_reason == accounts.REMOVED:
-            raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {account.url}")
+        account = _find_active(archiver, name)
         archiver.database.transact(lambda connection: schedule.resume(connection, account.id))
     say(f"{name} is polled again")
 
@@ -403,6 +402,30 @@ def _find(archiver: "Archiver", name: str) -> "Account":
     if account is None:
         raise UsageError(f"there is no account named {name}", hint="archiver account list")
     return account
+
+
+def _find_active(archiver: "Archiver", name: str) -> "Account":
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+
+    account = _find(archiver, name)
+    if account.paused_reason == accounts.REMOVED:
+        raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {account.url}")
+    return account
+
+
+def _id_for(archiver: "Archiver", name: str) -> str:
+    """A new account's id. One that was removed has its own still, to which its secret will be bound."""
+    from archiver.db import accounts
+    from archiver.model import new_account_id
+
+    path = archiver.raw_database.path
+    if path is None or path.exists():
+        with archiver.database.reading() as connection:
+            found = accounts.by_name(connection, name)
+        if found is not None and found.paused_reason == accounts.REMOVED:
+            return found.id
+    return new_account_id()
 
 
 def _secret(archiver: "Archiver", account: "Account", given: options.Given) -> str:

@@ -8,11 +8,12 @@ an archive must not stop because a line was lost.
 """
 
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from archiver import secrets
 from archiver.db import accounts
@@ -26,10 +27,16 @@ if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable() or not name.strip():
+        raise ValueError("it holds nothing, or what cannot be printed")
+    return name
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
     url: str
     password: str
     tls: Literal["implicit", "starttls", "none"] | None = None
@@ -52,10 +59,9 @@ def take_in(archiver: "Archiver", path: Path) -> int:
     """
     entries = _read(path)
     wanted = [_account(archiver, path, entry) for entry in entries]
-    names = [account.name for account in wanted]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UsageError(f"{path}: account {min(twice)} stands there twice")
+    for name, times in Counter(account.name for account in wanted).items():
+        if times > 1:
+            raise UsageError(f"{path}: account {name} stands there twice")
 
     def work(connection: "Connection") -> int:
         changed = 0

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from archiver.model import Account
 
+PIPE_COLUMNS = 200
+"""The width of a table that goes to no terminal."""
+
 LINE_SECONDS = 5.0
 """Between two lines of progress where no bar can be drawn."""
 
@@ -29,20 +32,23 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on st
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console that never breaks or colours text meant for a pipe."""
+    """A console that never breaks or colours text meant for a pipe.
+
+    Nothing in the text is markup or an emoji's name: it may come from a mail server.
+    """
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str = "") -> None:
-    """A line of result for people. Markup is not interpreted: it may come from a mail server."""
-    console().print(text, markup=False)
+    """A line of result for people."""
+    console().print(text)
 
 
 def note(text: str) -> None:
     """A line that is not the result."""
-    console(stderr=True).print(text, markup=False)
+    console(stderr=True).print(text)
 
 
 def complain(error: ArchiverError) -> None:
@@ -82,11 +88,10 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
 
 
 def show(made: "Table") -> None:
-    from rich.console import Console
-
-    target = Console(highlight=False)
+    target = console()
+    target.soft_wrap = False
     if not target.is_terminal:
-        target = Console(highlight=False, width=200)
+        target.width = PIPE_COLUMNS
     target.print(made)
 
 

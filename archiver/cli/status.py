@@ -33,7 +33,9 @@ def status(json: Json = False) -> None:
         where = archiver.settings.store_url
     active = [state for state in states if state.removed_at is None]
     paused = [state for state in active if state.paused_reason is not None]
-    failing = [state for state in active if (state.failures or state.refusals) and state not in paused]
+    failing = [
+        state for state in active if (state.failures or state.refusals) and state.paused_reason is None
+    ]
     summary: dict[str, Any] = {
         "accounts": len(active),
         "captures": sum(state.captures for state in states),

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -32,9 +32,23 @@ SQLITE_BUSY_SECONDS = 30.0
 TRANSACTION_ATTEMPTS = 4
 RETRY_WAIT_CAP_SECONDS = 5.0
 
-_PASSING_SQLSTATES = frozenset({"40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03"})
-"""Serialization failure, deadlock, too many connections, lock not available, shutdown, crash, starting up:
+_PASSING_SQLSTATES = frozenset({"08", "40", "53", "55", "57", "58", "25006", "25P03", "23505"})
+"""By class: connection, rollback (serialization, deadlock), resources, locks, shutdown and time limits,
+system. Read-only is a standby, until it takes over; 25P03 a session that was idle for too long; 23505 a key
+that another transaction put in at the same moment, so that the work finds it when it looks again:
 https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+
+_LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "42P01", "XX"})
+"""Refused login, no such database, insufficient privilege, no such table (no schema yet), corruption."""
+
+_LASTING_WORDS = (
+    "unable to open database file",
+    "readonly",
+    "password authentication",
+    "does not exist",
+    "no pg_hba.conf",
+)
+"""Where there is no SQLSTATE: SQLite, and a connection to PostgreSQL that was refused."""
 
 
 class Database:
@@ -67,7 +81,8 @@ class Database:
         return None
 
     def __str__(self) -> str:
-        return self._url.render_as_string(hide_password=True)
+        # Without what follows the question mark: a password may be there, too.
+        return self._url.set(query={}).render_as_string(hide_password=True)
 
     def transact(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction that commits when it returns and rolls back when it raises.
@@ -96,7 +111,7 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one state and writes nothing. Raises TryLater or OperatorNeeded."""
         with _translated(str(self)), self.engine.connect() as connection:
-            yield connection.execution_options(sqlite_begin="BEGIN")
+            yield connection.execution_options(**(_READING_SQLITE if self.is_sqlite else _READING))
 
     def close(self) -> None:
         self.engine.dispose()
@@ -139,9 +154,30 @@ def _parse(text: str) -> URL:
             )
 
 
+_POSTGRESQL: dict[str, Any] = {
+    "application_name": "archiver",
+    "connect_timeout": 10,
+    # Behind PgBouncer in transaction mode a prepared statement may be another
+    # connection's.
+    "prepare_threshold": None,
+    # A server that went away without a word is noticed in a minute, not in two
+    # hours: https://www.postgresql.org/docs/current/libpq-connect.html
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+
+
+# Without these, PostgreSQL would show each statement the state of its own
+# moment, and SQLite would take the writer's lock.
+_READING: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+_READING_SQLITE: dict[str, Any] = {"sqlite_begin": "BEGIN"}
+
+
 def _create_engine(url: URL, pool_size: int) -> Engine:
     if url.get_backend_name() == "sqlite":
-        engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+        engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": SQLITE_BUSY_SECONDS})
         sa.event.listen(engine, "connect", _set_up_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -152,9 +188,9 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
             max_overflow=0,
             pool_timeout=30.0,
             pool_pre_ping=True,
-            # Behind PgBouncer in transaction mode a prepared statement may be
-            # another connection's.
-            connect_args={"prepare_threshold": None, "connect_timeout": 10, "application_name": "archiver"},
+            # What is written tells of somebody's mail; errors end up in logs.
+            hide_parameters=True,
+            connect_args=_POSTGRESQL,
         )
     except ModuleNotFoundError as error:
         raise UsageError(
@@ -188,27 +224,28 @@ def _translated(name: str) -> Iterator[None]:
         raise
     except PoolTimeout as error:
         raise TryLater(f"no connection to {name} became free in time") from error
-    except (OperationalError, InterfaceError) as error:
-        raise _classified(error, name) from error
     except DBAPIError as error:
-        if error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _PASSING_SQLSTATES:
-            raise TryLater(f"database {name}: {_one_line(error)}") from error
-        raise
+        translated = _classified(error, name)
+        if translated is None:
+            raise
+        raise translated from error
 
 
-def _classified(error: DBAPIError, name: str) -> ArchiverError:
-    message = f"database {name}: {_one_line(error)}"
+def _classified(error: DBAPIError, name: str) -> ArchiverError | None:
+    """What a driver's error means; None for a mistake of ours."""
     sqlstate = getattr(error.orig, "sqlstate", None)
     if sqlstate is not None:
-        if sqlstate in _PASSING_SQLSTATES or sqlstate[:2] in ("08", "53"):
-            return TryLater(message)
-        return OperatorNeeded(message)
-    text = str(error.orig)
-    if "unable to open database file" in text or "readonly" in text or "not a database" in text:
-        return OperatorNeeded(message, hint="is the path right, and may this user write there?")
-    if any(words in text for words in ("password authentication", "does not exist", "no pg_hba.conf")):
-        return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL")
-    return TryLater(message)
+        names = {sqlstate, sqlstate[:2]}
+        lasting = bool(names & _LASTING_SQLSTATES)
+        passing = bool(names & _PASSING_SQLSTATES)
+    else:
+        # SQLite says of a file that is none, or torn, no more than DatabaseError.
+        lasting = type(error) is DatabaseError or any(words in str(error.orig) for words in _LASTING_WORDS)
+        passing = isinstance(error, OperationalError | InterfaceError)
+    message = f"database {name}: {_one_line(error)}"
+    if lasting:
+        return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL, and what this user may do there")
+    return TryLater(message) if passing or error.connection_invalidated else None
 
 
 def _one_line(error: DBAPIError) -> str:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
-from sqlmodel import Session, col, select
+from sqlmodel import Session, select
 
 from archiver.db import schedule
 from archiver.db.tables import AccountRow, JournalRow, LeaseRow, account
@@ -21,10 +21,13 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
 
     A removed account comes back, with the id under which its archive lies,
     when name and URL are those it had. Raises UsageError when the name or the
-    URL is taken.
+    URL is taken; not when ``new`` itself is there already, by a transaction
+    whose answer was lost.
     """
     with Session(bind=connection) as session:
         row = session.exec(select(AccountRow).where(AccountRow.name == new.name)).first()
+        if row is not None and row.removed_at is None and row.id == new.id:
+            return new
         if row is not None and (row.removed_at is None or row.url != new.url):
             was = "is" if row.removed_at is None else "was"
             raise UsageError(
@@ -35,14 +38,7 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
             change(connection, again)
             schedule.resume(connection, again.id)
             return again
-        same = session.exec(
-            select(AccountRow).where(AccountRow.url == new.url, col(AccountRow.removed_at).is_(None))
-        ).first()
-        if same is not None:
-            raise UsageError(
-                f"account {same.name} archives {new.url} already",
-                hint="two accounts on one mailbox would each fetch all of it",
-            )
+        _refuse_second(connection, new)
         session.add(_row(new, at))
         session.flush()
         session.add(LeaseRow(account_id=new.id, due_at=None))
@@ -53,7 +49,11 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
 
 
 def change(connection: Connection, changed: Account) -> None:
-    """Give an account other settings. Its id, and so its objects and its journal, stays."""
+    """Give an account other settings. Its id, and so its objects and its journal, stays.
+
+    Raises UsageError when another account has the URL.
+    """
+    _refuse_second(connection, changed)
     connection.execute(
         sa.update(account)
         .where(account.c.id == changed.id)
@@ -106,6 +106,15 @@ def all_active(connection: Connection) -> list[Account]:
 def every(connection: Connection) -> list[Account]:
     """Every account that ever was, removed ones too: their archives are still to be proved."""
     return [_account(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+
+
+def _refuse_second(connection: Connection, wanted: Account) -> None:
+    other = by_url(connection, wanted.url)
+    if other is not None and other.id != wanted.id:
+        raise UsageError(
+            f"account {other.name} archives {wanted.url} already",
+            hint="two accounts on one mailbox would each fetch all of it",
+        )
 
 
 def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | None:

@@ -37,8 +37,15 @@ def current(database: Database) -> str | None:
     """The schema version that the database has; None when it is empty."""
     from alembic.runtime.migration import MigrationContext
 
-    with database.reading() as connection:
+    def look(connection: sa.Connection) -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
+
+    if database.is_sqlite:
+        # The first to connect puts a new file into WAL mode, and who does so at
+        # the same moment is refused at once, without waiting: so it is repeated.
+        return database.transact(look)
+    with database.reading() as connection:
+        return look(connection)
 
 
 def upgrade(database: Database) -> tuple[str | None, str]:
@@ -89,7 +96,8 @@ def ensure(database: Database) -> None:
 def _make_folder(database: Database) -> None:
     if database.path is not None:
         try:
-            database.path.parent.mkdir(parents=True, exist_ok=True)
+            # It tells who wrote to whom: nobody else's business.
+            database.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise OperatorNeeded(
                 f"cannot make the folder of database {database.path}: {error.strerror}"

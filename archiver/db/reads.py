@@ -142,7 +142,7 @@ def capture_digests(connection: Connection, account_id: str) -> Iterator[bytes]:
 
 
 def quarantined(connection: Connection, account_id: str) -> list[Any]:
-    """The messages of an account that are set aside, with reason and next try."""
+    """The messages of an account that are set aside, with reason and next try; also those gone since."""
     return list(
         connection.execute(
             sa.select(sighting)
@@ -165,7 +165,8 @@ def account_states(connection: Connection, account_ids: Sequence[str] | None = N
     """Each account with its schedule, its archive and its last polls, ordered by name.
 
     ``to_come`` is of the last poll that got a listing; ``outcome``, ``error``
-    and ``ended_at`` of the last poll of all.
+    and ``ended_at`` of the last poll of all. ``quarantined`` are those that the
+    server still shows: of the others there is nothing left to get.
     """
     archived = (
         sa.select(
@@ -178,7 +179,7 @@ def account_states(connection: Connection, account_ids: Sequence[str] | None = N
     )
     aside = (
         sa.select(sighting.c.account_id, sa.func.count().label("quarantined"))
-        .where(sighting.c.state == "quarantined")
+        .where(sighting.c.state == "quarantined", sighting.c.absent_at.is_(None))
         .group_by(sighting.c.account_id)
         .subquery()
     )

@@ -28,7 +28,7 @@ from archiver.model import (
     message_key,
     uidl_text,
 )
-from archiver.policy import FATAL_ATTEMPTS, NextPoll, quarantine_retry_seconds
+from archiver.policy import NextPoll, quarantine_retry_seconds
 
 FEED_LOCK = 0x61726368
 """The advisory lock that orders the feed on PostgreSQL: "arch" in ASCII."""
@@ -88,25 +88,17 @@ def present_again(connection: Connection, claim: Claim, epoch: int, sightings: S
     )
 
 
-def died_in_transit(connection: Connection, claim: Claim, epoch: int, key: SightingKey, at: datetime) -> int:
-    """Count one more connection that died over this message; returns how many did."""
+def died_in_transit(
+    connection: Connection, claim: Claim, epoch: int, key: SightingKey, *, attempts: int, at: datetime
+) -> None:
+    """Note that a connection died over this message once more: for the ``attempts``-th time."""
     schedule.fence(connection, claim)
     _upsert_sightings(
         connection,
         claim.account_id,
         epoch,
-        [{"key": key, "at": at, "state": "pending", "sha256": None, "attempts": 1, "reason": None}],
-        count_up=True,
+        [{"key": key, "at": at, "state": "pending", "sha256": None, "attempts": attempts, "reason": None}],
     )
-    attempts = connection.execute(
-        sa.select(sighting.c.attempts).where(_is(claim.account_id, epoch, key))
-    ).scalar_one()
-    return int(attempts)
-
-
-def is_fatal(attempts: int) -> bool:
-    """Whether a message has cost so many connections that it is set aside."""
-    return attempts >= FATAL_ATTEMPTS
 
 
 def deletions_requested(
@@ -132,8 +124,12 @@ def poll_ended(
     """Keep the report and release the lease, in one transaction.
 
     ``pipelining_broke`` has the account polled one command at a time from now
-    on: some servers announce PIPELINING and trip over it.
+    on: some servers announce PIPELINING and trip over it. A report that is
+    kept already was committed by a transaction whose answer was lost.
     """
+    kept = sa.select(poll.c.token).where(poll.c.account_id == claim.account_id, poll.c.token == claim.token)
+    if connection.execute(kept).first() is not None:
+        return
     schedule.fence(connection, claim)
     if pipelining_broke:
         connection.execute(
@@ -254,8 +250,6 @@ def _upsert_sightings(
     account_id: str,
     epoch: int,
     values: list[dict[str, Any]],
-    *,
-    count_up: bool = False,
 ) -> None:
     if not values:
         return
@@ -282,14 +276,13 @@ def _upsert_sightings(
         )
     statement = _dialect_insert(connection, sighting)
     new = statement.excluded
-    attempts = sighting.c.attempts + new.attempts if count_up else new.attempts
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=["account_id", "epoch", "uidl", "size", "content"],
             set_={
                 "state": new.state,
                 "sha256": new.sha256,
-                "attempts": attempts,
+                "attempts": new.attempts,
                 "retry_at": new.retry_at,
                 "reason": new.reason,
                 "absent_at": None,

@@ -7,7 +7,7 @@ whose worker died is due again without anybody's doing. Only the database's
 clock decides.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import sqlalchemy as sa
@@ -84,6 +84,14 @@ def holder(connection: Connection, account_id: str) -> str | None:
     return connection.execute(sa.select(lease.c.owner).where(lease.c.account_id == account_id)).scalar()
 
 
+def is_unsettled(connection: Connection, account_id: str) -> bool:
+    """Whether the store may have what the database has not yet: a poll goes on, or ended half way."""
+    found = connection.execute(
+        sa.select(sa.or_(lease.c.owner.is_not(None), lease.c.recover)).where(lease.c.account_id == account_id)
+    ).scalar()
+    return bool(found)
+
+
 def fence(connection: Connection, claim: Claim) -> None:
     """Lock the lease's row for the rest of this transaction, and see that the claim still stands.
 
@@ -96,20 +104,24 @@ def fence(connection: Connection, claim: Claim) -> None:
         raise LeaseLost(f"account {claim.account_id} is polled by another worker now")
 
 
-def renew(connection: Connection, claims: Mapping[str, int], *, lease_seconds: float) -> Collection[str]:
-    """Heartbeat: extend the leases, given as token by account. Returns the accounts that are still held."""
+def renew(connection: Connection, claims: Iterable[Claim], *, lease_seconds: float) -> Collection[Claim]:
+    """Heartbeat: extend the leases. Returns the claims that still stand."""
     until = later(connection, lease_seconds)
-    held: list[str] = []
+    held: set[Claim] = set()
     # In one order everywhere, so that two workers' batches cannot deadlock.
-    for account_id, token in sorted(claims.items()):
+    for claim in sorted(claims, key=lambda claim: claim.account_id):
         kept = connection.execute(
             sa.update(lease)
-            .where(lease.c.account_id == account_id, lease.c.token == token, lease.c.owner.is_not(None))
+            .where(
+                lease.c.account_id == claim.account_id,
+                lease.c.token == claim.token,
+                lease.c.owner.is_not(None),
+            )
             .values(expires_at=until, due_at=_unless_paused(until))
             .returning(lease.c.account_id)
         ).scalar()
         if kept is not None:
-            held.append(kept)
+            held.add(claim)
     return held
 
 
@@ -131,14 +143,14 @@ def release(
 ) -> None:
     """Give the account back, due when ``following`` says. Call within ``fence``.
 
-    An account that an operator paused meanwhile is due no more, whatever the
-    poll's outcome. ``disproved`` is the reason of a pause that this poll showed
-    to hold no longer.
+    An account that an operator paused or removed meanwhile is due no more, and
+    for that reason, whatever the poll's outcome. ``disproved`` is the reason of
+    a pause that this poll showed to hold no longer.
     """
     found = connection.execute(
         sa.select(account.c.paused_reason).where(account.c.id == claim.account_id)
     ).scalar()
-    reason = following.pause_reason or (None if found == disproved else found)
+    reason = following.pause_reason if found in (None, disproved) else found
     if reason != found:
         connection.execute(
             sa.update(account).where(account.c.id == claim.account_id).values(paused_reason=reason)

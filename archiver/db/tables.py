@@ -77,6 +77,8 @@ class AccountRow(SQLModel, table=True):
     """One POP3 login that is archived, and the policies it is archived by."""
 
     __tablename__ = "account"
+    # A hundred thousand accounts are added by looking for each one's URL.
+    __table_args__ = (Index(None, "url"),)
 
     id: str = Field(sa_column=Column(String(ACCOUNT_ID_LENGTH), primary_key=True))
     name: str = Field(sa_column=Column(Text, nullable=False, unique=True))

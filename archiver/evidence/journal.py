@@ -16,6 +16,7 @@ from typing import Any
 from archiver import __version__
 from archiver.errors import IntegrityError
 from archiver.model import (
+    NO_DIGEST,
     UNKNOWN_SIZE,
     JournalHead,
     MailServer,
@@ -31,6 +32,7 @@ from archiver.model import (
 from archiver.store import ObjectNotFound, Store
 
 SCHEMA = 1
+LARGEST_NUMBER = 2**63 - 1
 SEGMENT_OCTETS = 64 * 1024 * 1024
 """More than any batch writes. What is larger is not a segment of ours, and is not read into memory."""
 
@@ -69,23 +71,23 @@ def decode(octets: bytes, where: str) -> Segment:
     """Read a segment back. Raises IntegrityError, naming ``where``, for anything that is not one."""
     try:
         header, *lines = (json.loads(line) for line in octets.splitlines())
-        if header["schema"] != SCHEMA:
+        if (schema := _whole(header["schema"])) != SCHEMA:
             raise IntegrityError(
-                f"{where} has the journal schema {header['schema']}, which this release does not know",
+                f"{where} has the journal schema {schema}, which this release does not know",
                 hint="upgrade archiver",
             )
-        if header["lines"] != len(lines):
-            raise IntegrityError(f"{where} has {len(lines)} lines where its header says {header['lines']}")
+        if (promised := _whole(header["lines"])) != len(lines):
+            raise IntegrityError(f"{where} has {len(lines)} lines where its header says {promised}")
         tls = header["server"]["tls"] or {}
         return Segment(
             account_id=header["account"]["id"],
             account_name=header["account"]["name"],
             account_url=header["account"]["url"],
-            epoch=header["epoch"],
-            sequence=header["sequence"],
-            previous=bytes.fromhex(header["previous"]),
-            token=header["poll"],
-            written_at=datetime.fromisoformat(header["written_at"]),
+            epoch=_whole(header["epoch"]),
+            sequence=_whole(header["sequence"]),
+            previous=_digest(header["previous"]),
+            token=_whole(header["poll"]),
+            written_at=_time(header["written_at"]),
             server=MailServer(
                 host=header["server"]["host"],
                 port=header["server"]["port"],
@@ -95,11 +97,11 @@ def decode(octets: bytes, where: str) -> Segment:
                 cipher=tls.get("cipher"),
                 certificate_sha256=tls.get("certificate_sha256"),
             ),
-            listing_count=header["listing"]["count"],
-            listing_digest=bytes.fromhex(header["listing"]["sha256"]),
+            listing_count=_whole(header["listing"]["count"]),
+            listing_digest=_digest(header["listing"]["sha256"]),
             lines=tuple(_resolved(line) for line in lines),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{where} is not a journal segment: {error!r}") from error
 
 
@@ -121,7 +123,7 @@ def read(store: Store, account_id: str, sequence: int) -> tuple[Segment, bytes] 
         return None
     segment = decode(bytes(octets), key)
     if (segment.account_id, segment.sequence) != (account_id, sequence):
-        raise IntegrityError(f"{key} holds segment {segment.sequence} of account {segment.account_id}")
+        raise IntegrityError(f"{key} holds segment {segment.sequence} of account {segment.account_id!a}")
     return segment, hashlib.sha256(octets).digest()
 
 
@@ -152,16 +154,46 @@ def _line(account_id: str, resolved: Resolved) -> dict[str, Any]:
 
 
 def _resolved(line: dict[str, Any]) -> Resolved:
-    sha256 = bytes.fromhex(line["sha256"]) if "sha256" in line else None
-    size = UNKNOWN_SIZE if line["listed_size"] is None else line["listed_size"]
+    what = What(line["what"])
+    sha256 = _digest(line["sha256"]) if "sha256" in line else None
+    octets = _whole(line["size"]) if "size" in line else None
+    if what in (What.CAPTURED, What.KNOWN) and (sha256 is None or octets is None):
+        raise ValueError(f"a {what} line without a digest or a size")
     content = sha256 if line.get("by_content") else None
     return Resolved(
-        what=What(line["what"]),
-        sighting=SightingKey(uidl_octets(line["uidl"]), size, content or b""),
-        at=datetime.fromisoformat(line["at"]),
+        what=what,
+        sighting=SightingKey(
+            uidl_octets(line["uidl"]),
+            UNKNOWN_SIZE if line["listed_size"] is None else _whole(line["listed_size"]),
+            content or b"",
+        ),
+        at=_time(line["at"]),
         sha256=sha256,
-        octets=line.get("size"),
+        octets=octets,
         version_id=line.get("version_id"),
         reason=line.get("reason"),
-        attempts=line.get("attempts", 0),
+        attempts=_whole(line.get("attempts", 0)),
     )
+
+
+# What lies in a bucket may have been written by anybody.
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= LARGEST_NUMBER:
+        raise ValueError(f"no whole number: {value!r}")
+    return value
+
+
+def _digest(text: str) -> bytes:
+    octets = bytes.fromhex(text)
+    if len(octets) != len(NO_DIGEST):
+        raise ValueError("no SHA-256")
+    return octets
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("a time without a zone")
+    return time

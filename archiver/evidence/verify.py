@@ -2,7 +2,8 @@
 
 Reads everything and changes nothing. It may run while polls go on: what is
 read first is what is written last, so that a capture under way is not taken
-for a fault.
+for a fault; and what came to the store after the beginning is left to the next
+time.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ from typing import Literal, NamedTuple
 from archiver.db import Database, reads, schedule
 from archiver.errors import IntegrityError
 from archiver.evidence import journal
-from archiver.model import Account, JournalHead, What, journal_prefix, message_key, segment_key
+from archiver.model import Account, JournalHead, Segment, What, journal_prefix, message_key, segment_key
 from archiver.store import ObjectNotFound, Store, StoredObject
 
 Kind = Literal["missing", "damaged", "chain_break", "unrecorded"]
 
 IN_FLIGHT = timedelta(minutes=15)
-"""An object of an account that is being polled may be so young and not be in the journal yet."""
+"""What is so young, of an account that is being polled, need not be in the journal or the database yet."""
 
 HASHED_AT_ONCE = 64
 FINDINGS_KEPT = 1_000
@@ -86,11 +87,12 @@ def verify(
     with database.reading() as connection:
         head = reads.journal_head(connection, account.id)
         recorded = set(reads.capture_digests(connection, account.id))
-        polled_now = schedule.holder(connection, account.id) is not None
-    written = _read_journal(account, store, head, verdict)
-    for digest in recorded - written.captured.keys():
+        since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
+    written = _read_journal(account, store, head, since, verdict)
+    unnamed = {message_key(account.id, digest) for digest in recorded - written.captured.keys()}
+    for key in unnamed:
         detail = "the database has it, the journal has not"
-        verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
+        verdict.add(Finding("unrecorded", account.name, key, detail))
     for digest in written.known_to_database - recorded:
         detail = "the journal has it, the database has not"
         verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
@@ -100,8 +102,7 @@ def verify(
     for found in store.list(f"messages/{account.id}/"):
         wanted = expected.pop(found.key, None)
         if wanted is None:
-            young = found.modified_at is not None and now - found.modified_at < IN_FLIGHT
-            if not (polled_now and young):
+            if found.key not in unnamed and not _is_younger(found, since):
                 verdict.add(Finding("unrecorded", account.name, found.key, "no journal segment names it"))
         elif found.size != written.captured[wanted]:
             detail = f"{found.size} octets, and the journal says {written.captured[wanted]}"
@@ -125,20 +126,32 @@ class _Written:
     captured: dict[bytes, int] = field(default_factory=dict)
     known_to_database: set[bytes] = field(default_factory=set)
 
+    def take_in(self, segment: Segment, *, known_to_database: bool) -> None:
+        for line in segment.lines:
+            if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
+                self.captured[line.sha256] = line.octets
+                if known_to_database:
+                    self.known_to_database.add(line.sha256)
 
-def _read_journal(account: Account, store: Store, head: JournalHead, verdict: Verdict) -> _Written:
+
+def _is_younger(found: StoredObject, since: datetime) -> bool:
+    return found.modified_at is not None and found.modified_at >= since
+
+
+def _read_journal(
+    account: Account, store: Store, head: JournalHead, since: datetime, verdict: Verdict
+) -> _Written:
     written = _Written()
     last = JournalHead(0, bytes(32))
     for listed in store.list(journal_prefix(account.id)):
-        sequence = last.sequence + 1
-        if listed.key != segment_key(account.id, sequence):
-            name = listed.key.rpartition("/")[2].removesuffix(".ndjson")
-            if not name.isdecimal() or int(name) <= last.sequence:
-                verdict.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
-                continue
-            detail = f"segment {sequence} is not there"
-            verdict.add(Finding("chain_break", account.name, segment_key(account.id, sequence), detail))
-            sequence = int(name)
+        sequence = _number(account, listed.key)
+        if sequence is None:
+            verdict.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
+            continue
+        if sequence > last.sequence + 1:
+            missing = last.sequence + 1
+            detail = f"segment {missing} is not there"
+            verdict.add(Finding("chain_break", account.name, segment_key(account.id, missing), detail))
             last = JournalHead(sequence - 1, b"")
         try:
             found = journal.read(store, account.id, sequence)
@@ -155,17 +168,23 @@ def _read_journal(account: Account, store: Store, head: JournalHead, verdict: Ve
         if sequence == head.sequence and digest != head.digest:
             detail = "the database knows it with another digest"
             verdict.add(Finding("chain_break", account.name, listed.key, detail))
-        for line in segment.lines:
-            if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
-                written.captured[line.sha256] = line.octets
-                if sequence <= head.sequence:
-                    written.known_to_database.add(line.sha256)
+        if sequence > head.sequence and not _is_younger(listed, since):
+            detail = "the database does not know it"
+            verdict.add(Finding("unrecorded", account.name, listed.key, detail))
+        written.take_in(segment, known_to_database=sequence <= head.sequence)
         verdict.segments += 1
         last = JournalHead(sequence, digest)
     if last.sequence < head.sequence:
         detail = f"the database knows {head.sequence} segments, the store has {last.sequence}"
         verdict.add(Finding("chain_break", account.name, segment_key(account.id, head.sequence), detail))
     return written
+
+
+def _number(account: Account, key: str) -> int | None:
+    """The number of the segment that lies under a key; None for a key that no segment has."""
+    name = key.rpartition("/")[2].removesuffix(".ndjson")
+    number = int(name) if name.isascii() and name.isdigit() else 0
+    return number if number and key == segment_key(account.id, number) else None
 
 
 def _taken_as_is(sound: list[tuple[StoredObject, bytes]]) -> Iterator[tuple[StoredObject, Finding | None]]:

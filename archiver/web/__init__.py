@@ -7,6 +7,7 @@ mailbox and when, so it wants a bearer token, except on a loopback address.
 
 import hmac
 import ipaddress
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,26 +106,32 @@ def serving(listen: str, make: Callable[[bool], Starlette]) -> Iterator[str]:
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
+    version_6 = ":" in host
     try:
-        sockets = [config.bind_socket()]
-    except (OSError, SystemExit) as error:
+        # [::] is every address of the machine, those of IPv4 too.
+        listener = socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if version_6 else socket.AF_INET,
+            dualstack_ipv6=version_6 and socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
         raise OperatorNeeded(
-            f"cannot listen at {listen}", hint="ARCHIVER_HTTP_LISTEN is host:port"
+            f"cannot listen at {listen}: {error.strerror}", hint="ARCHIVER_HTTP_LISTEN is host:port"
         ) from error
-    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, name="web", daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="web", daemon=True)
     thread.start()
     try:
         ends_at = time.monotonic() + START_SECONDS
         while not server.started and thread.is_alive() and time.monotonic() < ends_at:
             time.sleep(0.01)
-        yield f"http://{host}:{sockets[0].getsockname()[1]}"
+        yield f"http://{f'[{host}]' if version_6 else host}:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(timeout=5)
 
 
 def _refusal(request: Request, token: str | None, *, on_loopback: bool) -> Response | None:
-    if token is None:
+    if not token:  # An empty one is a setting that was left out, not a token that anybody can guess.
         if on_loopback:
             return None
         return _problem(403, "set ARCHIVER_API_TOKEN to read this from other machines")
