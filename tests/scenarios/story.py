@@ -1,0 +1,445 @@
+"""An archive of real parts, in this process, whose time and whose deaths a test decides.
+
+Owns a database, a directory as the store, and a clock that only moves when it
+is told to. A ``Fuse`` kills the process at any call of any port, before or
+after the call did its work: what a killed process leaves is what a poll that
+stops there leaves, with its lease in its hand.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import sqlalchemy as sa
+
+from archiver import pop3
+from archiver.db import Database, accounts, migrate, reads, schedule
+from archiver.db.tables import event, lease, poll, sighting
+from archiver.evidence import journal
+from archiver.evidence.verify import Verdict, verify
+from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
+from archiver.poll import BatchLimits, Tools, Unwatched
+from archiver.poll import poll as tell_poll
+from archiver.store import Body, PutResult, Store, StoredObject
+from archiver.store.filesystem import FilesystemStore
+from archiver.store.spool import Spool
+from archiver.worker import Chance, HeldLease, Worker
+from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
+
+T = TypeVar("T")
+
+LEASE_SECONDS = 60.0
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def message(text: str) -> bytes:
+    """A small message, its own for each text."""
+    return f"Subject: {text}\r\n\r\nThis is {text}.\r\n".encode()
+
+
+class Clock:
+    """Time that stands still unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self._monotonic = 1000.0
+        self._began = datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return self._monotonic
+
+    def now(self) -> datetime:
+        return self._began + timedelta(seconds=self._monotonic - 1000.0)
+
+    def advance(self, seconds: float) -> None:
+        self._monotonic += seconds
+
+
+class Death(Exception):
+    """The process was killed here."""
+
+
+class Fuse:
+    """Counts the calls that pass; at the chosen one the process dies, and so does every later call."""
+
+    def __init__(self, at: int | None = None, *, after: bool = False) -> None:
+        self.calls: list[str] = []
+        self._at = at
+        self._after = after
+        self._dead = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        with self._lock:
+            if self._dead:
+                raise Death(name)
+            index = len(self.calls)
+            self.calls.append(name)
+            if index == self._at and not self._after:
+                self._dead = True
+                raise Death(name)
+        yield
+        if index == self._at:
+            self._dead = True
+            raise Death(f"after {name}")
+
+
+class Intruder(Fuse):
+    """Lets the calls pass, and does something just before the chosen one."""
+
+    def __init__(self, at: int, action: Callable[[], None]) -> None:
+        super().__init__()
+        self._moment = at
+        self._action = action
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        with super().call(name):
+            with self._lock:
+                comes = len(self.calls) > self._moment >= 0
+                self._moment = -1 if comes else self._moment
+            if comes:
+                self._action()
+            yield
+
+
+class ForgetfulDatabase(Database):
+    """A database that loses the answer to the first attempt of every transaction, after it was committed."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, sleep=lambda _: None)
+
+    def transact(self, work: Callable[[sa.Connection], T]) -> T:
+        super().transact(work)
+        return super().transact(work)
+
+
+class MortalStore:
+    """A store whose calls go through a fuse."""
+
+    def __init__(self, store: Store, fuse: Fuse) -> None:
+        self._store = store
+        self._fuse = fuse
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def put(self, key: str, body: Body) -> PutResult:
+        with self._fuse.call(f"put {key.partition('/')[0]}"):
+            return self._store.put(key, body)
+
+    @contextmanager
+    def get(self, key: str) -> Iterator[Iterator[bytes]]:
+        with self._fuse.call("get"), self._store.get(key) as chunks:
+            yield chunks
+
+    def stat(self, key: str) -> StoredObject | None:
+        with self._fuse.call("stat"):
+            return self._store.stat(key)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+        return self._store.list(prefix, after=after)
+
+    def probe(self) -> None:
+        self._store.probe()
+
+
+class MortalDatabase(Database):
+    """A database whose transactions go through a fuse: before them, before their commit, after it."""
+
+    def __init__(self, url: str, fuse: Fuse) -> None:
+        super().__init__(url, sleep=lambda _: None)
+        self._fuse = fuse
+
+    def transact(self, work: Callable[[sa.Connection], T]) -> T:
+        def mortal(connection: sa.Connection) -> T:
+            result = work(connection)
+            with self._fuse.call("commit"):
+                return result
+
+        with self._fuse.call("transact"):
+            return super().transact(mortal)
+
+
+class MortalMailbox:
+    """A mailbox whose verbs go through a fuse."""
+
+    def __init__(self, mailbox: pop3.Mailbox, fuse: Fuse) -> None:
+        self._mailbox = mailbox
+        self._fuse = fuse
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mailbox, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mailbox.close()
+
+    def login(self, password: str) -> None:
+        with self._fuse.call("login"):
+            self._mailbox.login(password)
+
+    def list(self) -> pop3.Listing:
+        with self._fuse.call("list"):
+            return self._mailbox.list()
+
+    def retrieve(self, *arguments: Any) -> Iterator[Any]:
+        outcomes = self._mailbox.retrieve(*arguments)
+        while True:
+            with self._fuse.call("retrieve"):
+                outcome = next(outcomes, None)
+            if outcome is None:
+                return
+            yield outcome
+
+    def delete(self, entries: Any) -> Any:
+        with self._fuse.call("delete"):
+            return self._mailbox.delete(entries)
+
+    def quit(self) -> None:
+        with self._fuse.call("quit"):
+            self._mailbox.quit()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that must be the same in the end, whatever happened on the way."""
+
+    on_server: list[tuple[bytes, bytes]]
+    objects: dict[str, bytes]
+    captures: set[tuple[bytes, int]]
+    sightings: dict[tuple[bytes, int, bytes], tuple[Any, ...]]
+    lines: Counter[tuple[str, bytes]]
+    events: Counter[tuple[str, str]]
+
+
+class Archive:
+    """Database, store and clock; polls are run by a worker as ``archiver sync`` does. A context manager."""
+
+    def __init__(self, database_url: str, directory: Path) -> None:
+        self.directory = directory
+        self.database = Database(database_url, sleep=lambda _: None)
+        self.store = FilesystemStore(directory / "store")
+        self.clock = Clock()
+        self._url = database_url
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        migrate.upgrade(self.database)
+        self.store.probe()
+        self._stack.callback(self.database.close)
+        self.uploads = self._stack.enter_context(ThreadPoolExecutor(3))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def serve(self, play: MailboxPlay) -> ScriptedPop3:
+        """A mail server with this mailbox, until the archive's end."""
+        # Its port may be that of an earlier one, in the same database.
+        play.user = f"user-{new_account_id()}"
+        return self._stack.enter_context(ScriptedPop3(play))
+
+    def add(self, server: ScriptedPop3, **settings: Any) -> Account:
+        """A new account for the mailbox of this server."""
+        identity = new_account_id()
+        new = Account(
+            id=identity,
+            name=f"account {identity}",
+            url=f"pop3://{server.endpoint.user}@localhost:{server.port}",
+            tls="none",
+            secret="env:NONE",
+        )
+        new = replace(new, **settings)
+        return self.database.transact(lambda connection: accounts.add(connection, new, self.clock.now()))
+
+    def tools(self, **others: Any) -> Tools:
+        """What polls work with; a test replaces what it wants."""
+        tools = Tools(
+            connect=self.connect,
+            password=lambda _: "secret",
+            store=self.store,
+            database=self.database,
+            spool=Spool(self.directory, 1024 * 1024, 64 * 1024),
+            uploads=self.uploads,
+            now=self.clock.now,
+            monotonic=self.clock.monotonic,
+            stopping=lambda: False,
+            batch=BatchLimits(messages=2),
+        )
+        return replace(tools, **others)
+
+    def connect(self, account: Account, **limits: Any) -> pop3.Mailbox:
+        return pop3.Mailbox.connect(
+            pop3.parse_url(account.url, pop3.Tls(account.tls)),
+            limits=pop3.Limits(**{"idle_seconds": 20.0, **limits}),
+            allow_pipelining=account.pipelining,
+        )
+
+    def mortal_tools(self, fuse: Fuse) -> Tools:
+        """Tools of a process that the fuse kills."""
+        database = MortalDatabase(self._url, fuse)
+        self._stack.callback(database.close)
+        return self.tools(
+            store=MortalStore(self.store, fuse),
+            database=database,
+            connect=lambda account: MortalMailbox(self.connect(account), fuse),
+        )
+
+    def worker(self, tools: Tools | None = None, **others: Any) -> Worker:
+        """A worker whose clock does not tick by itself."""
+        settings: dict[str, Any] = {
+            "lease_seconds": LEASE_SECONDS,
+            "workers": 2,
+            "chance": Chance(uniform=lambda low, high: (low + high) / 2, sleep=self.clock.advance),
+            "stopping": threading.Event(),
+        }
+        worker = Worker(tools or self.tools(), **(settings | others))
+        self._stack.callback(worker.close)
+        return worker
+
+    def sync(self, account: Account, tools: Tools | None = None) -> PollReport:
+        """Poll to the end, as ``archiver sync`` does."""
+        account = self.fresh(account)
+        (report,) = self.worker(tools).poll_now([account], lambda _: Unwatched())
+        return report
+
+    def fresh(self, account: Account) -> Account:
+        """The account as the database has it now."""
+        with self.database.reading() as connection:
+            return accounts.by_id(connection, account.id)
+
+    def claim(self, account: Account, owner: str = "somebody") -> HeldLease:
+        """Take the account's lease."""
+        asked_at = self.clock.monotonic()
+        claim = self.database.transact(
+            lambda connection: schedule.claim_account(
+                connection, account.id, owner=owner, lease_seconds=LEASE_SECONDS
+            )
+        )
+        if claim is None:
+            raise AssertionError("the account is held by another")
+        return HeldLease(claim, LEASE_SECONDS, self.clock.monotonic, asked_at)
+
+    def poll_until_death(self, account: Account, tools: Tools) -> None:
+        """A poll that dies, and leaves its lease to run out."""
+        held = self.claim(account)
+        with suppress(Death):
+            tell_poll(account, held, tools)
+        self.run_out(account)
+
+    def run_out(self, account: Account) -> None:
+        """Let the account's lease run out, by the database's clock."""
+        self.execute(
+            sa.update(lease)
+            .where(lease.c.account_id == account.id)
+            .values(
+                expires_at=LONG_AGO, due_at=sa.case((lease.c.due_at.is_(None), sa.null()), else_=LONG_AGO)
+            )
+        )
+
+    def execute(self, statement: sa.Executable) -> None:
+        self.database.transact(lambda connection: connection.execute(statement))
+
+    def lease(self, account: Account) -> Any:
+        with self.database.reading() as connection:
+            return connection.execute(sa.select(lease).where(lease.c.account_id == account.id)).one()
+
+    def polls(self, account: Account) -> list[Any]:
+        with self.database.reading() as connection:
+            query = sa.select(poll).where(poll.c.account_id == account.id).order_by(poll.c.token)
+            return list(connection.execute(query))
+
+    def sightings(self, account: Account) -> list[Any]:
+        with self.database.reading() as connection:
+            query = sa.select(sighting).where(sighting.c.account_id == account.id)
+            return list(connection.execute(query.order_by(sighting.c.uidl, sighting.c.size)))
+
+    def segments(self, account: Account) -> list[Segment]:
+        """The journal in the store, from its first segment on."""
+        found: list[Segment] = []
+        while (one := journal.read(self.store, account.id, len(found) + 1)) is not None:
+            found.append(one[0])
+        return found
+
+    def lines(self, account: Account) -> list[Resolved]:
+        return [line for segment in self.segments(account) for line in segment.lines]
+
+    def objects(self, account: Account) -> dict[str, bytes]:
+        """Every message of the account in the store."""
+        content = {}
+        for stored in self.store.list(f"messages/{account.id}/"):
+            with self.store.get(stored.key) as chunks:
+                content[stored.key] = b"".join(chunks)
+        return content
+
+    def captures(self, account: Account) -> list[Any]:
+        with self.database.reading() as connection:
+            return list(reads.captures(connection, account_id=account.id))
+
+    def events(self, account: Account) -> list[dict[str, Any]]:
+        from archiver import feed
+
+        return [one for one in feed.follow(self.database, after=0) if one["account_id"] == account.id]
+
+    def archived(self, account: Account) -> list[bytes]:
+        """The contents that are proved: in the store, in the journal, in the database."""
+        recorded = {row.sha256 for row in self.captures(account)}
+        written = {line.sha256 for line in self.lines(account)}
+        objects = self.objects(account)
+        return [
+            content
+            for key, content in objects.items()
+            if bytes.fromhex(key.rpartition("/")[2].removesuffix(".eml")) in recorded & written
+        ]
+
+    def verify(self, account: Account, *, later_seconds: float = 3600.0) -> Verdict:
+        """What a verification finds an hour on, when nothing can be under way any more."""
+        verdict = Verdict()
+        verify(
+            account,
+            self.database,
+            self.store,
+            verdict,
+            now=datetime.now(UTC) + timedelta(seconds=later_seconds),
+            readers=self.uploads,
+        )
+        return verdict
+
+    def state(self, account: Account, play: MailboxPlay) -> State:
+        with self.database.reading() as connection:
+            query = sa.select(event.c.kind, event.c.body).where(event.c.account_id == account.id)
+            kinds = Counter(row.kind for row in connection.execute(query))
+        told = Counter((one["event"], one["uidl"]) for one in self.events(account))
+        assert kinds == Counter(kind for kind, _ in told.elements())
+        return State(
+            on_server=list(play.messages),
+            objects={key.rpartition("/")[2]: content for key, content in self.objects(account).items()},
+            captures={(row.sha256, row.octets) for row in self.captures(account)},
+            sightings={
+                (row.uidl, row.size, row.content): (
+                    row.state,
+                    row.sha256,
+                    row.attempts,
+                    row.absent_at is not None,
+                    row.delete_requested_at is not None,
+                )
+                for row in self.sightings(account)
+            },
+            lines=Counter((line.what.value, line.sighting.uidl) for line in self.lines(account)),
+            events=told,
+        )

@@ -1,0 +1,248 @@
+"""Commands on accounts, in this process: what an operator may do in which order, and what comes of it."""
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from archiver.cli import app
+from archiver.cli.output import show, table
+from archiver.db import Database, accounts, migrate
+from archiver.db.tables import account as account_table
+from archiver.errors import ArchiverError, UsageError
+from archiver.model import Account
+from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send
+from tests.scenarios.story import message
+
+KEY = base64.b64encode(bytes(32)).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """The command line, with settings of its own."""
+
+    directory: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "ARCHIVER_DATABASE_URL": f"sqlite:///{self.directory / 'archiver.db'}",
+            "ARCHIVER_STORE_URL": f"file:{self.directory / 'store'}",
+            "ARCHIVER_SECRET_KEY": KEY,
+            "PASSWORD": "secret",
+        }
+
+    def run(self, *arguments: str, stdin: bytes | None = None, code: int = 0) -> str:
+        result = CliRunner().invoke(app, arguments, input=stdin, env=self.environment)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result.stdout
+
+    def json(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.run(*arguments, "--json", code=code).splitlines()]
+
+    def process(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "archiver", *arguments]
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    def database(self) -> Database:
+        return Database(self.environment["ARCHIVER_DATABASE_URL"])
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedPop3]:
+    with ScriptedPop3(MailboxPlay([(b"a", message("a"))])) as server:
+        yield server
+
+
+def url(server: ScriptedPop3) -> str:
+    return f"pop3://user@localhost:{server.port}"
+
+
+def test_an_account_that_was_removed_comes_back_with_its_archive(
+    commands: Commands, server: ScriptedPop3
+) -> None:
+    add = ("account", "add", "work", url(server), "--tls", "none", "--password-stdin")
+    commands.run(*add, stdin=b"secret\n")
+    assert commands.json("sync", "work")[0]["new"] == 1
+    (before,) = commands.json("account", "list")
+    commands.run("account", "remove", "work", "--yes")
+    assert commands.json("account", "list") == []
+
+    commands.run(*add, stdin=b"secret\r\n")
+    (after,) = commands.json("account", "list")
+    assert after["id"] == before["id"]
+    # The password is sealed for the account that it came back as.
+    (report,) = commands.json("sync", "work")
+    assert (report["outcome"], report["known"]) == ("ok", 1)
+    with pytest.raises(UsageError, match="already"):
+        commands.run(*add, stdin=b"secret\n")
+
+
+def test_a_removed_account_can_be_added_and_nothing_else(commands: Commands, server: ScriptedPop3) -> None:
+    commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    commands.run("account", "remove", "work", "--yes")
+    for command in (("account", "edit"), ("account", "pause"), ("account", "resume")):
+        with pytest.raises(UsageError, match="was removed"):
+            commands.run(*command, "work")
+    with pytest.raises(UsageError, match="no account named work"):
+        commands.run("sync", "work", "--password-stdin", stdin=b"secret")
+    database = commands.database()
+    with database.reading() as connection:
+        found = accounts.by_name(connection, "work")
+        row = connection.execute(sa.select(account_table.c.removed_at)).scalar_one()
+    database.close()
+    assert found is not None
+    assert (found.paused_reason, found.secret) == (accounts.REMOVED, "")
+    assert row is not None
+    assert server.connections == 0
+
+
+def test_no_two_accounts_share_a_mailbox(commands: Commands) -> None:
+    one, two = "pop3s://me@one.example.com", "pop3s://me@two.example.com"
+    for name, address in (("one", one), ("two", two)):
+        commands.run("account", "add", name, address, "--password-env", "PASSWORD")
+    with pytest.raises(UsageError, match="account one archives"):
+        commands.run("account", "edit", "two", "--url", one)
+    commands.run("account", "edit", "two", "--url", two, "--interval", "60")
+    # The URL of one that was removed is free, until it comes back.
+    commands.run("account", "remove", "one", "--yes")
+    commands.run("account", "edit", "two", "--url", one)
+    with pytest.raises(UsageError, match="account two archives"):
+        commands.run("account", "add", "one", one, "--password-env", "PASSWORD")
+
+
+@pytest.mark.parametrize("stdin", [b"", b"\n", b"\xff\xfe\n", b"x" * 70_000])
+def test_no_usable_password_on_standard_input(commands: Commands, server: ScriptedPop3, stdin: bytes) -> None:
+    with pytest.raises(ArchiverError, match="the password on standard input"):
+        commands.run("account", "add", "work", url(server), "--tls", "none", "--password-stdin", stdin=stdin)
+    assert not (commands.directory / "archiver.db").exists()
+
+
+def test_a_poll_that_does_not_end_well_is_1_and_wrong_use_2(commands: Commands, server: ScriptedPop3) -> None:
+    commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    commands.run("sync", "work")
+    (capture,) = commands.json("message", "list")
+    (commands.directory / "store" / capture["key"]).unlink()
+
+    missing = commands.process("message", "get", capture["sha256"])
+    assert missing.returncode == 1
+    assert "is not in" in missing.stderr
+    assert commands.process("verify").returncode == 1
+    wrong = commands.process("message", "get", "000000")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("archiver: there is no capture")
+
+
+def test_a_reader_who_has_enough_is_no_fault_of_ours(commands: Commands, server: ScriptedPop3) -> None:
+    play = MailboxPlay([(b"%d" % number, message(str(number))) for number in range(300)])
+    with ScriptedPop3(play) as many:
+        commands.run("account", "add", "work", url(many), "--tls", "none", "--password-env", "PASSWORD")
+        commands.run("sync", "work")
+    for arguments in (["message", "list", "--json"], ["message", "list"], ["feed", "tail"]):
+        shell = f"{sys.executable} -m archiver {' '.join(arguments)} | head -n 1"
+        found = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", shell],
+            env=commands.environment | {"PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert "Traceback" not in found.stderr
+        assert "Exception ignored" not in found.stderr
+        assert found.returncode in (0, 1)
+
+
+def test_a_quarantined_message_that_is_gone_needs_nobody(commands: Commands) -> None:
+    play = MailboxPlay(
+        [(b":100:[/x]", message("a"))], faults={"RETR 1": Send(b"-ERR [SYS/PERM] [/red] :x:\r\n")}
+    )
+    with ScriptedPop3(play) as server:
+        commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+        assert commands.json("sync", "work")[0]["quarantined"] == 1
+        assert commands.json("status", code=1)[0]["quarantined"] == 1
+        assert "again in" in commands.run("account", "show", "work")
+        play.messages.clear()
+        commands.run("sync", "work")
+    assert commands.json("status")[0]["quarantined"] == 0
+    shown = commands.run("account", "show", "work")
+    assert "no longer on the server" in shown
+    # A server's words are shown as they are.
+    assert "[SYS/PERM] [/red] :x:" in shown
+    assert ":100:[/x]" in shown
+
+
+def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    made = table("what")
+    made.add_row("[/x] [bold]:100:[/bold]")
+    show(made)
+    assert "[/x] [bold]:100:[/bold]" in capsys.readouterr().out
+
+
+def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Path) -> None:
+    from archiver.bootstrap import Archiver
+    from archiver.cli.accounts_file import take_in
+    from archiver.settings import Settings
+
+    file = tmp_path / "accounts.toml"
+    good = '[[account]]\nname = "{}"\nurl = "pop3s://{}@mail.example.com"\npassword = "env:P"\n'
+    environment = commands.environment
+    settings = Settings(
+        database_url=environment["ARCHIVER_DATABASE_URL"], store_url=environment["ARCHIVER_STORE_URL"]
+    )
+    with Archiver(settings) as archiver:
+        archiver.make_database()
+        for bad, words in (
+            (good.format("a", "other"), "account a stands there twice"),
+            (good.format("\\u001b[2J", "b"), "cannot be printed"),
+            (good.format("b", "b").replace("env:P", "sesame"), "file:/path or env:NAME"),
+            (good.format("b", "b").replace("env:P", "file:/a\\u0000"), "file:/path or env:NAME"),
+            (good.format("b", "a"), "archives pop3s://a@mail.example.com already"),
+        ):
+            file.write_text(good.format("a", "a") + bad)
+            with pytest.raises(UsageError, match=words) as caught:
+                take_in(archiver, file)
+            assert "sesame" not in str(caught.value)
+            with archiver.database.reading() as connection:
+                assert accounts.every(connection) == []
+        file.write_text("".join(good.format(name, name) for name in "abc"))
+        assert (take_in(archiver, file), take_in(archiver, file)) == (3, 0)
+
+
+def test_accounts_added_at_the_same_moment_are_told_apart(database_url: str) -> None:
+    """The same name or the same URL: one is added, and the other is told so."""
+    from concurrent.futures import ThreadPoolExecutor
+    from datetime import UTC, datetime
+
+    database = Database(database_url, sleep=lambda _: None)
+    migrate.upgrade(database)
+
+    def add(number: int) -> str:
+        new = Account(f"{number:016x}", "work", "pop3s://me@mail.example.com", "implicit", "env:P")
+        try:
+            database.transact(lambda connection: accounts.add(connection, new, datetime.now(UTC)))
+        except UsageError:
+            return "taken"
+        return "added"
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = sorted(pool.map(add, range(4)))
+    database.close()
+    assert outcomes == ["added", "taken", "taken", "taken"]

@@ -1,0 +1,593 @@
+"""Who may poll what: claims, heartbeats and releases, with others in between."""
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from archiver.db import Database, accounts, reads, schedule
+from archiver.db.tables import account as account_table
+from archiver.db.tables import capture as capture_table
+from archiver.db.tables import journal as journal_table
+from archiver.db.tables import lease as lease_table
+from archiver.db.tables import poll as poll_table
+from archiver.db.tables import sighting as sighting_table
+from archiver.errors import IntegrityError, LeaseLost, TryLater
+from archiver.evidence import journal
+from archiver.model import NO_DIGEST, Account, Claim, DeletePolicy, MailServer, Segment, segment_key
+from archiver.poll import Tools, Unwatched
+from archiver.poll import poll as tell_poll
+from archiver.process import name_owner
+from archiver.store.spool import BytesBody
+from archiver.worker import PAUSED_BY_HAND, Chance, HeldLease, Worker
+from tests.harness.scripted_pop3 import MailboxPlay, Send
+from tests.scenarios.story import (
+    LEASE_SECONDS,
+    Archive,
+    ForgetfulDatabase,
+    Fuse,
+    Intruder,
+    MortalMailbox,
+    MortalStore,
+    message,
+)
+
+THREADS = 8
+
+
+def mailbox(*names: str, **settings: Any) -> MailboxPlay:
+    return MailboxPlay([(name.encode(), message(name)) for name in names], **settings)
+
+
+def claim_due(archive: Archive, owner: str = "another", limit: int = 100) -> list[Claim]:
+    return archive.database.transact(
+        lambda connection: schedule.claim_due(
+            connection, owner=owner, lease_seconds=LEASE_SECONDS, limit=limit
+        )
+    )
+
+
+def pause(archive: Archive, account: Account, reason: str) -> None:
+    archive.database.transact(lambda connection: schedule.pause(connection, account.id, reason))
+
+
+def seconds_left(archive: Archive, account: Account) -> float:
+    return float((archive.lease(account).expires_at - datetime.now(UTC)).total_seconds())
+
+
+# Claims.
+
+
+def test_of_many_workers_each_account_has_one(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox())
+    added = {
+        archive.add(server, url=f"pop3://user{number}@localhost:{server.port}").id for number in range(60)
+    }
+    start = threading.Barrier(THREADS)
+
+    def work(number: int) -> list[Claim]:
+        start.wait(10)
+        mine: list[Claim] = []
+        while claims := claim_due(archive, f"worker {number}", limit=3):
+            mine += claims
+        return mine
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        claims = [claim for found in pool.map(work, range(THREADS)) for claim in found]
+    assert Counter(claim.account_id for claim in claims) == Counter(added)
+    assert {(claim.token, claim.recover) for claim in claims} == {(1, False)}
+
+
+def test_of_many_who_want_one_account_one_gets_it(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox()))
+    start = threading.Barrier(THREADS)
+
+    def work(number: int) -> Claim | None:
+        start.wait(10)
+        return archive.database.transact(
+            lambda connection: schedule.claim_account(
+                connection, account.id, owner=f"worker {number}", lease_seconds=LEASE_SECONDS
+            )
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert len([claim for claim in pool.map(work, range(THREADS)) if claim is not None]) == 1
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_its_journal_looked_at(lone_archive: Archive) -> None:
+    archive = lone_archive
+    account = archive.add(archive.serve(mailbox()))
+    (first,) = claim_due(archive)
+    assert claim_due(archive) == []
+    archive.run_out(account)
+    with archive.database.reading() as connection:
+        assert reads.standing(connection, datetime.now(UTC)).overdue_seconds > 0
+    assert claim_due(archive) == [Claim(account.id, first.token + 1, recover=True)]
+
+
+def test_the_longest_overdue_comes_first(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox())
+    older, newer = (
+        archive.add(server, url=f"pop3://user{number}@localhost:{server.port}") for number in (1, 2)
+    )
+    archive.run_out(older)
+    assert [claim.account_id for claim in claim_due(archive, limit=1)] == [older.id]
+    assert [claim.account_id for claim in claim_due(archive, limit=1)] == [newer.id]
+
+
+def test_the_lease_of_a_dead_process_of_this_machine_is_not_waited_for(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    host, namespace, pid, _ = name_owner().split("/")
+    archive.claim(account, owner=f"{host}/{namespace}/{pid}/1")
+    before = archive.clock.monotonic()
+    assert archive.sync(account).outcome == "ok"
+    assert archive.clock.monotonic() == before
+
+
+def test_the_lease_of_another_is_waited_for_and_left_to_it(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    archive.claim(account, owner="elsewhere/1/2/3")
+    report = archive.sync(account)
+    assert (report.outcome, report.listed) == ("try_later", None)
+    assert "elsewhere/1/2/3" in str(report.error)
+    assert archive.lease(account).token == 1
+
+
+# Two that believe they hold the lease.
+
+
+def eventful() -> MailboxPlay:
+    return mailbox("a", "b", "refused", "d", faults={"RETR 3": Send(b"-ERR [SYS/PERM] no\r\n")})
+
+
+class WatchedDatabase(Database):
+    """A database whose transactions pass a fuse before they begin."""
+
+    def __init__(self, url: str, fuse: Fuse) -> None:
+        super().__init__(url, sleep=lambda _: None)
+        self._fuse = fuse
+
+    def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+        with self._fuse.call("transact"):
+            return super().transact(work)
+
+
+def watched(archive: Archive, fuse: Fuse) -> tuple[Tools, Database]:
+    database = WatchedDatabase(archive.database.engine.url.render_as_string(hide_password=False), fuse)
+    tools = archive.tools(
+        store=MortalStore(archive.store, fuse),
+        database=database,
+        connect=lambda account: MortalMailbox(archive.connect(account), fuse),
+    )
+    return tools, database
+
+
+def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Archive) -> None:
+    deleting = {"delete": DeletePolicy(0.0)}
+    play = eventful()
+    account = archive.add(archive.serve(play), **deleting)
+    fuse = Fuse()
+    tools, database = watched(archive, fuse)
+    assert tell_poll(account, archive.claim(account), tools).outcome == "ok"
+    database.close()
+    archive.run_out(account)
+    archive.sync(account)
+    expected = archive.state(account, play)
+    last_write = max(index for index, name in enumerate(fuse.calls) if name == "transact")
+
+    for index, name in enumerate(fuse.calls):
+        play = eventful()
+        account = archive.add(archive.serve(play), **deleting)
+        old = archive.claim(account, owner="the old one")
+        seen: list[Any] = []
+
+        def come(account: Account = account, seen: list[Any] = seen) -> None:
+            archive.run_out(account)
+            seen.append(archive.sync(account).outcome)
+            seen.append((archive.polls(account), archive.captures(account), len(archive.segments(account))))
+
+        tools, database = watched(archive, Intruder(index, come))
+        report = tell_poll(account, old, tools)
+        database.close()
+        assert seen[0] == "ok", (index, name)
+        after = (archive.polls(account), archive.captures(account), len(archive.segments(account)))
+        assert after == seen[1], (index, name, "the old one wrote")
+        if index <= last_write:
+            assert report.outcome == "lease_lost", (index, name, report)
+        archive.sync(account)
+        assert archive.state(account, play) == expected, (index, name)
+        verdict = archive.verify(account)
+        assert verdict.clean, (index, name, verdict.findings)
+
+
+def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive: Archive) -> None:
+    play = mailbox("a", "b")
+    account = archive.add(archive.serve(play), delete=DeletePolicy(0.0))
+    old = archive.claim(account)
+    archive.run_out(account)
+    late = Segment(
+        account_id=account.id,
+        account_name=account.name,
+        account_url=account.url,
+        epoch=1,
+        sequence=1,
+        previous=NO_DIGEST,
+        token=old.claim.token,
+        written_at=archive.clock.now(),
+        server=MailServer("localhost", 110, "+OK", None, None, None, None),
+        listing_count=0,
+        listing_digest=NO_DIGEST,
+        lines=(),
+    )
+
+    def come() -> None:
+        archive.store.put(segment_key(account.id, 1), BytesBody(journal.encode(late)))
+
+    calls: list[str] = []
+
+    class AtTheSegment(Intruder):
+        def __init__(self) -> None:
+            super().__init__(0, come)
+
+        def call(self, name: str) -> Any:
+            calls.append(name)
+            return super().call(name) if name == "put journal" else Fuse().call(name)
+
+    tools, database = watched(archive, AtTheSegment())
+    report = archive.sync(account, tools)
+    database.close()
+    assert (report.outcome, report.new, report.delete_requested) == ("try_later", 0, 0)
+    assert "earlier poll" in str(report.error)
+    assert archive.lease(account).recover
+    assert archive.fresh(account).paused_reason is None
+
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.delete_requested) == ("ok", 2, 2)
+    assert [segment.token for segment in archive.segments(account)] == [1, 3]
+    assert archive.verify(account).clean
+
+
+def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archive) -> None:
+    play = mailbox()
+    account = archive.add(archive.serve(play))
+    for _ in range(3):
+        archive.sync(account)
+    play.messages.append((b"a", message("a")))
+    archive.sync(account)
+    # The database is put back to what it was before the first poll.
+    for table, values in (
+        (lease_table, {"token": 0}),
+        (journal_table, {"sequence": 0, "digest": NO_DIGEST}),
+    ):
+        archive.execute(sa.update(table).where(table.c.account_id == account.id).values(**values))
+    for table in (capture_table, sighting_table, poll_table):
+        archive.execute(sa.delete(table).where(table.c.account_id == account.id))
+
+    play.messages.append((b"b", message("b")))
+    # The number of the segment is taken, by a later token: another worker's, for all that this poll knows.
+    assert tell_poll(account, archive.claim(account), archive.tools()).outcome == "lease_lost"
+    archive.run_out(account)
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.known) == ("ok", 1, 1)
+    assert len(archive.captures(account)) == 2
+    assert len(archive.segments(account)) == 2
+    assert archive.verify(account).clean
+
+
+# Heartbeats.
+
+
+def test_a_heartbeat_extends_the_lease_and_its_absence_ends_the_poll(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox()))
+    worker = archive.worker()
+    held = worker._wait_for(account)
+    archive.run_out(account)
+    archive.clock.advance(LEASE_SECONDS * 0.6)
+    worker._heartbeat()
+    assert seconds_left(archive, account) > LEASE_SECONDS / 2
+    archive.clock.advance(LEASE_SECONDS * 0.6)
+    held.check()
+    archive.clock.advance(LEASE_SECONDS * 0.1)
+    with pytest.raises(LeaseLost):
+        held.check()
+
+
+def test_a_heartbeat_tells_a_poll_that_another_has_its_account(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox()))
+    worker = archive.worker()
+    held = worker._wait_for(account)
+    archive.run_out(account)
+    # In this very process: the old poll must not live on the new one's renewals.
+    again = worker._wait_for(account)
+    worker._heartbeat()
+    again.check()
+    with pytest.raises(LeaseLost):
+        held.check()
+
+
+def test_a_lease_counts_from_when_it_was_asked_for(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox()))
+
+    class Slow(Database):
+        def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+            result = super().transact(work)
+            archive.clock.advance(LEASE_SECONDS)
+            return result
+
+    database = Slow(archive.database.engine.url.render_as_string(hide_password=False))
+    held = archive.worker(archive.tools(database=database))._wait_for(account)
+    database.close()
+    with pytest.raises(LeaseLost):
+        held.check()
+
+
+def test_a_heartbeat_after_the_release_changes_nothing(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox()))
+    worker = archive.worker()
+    held = worker._wait_for(account)
+    worker._poll_held(account, held, None, disprove=False)
+    before = archive.lease(account)
+    assert (
+        archive.database.transact(
+            lambda connection: schedule.renew(connection, [held.claim], lease_seconds=LEASE_SECONDS)
+        )
+        == set()
+    )
+    assert archive.lease(account) == before
+
+
+def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archive: Archive) -> None:
+    archive = lone_archive
+    account = archive.add(archive.serve(mailbox("a")), interval_seconds=0.0)
+    again: list[HeldLease] = []
+    claiming = threading.Event()
+
+    class Eager(Database):
+        """As soon as the account is released, the tick claims it again."""
+
+        def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+            result = super().transact(work)
+            if not claiming.is_set() and archive.polls(account):
+                claiming.set()
+                again.extend(worker._claim_due(1))
+            return result
+
+    database = Eager(archive.database.engine.url.render_as_string(hide_password=False))
+    worker = archive.worker(archive.tools(database=database))
+    (first,) = worker._claim_due(1)
+    worker._poll_due(first)
+    assert [lease.claim.token for lease in again] == [2]
+    archive.clock.advance(LEASE_SECONDS * 0.6)
+    worker._heartbeat()
+    archive.clock.advance(LEASE_SECONDS * 0.6)
+    again[0].check()
+    database.close()
+
+
+def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archive) -> None:
+    archive = lone_archive
+    account = archive.add(archive.serve(mailbox("a")))
+    worker = archive.worker()
+    (held,) = worker._claim_due(1)
+    archive.execute(sa.update(account_table).values(delete_policy="of a newer release"))
+    worker._poll_due(held)
+    archive.run_out(account)
+    worker._heartbeat()
+    assert [claim.token for claim in claim_due(archive)] == [2]
+
+
+# Pauses.
+
+
+def test_an_account_paused_during_its_poll_is_due_no_more(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    worker = archive.worker()
+    held = worker._wait_for(account)
+    pause(archive, account, PAUSED_BY_HAND)
+    worker._heartbeat()
+    assert archive.lease(account).due_at is None
+    assert worker._poll_held(account, held, None, disprove=False).outcome == "ok"
+    lease = archive.lease(account)
+    assert (lease.due_at, lease.owner) == (None, None)
+    assert archive.fresh(account).paused_reason == PAUSED_BY_HAND
+
+
+@pytest.mark.parametrize("reason", [PAUSED_BY_HAND, accounts.REMOVED])
+def test_what_an_operator_said_during_a_poll_outlasts_its_bad_end(archive: Archive, reason: str) -> None:
+    def broken(_: Account) -> str:
+        pause(archive, account, reason)
+        raise IntegrityError("something is wrong")
+
+    account = archive.add(archive.serve(mailbox("a")))
+    assert archive.sync(account, archive.tools(password=broken)).outcome == "integrity"
+    assert archive.fresh(account).paused_reason == reason
+
+
+def test_an_account_resumed_during_its_poll_goes_on(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    pause(archive, account, "a wrong password")
+    worker = archive.worker()
+    held = worker._wait_for(account)
+    archive.database.transact(lambda connection: schedule.resume(connection, account.id))
+    assert archive.lease(account).due_at == archive.lease(account).expires_at
+    worker._poll_held(archive.fresh(account), held, None, disprove=False)
+    assert archive.lease(account).due_at is not None
+    assert archive.fresh(account).paused_reason is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "goes_on"), [("a wrong password", True), (PAUSED_BY_HAND, False)], ids=["trouble", "by hand"]
+)
+def test_a_named_poll_that_works_disproves_trouble_but_not_a_decision(
+    archive: Archive, reason: str, goes_on: bool
+) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    pause(archive, account, reason)
+    assert archive.sync(account).new == 1
+    assert (archive.fresh(account).paused_reason is None) is goes_on
+    assert (archive.lease(account).due_at is not None) is goes_on
+
+
+def test_a_paused_account_whose_named_poll_dies_stays_paused(lone_archive: Archive) -> None:
+    archive = lone_archive
+    account = archive.add(archive.serve(mailbox("a")))
+    pause(archive, account, "a wrong password")
+    archive.poll_until_death(account, archive.mortal_tools(Fuse(3)))
+    assert claim_due(archive) == []
+    report = archive.sync(account)
+    assert (report.outcome, report.new) == ("ok", 1)
+
+
+def test_three_refused_logins_are_waited_for_and_the_fourth_pauses(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox("a", password="another")))
+    for refusals in (1, 2, 3):
+        assert archive.sync(account).outcome == "operator_needed"
+        lease = archive.lease(account)
+        assert (lease.refusals, lease.failures) == (refusals, 0)
+        assert lease.due_at is not None
+    archive.sync(account)
+    assert archive.lease(account).due_at is None
+    assert "wrong password" in str(archive.fresh(account).paused_reason)
+    archive.database.transact(lambda connection: schedule.resume(connection, account.id))
+    assert archive.lease(account).refusals == 0
+
+
+# Answers that are lost.
+
+
+def test_a_database_whose_answers_are_lost_counts_nothing_twice(archive: Archive) -> None:
+    url = archive.database.engine.url.render_as_string(hide_password=False)
+    database = ForgetfulDatabase(url)
+    tools = archive.tools(database=database)
+    play = eventful()
+    account = archive.add(archive.serve(play), delete=DeletePolicy(0.0))
+    assert archive.sync(account, tools).outcome == "ok"
+    assert archive.sync(account, tools).outcome == "ok"
+    assert [uidl for uidl, _ in play.messages] == [b"refused"]
+    assert {row.attempts for row in archive.sightings(account)} == {0, 1}
+    assert Counter(event["event"] for event in archive.events(account)) == {"captured": 3, "quarantined": 1}
+    assert archive.verify(account).clean
+
+    refused = archive.add(archive.serve(mailbox("a", password="another")))
+    assert archive.sync(refused, tools).outcome == "operator_needed"
+    assert archive.lease(refused).refusals == 1
+
+    dying = archive.add(archive.serve(mailbox("a", faults={"RETR 1": Send(b"?")})))
+    assert archive.sync(dying, tools).outcome == "try_later"
+    assert [row.attempts for row in archive.sightings(dying)] == [1]
+
+    new = replace(account, id="0123456789abcdef", name="added twice", url="pop3://other@localhost")
+    kept = database.transact(lambda connection: accounts.add(connection, new, archive.clock.now()))
+    assert kept == new
+    archive.execute(sa.text("DELETE FROM lease WHERE account_id = '0123456789abcdef'"))
+    archive.execute(sa.text("DELETE FROM journal WHERE account_id = '0123456789abcdef'"))
+    archive.execute(sa.delete(account_table).where(account_table.c.id == new.id))
+    database.close()
+
+
+def test_a_release_that_fails_is_left_to_the_end_of_the_lease(archive: Archive) -> None:
+    class Away(Database):
+        """It goes away when the poll is to be released."""
+
+        def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+            if archive.captures(account):
+                raise TryLater("no database")
+            return super().transact(work)
+
+    account = archive.add(archive.serve(mailbox("a")))
+    database = Away(archive.database.engine.url.render_as_string(hide_password=False))
+    worker = archive.worker(archive.tools(database=database))
+    (report,) = worker.poll_now([account], lambda _: Unwatched())
+    database.close()
+    assert report.outcome == "ok"
+    assert archive.lease(account).owner == worker.owner
+    assert worker._held == {}
+    archive.run_out(account)
+    assert archive.sync(account).known == 1
+
+
+# The end of the process.
+
+
+def test_ctrl_c_finishes_what_is_under_way_and_begins_nothing(small_archive: Archive) -> None:
+    archive = small_archive
+    first, second = archive.serve(mailbox("a", "b")), archive.serve(mailbox("c"))
+    chosen = [archive.add(first), archive.add(second)]
+    stopping = threading.Event()
+    tools = archive.tools(stopping=stopping.is_set)
+    worker = archive.worker(tools, workers=1, stopping=stopping)
+
+    class Impatient(Unwatched):
+        def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert stopping.wait(10)
+
+    reports = worker.poll_now(chosen, lambda _: Impatient())
+    assert [(report.outcome, report.to_come) for report in reports] == [("ok", 2)]
+    assert second.connections == 0
+    assert archive.lease(chosen[0]).owner is None
+
+
+def test_a_service_that_is_told_to_stop_drains(small_archive: Archive) -> None:
+    archive = small_archive
+    account = archive.add(archive.serve(mailbox("a")))
+    stop, never = threading.Event(), threading.Event()
+    chance = Chance(uniform=lambda low, high: low, sleep=lambda _: bool(never.wait(0.01)) or None)
+    worker: Worker = archive.worker(chance=chance)
+    worker._tick()
+    stop.set()
+    assert worker.serve(stop, drain_seconds=30.0)
+    assert archive.lease(account).owner is None
+    worker._tick()
+    assert worker._held == {}
+
+
+def test_ticks_that_meet_claim_once(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox("a"))
+    added = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(6)]
+    worker = archive.worker(workers=2)
+    with ThreadPoolExecutor(4) as pool:
+        wait([pool.submit(worker._tick) for _ in range(8)])
+        # Each poll that ends looks for more by itself.
+        done = threading.Event()
+        for _ in range(200):
+            if all(archive.polls(account) for account in added) or done.wait(0.05):
+                break
+    assert [len(archive.polls(account)) for account in added] == [1] * 6
+
+
+def test_a_process_whose_database_hangs_is_alive(small_archive: Archive) -> None:
+    archive = small_archive
+    asked, answer = threading.Event(), threading.Event()
+
+    class Hanging(Database):
+        def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+            asked.set()
+            answer.wait(20)
+            raise TryLater("no answer")
+
+    database = Hanging("sqlite:///nowhere/archiver.db")
+    worker = archive.worker(archive.tools(database=database))
+    worker.start_clock(claim=True)
+    try:
+        assert asked.wait(20)
+        archive.clock.advance(61)
+        assert not worker.alive
+        beat = threading.Event()
+        for _ in range(400):
+            if worker.alive or beat.wait(0.05):
+                break
+        assert worker.alive
+    finally:
+        answer.set()
+        worker.close()

@@ -1,0 +1,291 @@
+"""A verification finds each fault that was planted, and nothing else."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from archiver.db.tables import capture, lease
+from archiver.db.tables import journal as journal_table
+from archiver.errors import TryLater
+from archiver.evidence import journal
+from archiver.evidence.verify import FINDINGS_KEPT, Finding, Verdict, find_strays, verify
+from archiver.model import Account, journal_prefix, message_key, segment_key
+from archiver.store import Body, PutResult
+from archiver.store.filesystem import FilesystemStore
+from archiver.store.spool import BytesBody
+from tests.harness.scripted_pop3 import MailboxPlay
+from tests.scenarios.story import Archive, Fuse, message
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+"""Two to a segment, so there are three segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """An archived mailbox, and where its files lie."""
+
+    archive: Archive
+    account: Account
+
+    def object(self, name: str) -> Path:
+        return self.archive.directory / "store" / self.key(name)
+
+    def key(self, name: str) -> str:
+        return message_key(self.account.id, hashlib.sha256(message(name)).digest())
+
+    def segment(self, sequence: int) -> Path:
+        return self.archive.directory / "store" / segment_key(self.account.id, sequence)
+
+    def counts(self) -> tuple[int, int, int, int]:
+        verdict = self.archive.verify(self.account)
+        return verdict.missing, verdict.damaged, verdict.chain_breaks, verdict.unrecorded
+
+    def findings(self) -> set[tuple[str, str]]:
+        found = self.archive.verify(self.account).findings
+        # Nothing is said twice.
+        assert len({(finding.kind, finding.key) for finding in found}) == len(found)
+        return {(finding.kind, finding.key) for finding in found}
+
+
+@pytest.fixture
+def scene(archive: Archive) -> Scene:
+    play = MailboxPlay([(name.encode(), message(name)) for name in NAMES])
+    account = archive.add(archive.serve(play))
+    assert archive.sync(account).segments == 3
+    return Scene(archive, account)
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    content = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(change(content))
+
+
+def test_a_sound_archive_is_clean(scene: Scene) -> None:
+    verdict = scene.archive.verify(scene.account)
+    assert verdict.clean
+    assert (verdict.checked, verdict.segments) == (6, 3)
+    assert verdict.octets == sum(len(message(name)) for name in NAMES)
+
+
+def test_an_object_removed(scene: Scene) -> None:
+    scene.object("b").unlink()
+    assert scene.findings() == {("missing", scene.key("b"))}
+
+
+def test_a_bit_flipped(scene: Scene) -> None:
+    rewrite(scene.object("c"), lambda octets: octets[:-3] + bytes([octets[-3] ^ 1]) + octets[-2:])
+    assert scene.findings() == {("damaged", scene.key("c"))}
+    # Sizes alone do not show it.
+    verdict = Verdict()
+    verify(
+        scene.account,
+        scene.archive.database,
+        scene.archive.store,
+        verdict,
+        now=datetime.now(UTC),
+        readers=scene.archive.uploads,
+        rehash=False,
+    )
+    assert verdict.clean
+
+
+def test_an_object_truncated(scene: Scene) -> None:
+    rewrite(scene.object("d"), lambda octets: octets[:-1])
+    assert scene.findings() == {("damaged", scene.key("d"))}
+
+
+def test_an_object_that_nobody_knows(scene: Scene) -> None:
+    content = message("planted")
+    key = message_key(scene.account.id, hashlib.sha256(content).digest())
+    scene.archive.store.put(key, BytesBody(content))
+    assert scene.findings() == {("unrecorded", key)}
+
+
+def test_a_row_removed(scene: Scene) -> None:
+    digest = hashlib.sha256(message("e")).digest()
+    scene.archive.execute(sa.delete(capture).where(capture.c.sha256 == digest))
+    assert scene.findings() == {("unrecorded", scene.key("e"))}
+
+
+def test_a_row_slipped_in(scene: Scene) -> None:
+    digest = hashlib.sha256(b"never seen").digest()
+    row = {
+        "account_id": scene.account.id,
+        "sha256": digest,
+        "octets": 10,
+        "epoch": 1,
+        "uidl": b"x",
+        "captured_at": datetime.now(UTC),
+        "token": 1,
+        "sequence": 1,
+    }
+    scene.archive.execute(sa.insert(capture).values(row))
+    assert scene.findings() == {("unrecorded", message_key(scene.account.id, digest))}
+
+
+@pytest.mark.parametrize("sequence", [1, 2, 3])
+def test_a_segment_removed(scene: Scene, sequence: int) -> None:
+    scene.segment(sequence).unlink()
+    lost = NAMES[2 * sequence - 2 : 2 * sequence]
+    assert scene.findings() == {
+        ("chain_break", segment_key(scene.account.id, sequence)),
+        *(("unrecorded", scene.key(name)) for name in lost),
+    }
+
+
+@pytest.mark.parametrize("sequence", [1, 2, 3])
+def test_a_segment_edited(scene: Scene, sequence: int) -> None:
+    rewrite(scene.segment(sequence), lambda octets: octets.replace(b"localhost", b"localhusk"))
+    # The link behind it no longer holds; of the last one, the database knows the digest.
+    broken = min(sequence + 1, 3)
+    assert scene.findings() == {("chain_break", segment_key(scene.account.id, broken))}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}\n", b"[" * 100_000, b"\xff\n", b'{"schema":1}\n', b"null\n", b"1e999\n"]
+)
+def test_a_segment_that_is_none(scene: Scene, content: bytes) -> None:
+    rewrite(scene.segment(2), lambda _: content)
+    assert scene.findings() == {
+        ("chain_break", segment_key(scene.account.id, 2)),
+        *(("unrecorded", scene.key(name)) for name in ("c", "d")),
+    }
+
+
+def test_a_segment_slipped_in_behind_the_last(scene: Scene) -> None:
+    last = scene.archive.segments(scene.account)[-1]
+    digest = hashlib.sha256(scene.segment(3).read_bytes()).digest()
+    forged = replace(last, sequence=4, previous=digest, lines=())
+    key = segment_key(scene.account.id, 4)
+    scene.archive.store.put(key, BytesBody(journal.encode(forged)))
+    assert scene.findings() == {("unrecorded", key)}
+
+
+def test_a_segment_slipped_in_between(scene: Scene) -> None:
+    segments = scene.archive.segments(scene.account)
+    forged = replace(segments[1], lines=segments[1].lines[:1])
+    rewrite(scene.segment(2), lambda _: journal.encode(forged))
+    assert scene.findings() == {
+        ("chain_break", segment_key(scene.account.id, 3)),
+        ("unrecorded", scene.key("d")),
+    }
+
+
+@pytest.mark.parametrize("name", ["9.ndjson", "0000000000009.ndjson", "000000000002.ndjson.bak", "x"])
+def test_what_is_no_segment_hides_nothing_behind_it(scene: Scene, name: str) -> None:
+    key = f"{journal_prefix(scene.account.id)}{name}"
+    scene.archive.store.put(key, BytesBody(b"planted"))
+    scene.object("f").unlink()
+    assert scene.findings() == {("unrecorded", key), ("missing", scene.key("f"))}
+
+
+def test_a_database_that_was_put_back(scene: Scene) -> None:
+    """It lacks the last segments, and no poll is to blame."""
+    segments = [scene.segment(number).read_bytes() for number in (1, 2, 3)]
+    scene.archive.execute(
+        sa.update(journal_table)
+        .where(journal_table.c.account_id == scene.account.id)
+        .values(sequence=1, digest=hashlib.sha256(segments[0]).digest())
+    )
+    scene.archive.execute(
+        sa.delete(capture).where(capture.c.account_id == scene.account.id, capture.c.sequence > 1)
+    )
+    assert scene.findings() == {("unrecorded", segment_key(scene.account.id, number)) for number in (2, 3)}
+
+
+def test_a_segment_says_nothing_that_a_terminal_would_obey(scene: Scene) -> None:
+    segments = scene.archive.segments(scene.account)
+    forged = replace(segments[1], account_id="\x1b]0;owned\x07", account_name="\x1b[2J")
+    rewrite(scene.segment(2), lambda _: journal.encode(forged))
+    details = [finding.detail for finding in scene.archive.verify(scene.account).findings]
+    assert details
+    assert all(detail.isprintable() for detail in details)
+
+
+def test_a_poll_under_way_is_no_fault(archive: Archive) -> None:
+    """What it wrote already is accounted for when it ends, or when the next one has taken it in."""
+    play = MailboxPlay([(name.encode(), message(name)) for name in NAMES])
+    fuse = Fuse()
+    archive.poll_until_death(archive.add(archive.serve(play)), archive.mortal_tools(fuse))
+    account = None
+    for index, name in enumerate(fuse.calls):
+        if not name.startswith(("put", "transact", "commit")):
+            continue
+        account = archive.add(archive.serve(play))
+        archive.poll_until_death(account, archive.mortal_tools(Fuse(index, after=True)))
+        assert archive.verify(account, later_seconds=0.0).clean, (index, name)
+    # But not for ever: a quarter of an hour later something should have come of it.
+    assert account is not None
+    key = message_key(account.id, hashlib.sha256(b"left").digest())
+    archive.store.put(key, BytesBody(b"left"))
+    archive.execute(sa.update(lease).where(lease.c.account_id == account.id).values(owner="a dead one"))
+    assert archive.verify(account, later_seconds=600.0).clean
+    assert archive.verify(account, later_seconds=1000.0).findings[-1].key == key
+
+
+def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Archive) -> None:
+    class Half(FilesystemStore):
+        def put(self, key: str, body: Body) -> PutResult:
+            if body.sha256 == hashlib.sha256(message("b")).digest():
+                raise TryLater("throttled")
+            return super().put(key, body)
+
+    account = archive.add(archive.serve(MailboxPlay([(name.encode(), message(name)) for name in NAMES])))
+    report = archive.sync(account, archive.tools(store=Half(archive.directory / "store")))
+    assert (report.outcome, report.new) == ("try_later", 0)
+    assert archive.objects(account)
+    assert archive.verify(account, later_seconds=0.0).clean
+    assert not archive.verify(account).clean
+    archive.sync(account)
+    assert archive.verify(account).clean
+
+
+def test_what_comes_during_the_verification_is_left_to_the_next(scene: Scene) -> None:
+    scene.archive.store.put(scene.key("late"), BytesBody(message("late")))
+    verdict = scene.archive.verify(scene.account, later_seconds=-60.0)
+    assert verdict.clean
+    assert scene.counts() == (0, 0, 0, 1)
+
+
+def test_all_findings_are_counted_and_some_are_named() -> None:
+    verdict = Verdict()
+    for number in range(FINDINGS_KEPT + 5):
+        verdict.add(Finding("missing", "a", str(number), "gone"))
+    assert (verdict.missing, len(verdict.findings)) == (FINDINGS_KEPT + 5, FINDINGS_KEPT)
+    assert not verdict.clean
+
+
+def test_a_removed_account_is_still_proved(scene: Scene) -> None:
+    from archiver.db import accounts
+
+    now = datetime.now(UTC)
+    scene.archive.database.transact(lambda connection: accounts.remove(connection, scene.account.id, now))
+    scene.object("a").unlink()
+    assert scene.counts() == (1, 0, 0, 0)
+
+
+def test_what_lies_there_for_an_account_that_the_database_lacks(scene: Scene) -> None:
+    known, store = {scene.account.id}, scene.archive.store
+    verdict = Verdict()
+    find_strays(known, store, verdict)
+    assert verdict.clean
+    for key in (
+        "messages/0000/00/1.eml",
+        "messages/0000/00/2.eml",
+        "messages/ffff/00/1.eml",
+        "journal/ffff/1",
+    ):
+        store.put(key, BytesBody(key.encode()))
+    find_strays(known, store, verdict)
+    assert [finding.key for finding in verdict.findings] == [
+        "messages/0000/",
+        "messages/ffff/",
+        "journal/ffff/",
+    ]
+    assert verdict.unrecorded == 3

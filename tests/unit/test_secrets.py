@@ -1,0 +1,181 @@
+"""Passwords: where they are, and where they must never be seen."""
+
+import base64
+import os
+import subprocess
+import traceback
+from pathlib import Path
+
+import pytest
+from cryptography.fernet import Fernet
+
+from archiver.bootstrap import Archiver
+from archiver.errors import ArchiverError, OperatorNeeded, UsageError
+from archiver.model import Account
+from archiver.secrets import SECRET_OCTETS, Secrets, check_reference, from_file
+from archiver.settings import Settings
+
+PASSWORD = "correct horse"
+KEY = base64.b64encode(bytes(range(32))).decode()
+OTHER = base64.urlsafe_b64encode(bytes(range(200, 232))).decode()
+
+
+def told(error: BaseException) -> str:
+    """Everything that a log could show of an error, and of what led to it."""
+    hint = getattr(error, "hint", "")
+    return f"{error} {error!r} {hint} {''.join(traceback.format_exception(error))}"
+
+
+# References.
+
+
+@pytest.mark.parametrize("reference", ["file:/run/secrets/work", "env:PASSWORD", "sealed:abc"])
+def test_references(reference: str) -> None:
+    assert check_reference(reference) == reference
+
+
+@pytest.mark.parametrize("given", ["", "file:", "env:", "prompt:", "https://x", "file:/a\0b", "env:\x1b"])
+def test_other_words_are_no_reference(given: str) -> None:
+    with pytest.raises(UsageError, match="file:/path or env:NAME"):
+        check_reference(given)
+
+
+def test_a_password_given_for_a_reference_is_not_repeated() -> None:
+    with pytest.raises(UsageError) as caught:
+        check_reference(PASSWORD)
+    assert PASSWORD not in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"p", "p"),
+        (b"p\n", "p"),
+        (b"p\r\n", "p"),
+        (b"p\n\n", "p\n"),
+        (b" p \n", " p "),
+        ("pä".encode(), "pä"),
+        (b"p\r", "p\r"),
+    ],
+)
+def test_a_password_file_counts_whole_less_one_line_end(
+    tmp_path: Path, content: bytes, password: str
+) -> None:
+    path = tmp_path / "password"
+    path.write_bytes(content)
+    assert from_file(path) == password
+    assert Secrets(None).resolve("id", "work", f"file:{path}") == password
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xff\xfe", b"x" * (SECRET_OCTETS + 1)])
+def test_an_unusable_password_file_says_why_and_not_what(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "password"
+    path.write_bytes(content)
+    with pytest.raises(OperatorNeeded, match="password") as caught:
+        from_file(path)
+    assert "xxx" not in told(caught.value)
+    for missing in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(OperatorNeeded, match="cannot read the password file"):
+            from_file(missing)
+
+
+def test_a_variable_is_looked_up_at_poll_time() -> None:
+    environment = {"P": PASSWORD, "EMPTY": ""}
+    secrets = Secrets(None, environment=environment)
+    assert secrets.resolve("id", "work", "env:P") == PASSWORD
+    environment["P"] = "changed"
+    assert secrets.resolve("id", "work", "env:P") == "changed"
+    for name in ("EMPTY", "NOTHING"):
+        with pytest.raises(OperatorNeeded, match=f"variable {name}, which is not set"):
+            secrets.resolve("id", "work", f"env:{name}")
+
+
+@pytest.mark.parametrize("reference", ["prompt:", "", "strange:x"])
+def test_an_account_without_a_password_needs_an_operator(reference: str) -> None:
+    with pytest.raises(OperatorNeeded, match="no password"):
+        Secrets(KEY).resolve("id", "work", reference)
+
+
+# Sealed.
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "ä\udcff\n\0", "x" * 10_000])
+def test_what_is_sealed_opens_again(password: str) -> None:
+    sealed = Secrets(KEY).seal("id", password)
+    assert password not in sealed
+    assert Secrets(KEY).resolve("id", "work", sealed) == password
+    assert Secrets(KEY).seal("id", password) != sealed
+
+
+def test_another_key_opens_nothing() -> None:
+    sealed = Secrets(KEY).seal("id", PASSWORD)
+    with pytest.raises(OperatorNeeded, match="another key") as caught:
+        Secrets(OTHER).resolve("id", "work", sealed)
+    for secret in (PASSWORD, KEY, OTHER):
+        assert secret not in told(caught.value)
+
+
+def test_a_sealed_password_in_another_row_does_not_open() -> None:
+    sealed = Secrets(KEY).seal("id", PASSWORD)
+    with pytest.raises(OperatorNeeded, match="sealed for another account") as caught:
+        Secrets(KEY).resolve("another id", "work", sealed)
+    assert PASSWORD not in told(caught.value)
+
+
+@pytest.mark.parametrize("damaged", ["sealed:", "sealed:é", "sealed:abc", "sealed:gAAAA"])
+def test_a_damaged_seal_needs_an_operator(damaged: str) -> None:
+    with pytest.raises(OperatorNeeded):
+        Secrets(KEY).resolve("id", "work", damaged)
+
+
+def test_a_key_is_changed_without_a_break() -> None:
+    old = Secrets(KEY).seal("id", PASSWORD)
+    between = Secrets(f"{OTHER}, {KEY}")
+    assert between.resolve("id", "work", old) == PASSWORD
+    new = between.seal("id", PASSWORD)
+    assert Secrets(OTHER).resolve("id", "work", new) == PASSWORD
+
+
+def test_keys_come_from_openssl_or_fernet() -> None:
+    made = subprocess.run(["openssl", "rand", "-base64", "32"], capture_output=True, check=True, text=True)
+    for key in (made.stdout, made.stdout.strip(), Fernet.generate_key().decode()):
+        assert Secrets(key).resolve("id", "work", Secrets(key).seal("id", PASSWORD)) == PASSWORD
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", "short", "é" * 44, f"{KEY},", base64.b64encode(bytes(31)).decode()]
+)
+def test_an_unusable_key_is_said_and_not_repeated(key: str | None) -> None:
+    with pytest.raises(UsageError, match="ARCHIVER_SECRET_KEY") as caught:
+        Secrets(key).seal("id", PASSWORD)
+    assert not key or key not in told(caught.value)
+    assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+
+# Nowhere to be seen.
+
+
+def test_no_value_shows_a_secret(tmp_path: Path) -> None:
+    settings = Settings(
+        secret_key=KEY,
+        api_token="token of the api",
+        database_url=f"sqlite:///{tmp_path / 'x.db'}",
+        store_url=f"file:{tmp_path / 'store'}",
+    )
+    with Archiver(settings) as archiver:
+        sealed = archiver.secrets.seal("id", PASSWORD)
+        archiver.open_archive()
+        account = Account("id", "work", "pop3s://me@host", "implicit", sealed)
+        archiver.passwords["other"] = PASSWORD
+        shown = [settings, account, archiver, archiver.secrets, archiver.tools]
+        for value in shown:
+            for text in (str(value), repr(value)):
+                for secret in (KEY, "token of the api", PASSWORD, sealed):
+                    assert secret not in text, type(value)
+        assert archiver.password(account) == PASSWORD
+
+
+def test_a_wrong_password_is_in_no_error(tmp_path: Path) -> None:
+    with pytest.raises(ArchiverError) as caught:
+        Secrets(None, environment=os.environ).resolve("id", "work", f"file:{tmp_path}/{'x' * 300}")
+    assert "cannot read" in str(caught.value)

@@ -1,0 +1,261 @@
+"""HTTP, spoken to over a socket: who may read what, and what the probes say."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from archiver import web
+from archiver.db import Database, migrate, reads, record
+from archiver.errors import OperatorNeeded, TryLater, UsageError
+
+TOKEN = "a token of the api"
+STANDING = reads.Standing({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
+
+
+@dataclass(slots=True)
+class Answer:
+    status: int
+    body: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(slots=True)
+class Process:
+    """What the probes ask."""
+
+    alive: bool = True
+    trouble: Exception | None = None
+
+    def ready(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
+
+
+@pytest.fixture
+def database(sqlite_url: str) -> Iterator[Database]:
+    database = Database(sqlite_url)
+    migrate.upgrade(database)
+    yield database
+    database.close()
+
+
+Serve = Callable[..., Callable[..., Answer]]
+
+
+@pytest.fixture
+def serve(database: Database) -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def make(
+            process: Process | None = None, token: str | None = None, *, on_loopback: bool | None = None
+        ) -> Callable[..., Answer]:
+            process = process or Process()
+            health = web.Health(lambda: process.alive, process.ready, lambda: STANDING)
+
+            def application(found: bool) -> Any:
+                return web.application(
+                    database, health, token=token, on_loopback=found if on_loopback is None else on_loopback
+                )
+
+            address = stack.enter_context(web.serving("127.0.0.1:0", application))
+
+            def get(path: str, authorization: str | None = None) -> Answer:
+                request = urllib.request.Request(f"{address}{path}")
+                if authorization is not None:
+                    request.add_header("Authorization", authorization)
+                try:
+                    with urllib.request.urlopen(request, timeout=20) as answer:
+                        return Answer(answer.status, answer.read().decode(), dict(answer.headers))
+                except urllib.error.HTTPError as refusal:
+                    with refusal:
+                        return Answer(refusal.code, refusal.read().decode(), dict(refusal.headers))
+
+            return get
+
+        yield make
+
+
+def publish(database: Database, count: int) -> None:
+    rows = [
+        {"kind": "captured", "account_id": "a", "at": datetime.now(UTC), "body": f'{{"n":{number}}}'}
+        for number in range(count)
+    ]
+    database.transact(lambda connection: record.publish(connection, rows))
+
+
+# Who may read.
+
+
+def test_on_loopback_no_token_is_needed(serve: Serve) -> None:
+    assert serve()("/v1/events").json() == {"events": [], "next": 0}
+
+
+@pytest.mark.parametrize("token", [None, ""])
+def test_elsewhere_nothing_is_told_without_a_token(serve: Serve, token: str | None) -> None:
+    get = serve(token=token, on_loopback=False)
+    for authorization in (None, "Bearer ", "Bearer None", "Bearer x"):
+        assert get("/v1/events", authorization).status == 403
+
+
+@pytest.mark.parametrize("on_loopback", [True, False])
+def test_a_token_that_is_set_is_demanded_everywhere(serve: Serve, on_loopback: bool) -> None:
+    get = serve(token=TOKEN, on_loopback=on_loopback)
+    for authorization in (None, "", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"):
+        answer = get("/v1/events", authorization)
+        assert answer.status == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert TOKEN not in answer.body
+    assert get("/v1/events", f"Bearer {TOKEN}").status == 200
+    # Probes and metrics tell nobody's mail.
+    assert [get(path).status for path in ("/livez", "/readyz", "/metrics")] == [200, 200, 200]
+
+
+# The feed.
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("after=-1", "after=x", "after=", "after=1.5", "after=0x1", "after=1e3", "after=%C2%B2"),
+        *("after=9223372036854775808", f"after={'9' * 5000}", "limit=5001", "limit=-0", "limit=%00"),
+    ],
+)
+def test_a_bad_parameter_is_a_bad_request(serve: Serve, query: str) -> None:
+    answer = serve()(f"/v1/events?{query}")
+    assert answer.status == 400
+    assert answer.json()["status"] == 400
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_reader_goes_from_page_to_page(serve: Serve, database: Database) -> None:
+    publish(database, 12)
+    get = serve()
+    seen: list[int] = []
+    after = 0
+    while page := get(f"/v1/events?after={after}&limit=5").json()["events"]:
+        seen += [one["n"] for one in page]
+        after = page[-1]["position"]
+    assert seen == list(range(12))
+    assert get(f"/v1/events?after={after}").json() == {"events": [], "next": after}
+    assert get(f"/v1/events?after={2**63 - 1}").json()["next"] == 2**63 - 1
+    assert get("/v1/events?limit=0").json() == {"events": [], "next": 0}
+
+
+def test_a_database_that_is_away_is_said(database: Database, serve: Serve) -> None:
+    get = serve()
+    path = database.path
+    assert path is not None
+    database.close()
+    path.write_bytes(b"no longer a database" * 100)
+    Path(f"{path}-wal").unlink(missing_ok=True)
+    answer = get("/v1/events")
+    assert (answer.status, answer.json()["status"]) == (503, 503)
+
+
+# Probes.
+
+
+def test_what_the_probes_say(serve: Serve) -> None:
+    process = Process()
+    get = serve(process)
+    assert (get("/livez").status, get("/readyz").status) == (200, 200)
+    process.alive = False
+    assert get("/livez").status == 503
+    for trouble in (TryLater("draining"), OperatorNeeded("no bucket"), migrate.WrongSchema("too old")):
+        process.trouble = trouble
+        answer = get("/readyz")
+        assert (answer.status, answer.body) == (503, f"{trouble}\n")
+
+
+def test_metrics_are_there_when_the_database_is_not(database: Database) -> None:
+    def away() -> reads.Standing:
+        raise TryLater("no database")
+
+    health = web.Health(lambda: True, lambda: None, away)
+    with (
+        web.serving(
+            "127.0.0.1:0", lambda _: web.application(database, health, token=None, on_loopback=True)
+        ) as at,
+        urllib.request.urlopen(f"{at}/metrics", timeout=20) as answer,
+    ):
+        text = answer.read().decode()
+    assert "archiver_overdue_seconds NaN" in text
+    assert "archiver_polls_running" in text
+
+
+def test_metrics_tell_how_all_accounts_stand(serve: Serve) -> None:
+    text = serve()("/metrics").body
+    assert "archiver_overdue_seconds 7.5" in text
+    assert "archiver_messages_quarantined 3.0" in text
+    assert 'archiver_accounts{state="paused"} 1.0' in text
+
+
+def test_a_request_does_not_write(serve: Serve, database: Database) -> None:
+    before = database.transact(lambda connection: connection.execute(sa.text("PRAGMA data_version")).scalar())
+    serve()("/v1/events")
+    after = database.transact(lambda connection: connection.execute(sa.text("PRAGMA data_version")).scalar())
+    assert before == after
+
+
+# Where it listens.
+
+
+@pytest.mark.parametrize(
+    "listen", ["", "8080", ":8080", "host:", "host:x", "host:65536", "host:-1", "host:²"]
+)
+def test_what_is_no_address_is_wrong_use(listen: str, database: Database) -> None:
+    health = web.Health(lambda: True, lambda: None, lambda: STANDING)
+    with pytest.raises(UsageError, match="is no address"):
+        _serve_briefly(listen, database, health)
+
+
+def _serve_briefly(listen: str, database: Database, health: web.Health) -> bool:
+    found: list[bool] = []
+
+    def make(on_loopback: bool) -> Any:
+        found.append(on_loopback)
+        return web.application(database, health, token=None, on_loopback=on_loopback)
+
+    with web.serving(listen, make):
+        pass
+    return found[0]
+
+
+def test_a_port_that_is_taken_needs_an_operator(database: Database) -> None:
+    health = web.Health(lambda: True, lambda: None, lambda: STANDING)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(OperatorNeeded, match="cannot listen"),
+    ):
+        _serve_briefly(f"127.0.0.1:{taken.getsockname()[1]}", database, health)
+
+
+@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])
+def test_loopback_is_known(database: Database, host: str, loopback: bool) -> None:
+    health = web.Health(lambda: True, lambda: None, lambda: STANDING)
+    assert _serve_briefly(f"{host}:0", database, health) is loopback
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_address_is_that_of_ipv4_too(database: Database) -> None:
+    health = web.Health(lambda: True, lambda: None, lambda: STANDING)
+    application = web.application(database, health, token=None, on_loopback=False)
+    with web.serving("[::]:0", lambda _: application) as address:
+        assert address.startswith("http://[::]:")
+        port = address.rpartition(":")[2]
+        for host in ("127.0.0.1", "[::1]"):
+            with urllib.request.urlopen(f"http://{host}:{port}/livez", timeout=20) as answer:
+                assert answer.status == 200
