@@ -22,10 +22,11 @@ POLL_SECONDS = Histogram(
 POLLS_RUNNING = Gauge("archiver_polls_running", "Polls under way in this process.")
 CAPTURED = Counter("archiver_messages_captured", "Messages captured.")
 CAPTURED_OCTETS = Counter("archiver_captured_octets", "Octets read from mail servers and stored.")
-QUARANTINED = Counter("archiver_messages_set_aside", "Messages of ended polls that are in quarantine.")
 DELETE_REQUESTED = Counter(
     "archiver_messages_delete_requested", "Messages that servers were asked to delete."
 )
+ACCOUNTS = Gauge("archiver_accounts", "Accounts in the database, by state.", ["state"])
+QUARANTINED = Gauge("archiver_messages_quarantined", "Messages on mail servers that are in quarantine.")
 OVERDUE_SECONDS = Gauge("archiver_overdue_seconds", "How long the longest waiting account is due.")
 HEARTBEATS_FAILED = Counter("archiver_heartbeats_failed", "Renewals of leases that the database refused.")
 
@@ -65,6 +66,8 @@ def log_json(level: str) -> None:
     root.handlers[:] = [handler]
     # Libraries speak up for what goes wrong; their progress is not ours.
     root.setLevel(logging.WARNING)
+    # A tick that is late on a busy machine is made up for by the next one.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     logging.getLogger("archiver").setLevel(level.upper())
 
 

@@ -9,6 +9,7 @@ repeated in place; the schedule does that.
 """
 
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -217,9 +218,9 @@ class _Poll:
         if not self.lease.claim.recover:
             return
         while (found := journal.read(self.tools.store, self.account.id, self.head.sequence + 1)) is not None:
+            # A later token than ours is no reason to stop: where the claim still
+            # stands, the database is an older one, restored, and learns it here.
             segment, digest = found
-            if segment.token > self.lease.claim.token:
-                raise LeaseLost(f"journal of {self.account.name} was continued by a later poll")
             if not journal.follows(segment, self.head):
                 raise IntegrityError(
                     f"journal of {self.account.name}: segment {segment.sequence} does not follow "
@@ -505,20 +506,32 @@ class _Poll:
             if (capture := held.get(candidate.sha256)) is not None
             and policy.may_delete(self.account.delete, capture.captured_at, now)
         ]
-        keys = [message_key(self.account.id, candidate.sha256) for candidate in chosen]
-        objects = self.tools.uploads.map(self.tools.store.stat, keys)
-        for candidate, key, found in zip(chosen, keys, objects, strict=True):
-            whole = (
-                found is not None
-                and found.size == held[candidate.sha256].octets
-                and found.sha256 in (None, candidate.sha256)
-            )
-            if not whole:
+        looks = self.tools.uploads.map(
+            lambda candidate: self._look_at(candidate.sha256, held[candidate.sha256].octets), chosen
+        )
+        for fault in looks:
+            if fault is not None:
                 raise IntegrityError(
-                    f"{key} was captured, and is {'missing' if found is None else 'altered'} in the store",
-                    hint="nothing was deleted from the mail server; run: archiver verify",
+                    fault, hint="it was not deleted from the mail server; run: archiver verify"
                 )
         return chosen
+
+    def _look_at(self, sha256: bytes, octets: int) -> str | None:
+        """What is wrong with a capture's object, or None. It is read where the store keeps no checksum."""
+        key = message_key(self.account.id, sha256)
+        found = self.tools.store.stat(key)
+        if found is None:
+            return f"{key} was captured, and is missing in the store"
+        seen = found.sha256
+        if seen is None and found.size == octets:
+            digest = hashlib.sha256()
+            with self.tools.store.get(key) as chunks:
+                for chunk in chunks:
+                    digest.update(chunk)
+            seen = digest.digest()
+        if (found.size, seen) != (octets, sha256):
+            return f"{key} was captured, and is altered in the store"
+        return None
 
     def _ask_to_delete(self, mailbox: pop3.Mailbox, chosen: list[_Deletable]) -> None:
         if not chosen:

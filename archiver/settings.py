@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     session_seconds: Positive = Field(
         default=1800.0, description="after which a poll of a large mailbox makes room for others"
     )
-    batch_messages: Count = Field(default=100, description="messages after which a batch is recorded")
+    batch_messages: Annotated[int, Field(gt=0, le=5_000)] = Field(
+        default=100, description="messages after which a batch is recorded"
+    )
     batch_octets: Count = Field(
         default=32 * 1024 * 1024, description="octets after which a batch is recorded"
     )
@@ -70,7 +72,7 @@ class Settings(BaseSettings):
     message_octets: Count = Field(
         default=1024 * 1024 * 1024, description="a larger message is quarantined, not fetched"
     )
-    listing_lines: Count = Field(default=2_000_000, description="messages that a mailbox may list")
+    listing_lines: Count = Field(default=1_000_000, description="messages that a mailbox may list")
     spool_directory: Path | None = Field(
         default=None, description="where large messages wait for their upload; unset takes the system's"
     )

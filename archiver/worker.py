@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from typing import Any
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from archiver import observe, policy, process
-from archiver.db import Database, accounts, reads, record, schedule
+from archiver.db import Database, accounts, record, schedule
 from archiver.errors import ArchiverError, LeaseLost, TryLater
 from archiver.model import Account, Claim, PollReport
 from archiver.poll import Tools, Watch, poll
@@ -321,7 +320,6 @@ class Worker:
         observe.POLL_SECONDS.observe(report.seconds)
         observe.CAPTURED.inc(report.new)
         observe.CAPTURED_OCTETS.inc(report.octets)
-        observe.QUARANTINED.inc(report.quarantined)
         observe.DELETE_REQUESTED.inc(report.delete_requested)
         say = self.log.info if report.outcome == "ok" else self.log.warning
         if report.outcome == "integrity":
@@ -356,9 +354,3 @@ def _sum(first: PollReport, second: PollReport) -> PollReport:
         segments=first.segments + second.segments,
         delete_requested=first.delete_requested + second.delete_requested,
     )
-
-
-def overdue(database: Database, now: datetime) -> float:
-    """Seconds that the longest waiting account is due: the figure that tells whether the workers suffice."""
-    with database.reading() as connection:
-        return reads.overdue_seconds(connection, now)

@@ -84,9 +84,8 @@ def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
 
 
 def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "AbstractContextManager[str]":
-    from archiver.db import migrate
+    from archiver.db import migrate, reads
     from archiver.errors import TryLater, UsageError
-    from archiver.worker import overdue
 
     try:
         from archiver import web
@@ -103,10 +102,14 @@ def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "Abstrac
             raise TryLater("draining")
         migrate.ensure(archiver.raw_database)
 
+    def standing() -> reads.Standing:
+        with archiver.raw_database.reading() as connection:
+            return reads.standing(connection, archiver.now())
+
     health = web.Health(
         alive=lambda: not opened.is_set() or archiver.worker.alive,
         ready=ready,
-        overdue_seconds=lambda: overdue(archiver.raw_database, archiver.now()),
+        standing=standing,
     )
     token = archiver.settings.api_token
     return web.serving(

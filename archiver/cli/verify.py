@@ -86,8 +86,11 @@ def _verify(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from archiver.db import reads
+    from archiver.evidence.verify import find_strays
     from archiver.evidence.verify import verify as verify_account
 
+    if every:
+        find_strays({account.id for account in chosen}, archiver.store, verdict)
     with archiver.database.reading() as connection:
         # PostgreSQL takes 65,535 parameters, and there may be more accounts.
         states = reads.account_states(connection, None if every else [account.id for account in chosen])

@@ -82,7 +82,8 @@ class Database:
 
     def __str__(self) -> str:
         # Without what follows the question mark: a password may be there, too.
-        return self._url.set(query={}).render_as_string(hide_password=True)
+        shown = self._url.set(drivername=self._url.get_backend_name(), query={})
+        return shown.render_as_string(hide_password=True)
 
     def transact(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction that commits when it returns and rolls back when it raises.
@@ -143,6 +144,11 @@ def _parse(text: str) -> URL:
             hint="ARCHIVER_DATABASE_URL is sqlite:///path or postgresql://user@host/name",
         ) from None
     match url.drivername:
+        case "sqlite" | "sqlite+pysqlite" if url.database in (None, "", ":memory:"):
+            raise UsageError(
+                "a database in memory would be another one for each thread, and gone at the end",
+                hint="ARCHIVER_DATABASE_URL is sqlite:///path",
+            )
         case "sqlite" | "sqlite+pysqlite":
             return url.set(drivername="sqlite+pysqlite")
         case "postgresql" | "postgres" | "postgresql+psycopg":

@@ -236,7 +236,34 @@ def events(connection: Connection, *, after: int, limit: int) -> list[Any]:
     )
 
 
-def overdue_seconds(connection: Connection, now: datetime) -> float:
-    """How long the longest waiting account is due already; 0 when none is."""
-    due_at = connection.execute(sa.select(sa.func.min(lease.c.due_at))).scalar()
-    return 0.0 if due_at is None else max(0.0, (now - due_at).total_seconds())
+class Standing(NamedTuple):
+    """How all accounts stand together. ``overdue_seconds`` is of the one that waits longest."""
+
+    accounts: dict[str, int]
+    quarantined: int
+    overdue_seconds: float
+
+
+def standing(connection: Connection, now: datetime) -> Standing:
+    """How all accounts stand together: how many are ok, failing and paused, and what waits."""
+    paused = account.c.paused_reason.is_not(None)
+    failing = sa.and_(~paused, lease.c.failures + lease.c.refusals > 0)
+    row = connection.execute(
+        sa.select(
+            sa.func.count().label("all"),
+            sa.func.count().filter(paused).label("paused"),
+            sa.func.count().filter(failing).label("failing"),
+            sa.func.min(lease.c.due_at).label("due_at"),
+        )
+        .select_from(account)
+        .join(lease, lease.c.account_id == account.c.id)
+        .where(account.c.removed_at.is_(None))
+    ).one()
+    quarantined = connection.execute(
+        sa.select(sa.func.count())
+        .select_from(sighting)
+        .where(sighting.c.state == "quarantined", sighting.c.absent_at.is_(None))
+    ).scalar_one()
+    ok = row.all - row.paused - row.failing
+    overdue = 0.0 if row.due_at is None else max(0.0, (now - row.due_at).total_seconds())
+    return Standing({"ok": ok, "failing": row.failing, "paused": row.paused}, quarantined, overdue)

@@ -7,7 +7,7 @@ time.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -117,6 +117,23 @@ def verify(
         verdict.octets += found.size
         if finding is not None:
             verdict.add(finding)
+
+
+def find_strays(known: Collection[str], store: Store, verdict: Verdict) -> None:
+    """Add to ``verdict`` what lies in the store for accounts that the database does not know.
+
+    ``known`` has every account's id. One request an account: what lies behind
+    an id is passed over.
+    """
+    for prefix in ("messages/", "journal/"):
+        after = ""
+        while (found := next(iter(store.list(prefix, after=after)), None)) is not None:
+            account_id = found.key.removeprefix(prefix).partition("/")[0]
+            if account_id not in known:
+                detail = "the database has no account of that id"
+                verdict.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
+            # The tilde comes after every character that a key of ours has.
+            after = f"{prefix}{account_id}/~"
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """HTTP: health for Kubernetes, metrics for Prometheus, the feed for consumers. Extra ``[web]``.
 
-``/livez`` says that the clock ticks, ``/readyz`` that database and store answer
-and the schema fits. ``/v1/events?after=&limit=`` tells who wrote to whom's
-mailbox and when, so it wants a bearer token, except on a loopback address.
+``/livez`` says that the clock ticks, ``/readyz`` that the store was seen to work
+and that the database answers with the schema of this release.
+``/v1/events?after=&limit=`` tells who wrote to whose mailbox and when, so it
+wants a bearer token, except on a loopback address.
 """
 
 import hmac
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from archiver import feed, observe
-from archiver.db import Database
+from archiver.db import Database, reads
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 
 EVENTS_AT_MOST = 5_000
@@ -37,7 +38,7 @@ class Health:
 
     alive: Callable[[], bool]
     ready: Callable[[], None]
-    overdue_seconds: Callable[[], float]
+    standing: Callable[[], reads.Standing]
 
 
 def application(database: Database, health: Health, *, token: str | None, on_loopback: bool) -> Starlette:
@@ -56,10 +57,15 @@ def application(database: Database, health: Health, *, token: str | None, on_loo
 
     def metrics(_: Request) -> Response:
         try:
-            observe.OVERDUE_SECONDS.set(health.overdue_seconds())
+            found = health.standing()
         except ArchiverError:
             # The process's own figures matter most when the database is away.
             observe.OVERDUE_SECONDS.set(float("nan"))
+        else:
+            observe.OVERDUE_SECONDS.set(found.overdue_seconds)
+            observe.QUARANTINED.set(found.quarantined)
+            for state, count in found.accounts.items():
+                observe.ACCOUNTS.labels(state).set(count)
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     def events(request: Request) -> Response:
