@@ -5,21 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archiver.cli import options
+from archiver.cli import lookup, options
+from archiver.cli.check import check
 from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
 
 if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
     from archiver.model import Account
-    from archiver.pop3 import Entry, ServerFacts
 
 app = typer.Typer(
     no_args_is_help=True, help="The mailboxes that are archived: add, look, check, pause, remove."
 )
 
 POLLS_SHOWN = 10
-SLOW_SECONDS = 0.5
-CERTIFICATE_DAYS = 21
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
 Interval = Annotated[float | None, typer.Option(metavar="SECONDS", help="Between two polls.", min=1)]
@@ -117,7 +115,7 @@ def edit(
     )
     given.check_password()
     with Archiver(load()) as archiver:
-        account = given.applied_to(_find_active(archiver, name))
+        account = given.applied_to(lookup.active_account(archiver, name))
         if url is not None or tls is not None:
             endpoint = given.endpoint(url or account.url)
             account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
@@ -168,7 +166,7 @@ def show_account(name: Name, json: Json = False) -> None:
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
-        account = _find(archiver, name)
+        account = lookup.account(archiver, name)
         with archiver.database.reading() as connection:
             state = reads.account_states(connection, [account.id])[0]
             polls = reads.polls(connection, account.id, POLLS_SHOWN)
@@ -236,7 +234,7 @@ def pause(name: Name) -> None:
     from archiver.worker import PAUSED_BY_HAND
 
     with Archiver(load()) as archiver:
-        account = _find_active(archiver, name)
+        account = lookup.active_account(archiver, name)
         archiver.database.transact(lambda connection: schedule.pause(connection, account.id, PAUSED_BY_HAND))
     say(f"{name} is paused")
 
@@ -249,7 +247,7 @@ def resume(name: Name) -> None:
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
-        account = _find_active(archiver, name)
+        account = lookup.active_account(archiver, name)
         archiver.database.transact(lambda connection: schedule.resume(connection, account.id))
     say(f"{name} is polled again")
 
@@ -265,153 +263,14 @@ def remove(
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
-        account = _find(archiver, name)
+        account = lookup.account(archiver, name)
         if not yes:
             typer.confirm(f"Stop archiving {account.url}?", abort=True, err=True)
         archiver.database.transact(lambda connection: accounts.remove(connection, account.id, archiver.now()))
     say(f"{name} is no longer polled; what it captured stays in the archive")
 
 
-@app.command()
-def check(
-    target: Annotated[
-        str, typer.Argument(metavar="NAME|URL", help="An account, or a POP URL.", show_default=False)
-    ],
-    password_file: options.PasswordFile = None,
-    password_env: options.PasswordEnv = None,
-    password_stdin: options.PasswordStdin = False,
-    tls: options.TlsMode = None,
-    ca_file: options.CaFile = None,
-    timeout: options.Timeout = None,
-    json: Json = False,
-) -> None:
-    """Look at a mail server and its mailbox, and say in plain words what to expect. Changes nothing there."""
-    from archiver.bootstrap import Archiver
-    from archiver.model import Account
-    from archiver.poll import translated
-    from archiver.secrets import PROMPT
-    from archiver.settings import load
-
-    given = options.Given.of(
-        password_file=password_file,
-        password_env=password_env,
-        password_stdin=password_stdin,
-        tls=tls,
-        ca_file=ca_file,
-        delete=None,
-        timeout=timeout,
-    )
-    with Archiver(load()) as archiver:
-        if "://" in target:
-            endpoint = given.endpoint(target)
-            account = Account("", endpoint.url, endpoint.url, endpoint.tls.value, PROMPT)
-        else:
-            account = _find(archiver, target)
-        account = replace(given.applied_to(account), secret=given.reference() or account.secret)
-        if given.password_stdin or account.secret == PROMPT:
-            ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
-            archiver.passwords[account.id] = ask()
-        password = archiver.password(account)
-        with translated(), archiver.connect(account) as mailbox:
-            mailbox.login(password)
-            listing = mailbox.list()
-            round_trip = mailbox.round_trip()
-            facts = mailbox.facts
-            mailbox.quit()
-        now = archiver.now()
-    entries = listing.entries
-    days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
-    advice = _advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip)
-    known_sizes = [entry.size for entry in entries if entry.size is not None]
-    if json:
-        emit(
-            {
-                "account": account.name,
-                "host": facts.host,
-                "port": facts.port,
-                "greeting": facts.greeting,
-                "implementation": facts.implementation,
-                "capabilities": facts.capabilities,
-                "tls_version": facts.tls_version,
-                "cipher": facts.cipher,
-                "certificate_sha256": facts.certificate_sha256,
-                "certificate_days_left": days,
-                "mechanism": facts.mechanism,
-                "pipelining": facts.pipelining,
-                "messages": len(entries),
-                "octets": sum(known_sizes),
-                "has_uidl": listing.has_uidl,
-                "unreadable_lines": listing.skipped_lines,
-                "round_trip_seconds": round(round_trip, 4),
-                "advice": advice,
-            }
-        )
-        return
-    say(f"{facts.host}:{facts.port}  {facts.implementation or facts.greeting}")
-    say(f"  channel     {facts.tls_version or 'clear text'}{f', {facts.cipher}' if facts.cipher else ''}")
-    if days is not None:
-        say(f"  certificate {days} days left, SHA-256 {facts.certificate_sha256}")
-    say(f"  login       works, by {facts.mechanism}")
-    say(f"  offers      {', '.join(facts.capabilities) or 'nothing (no CAPA)'}")
-    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}")
-    say(f"  round trip  {round_trip * 1000:.1f} ms")
-    for line in advice:
-        say(f"  * {line}")
-
-
-def _advice(
-    facts: "ServerFacts", entries: "tuple[Entry, ...]", *, has_uidl: bool, days: int | None, round_trip: float
-) -> list[str]:
-    """What an operator should know of this server, in plain words. A pure function."""
-    from archiver.policy import identify
-
-    advice = []
-    if facts.tls_version is None:
-        advice.append(
-            "The password crosses the network in clear. Use pop3s, or starttls, if the server has it."
-        )
-    if days is not None and days < CERTIFICATE_DAYS:
-        advice.append(f"The certificate ends in {days} days; polls will stop then.")
-    if not has_uidl:
-        advice.append("No UIDL: messages are told apart by content, so each poll fetches all of them.")
-    elif uncertain := sum(not item.certain for item in identify(entries)):
-        advice.append(
-            f"{uncertain} messages have no id of their own; each poll fetches these to compare them."
-        )
-    if not facts.pipelining and round_trip > SLOW_SECONDS / 10:
-        advice.append(
-            "No PIPELINING over a slow line: the first archive takes a round trip for each message."
-        )
-    if facts.login_delay_seconds:
-        advice.append(f"The server wants {facts.login_delay_seconds:g} s between logins; poll no more often.")
-    if any(line.upper().startswith("EXPIRE 0") for line in facts.capabilities):
-        advice.append("EXPIRE 0: the server may remove messages once they were read.")
-    if facts.host.endswith(("gmail.com", "googlemail.com")):
-        advice.append(
-            "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
-        )
-    return advice or ["Nothing to mend."]
-
-
-def _find(archiver: "Archiver", name: str) -> "Account":
-    from archiver.db import accounts
-    from archiver.errors import UsageError
-
-    with archiver.database.reading() as connection:
-        account = accounts.by_name(connection, name)
-    if account is None:
-        raise UsageError(f"there is no account named {name}", hint="archiver account list")
-    return account
-
-
-def _find_active(archiver: "Archiver", name: str) -> "Account":
-    from archiver.db import accounts
-    from archiver.errors import UsageError
-
-    account = _find(archiver, name)
-    if account.paused_reason == accounts.REMOVED:
-        raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {account.url}")
-    return account
+app.command()(check)
 
 
 def _id_for(archiver: "Archiver", name: str) -> str:

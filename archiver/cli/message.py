@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from archiver.cli import lookup
 from archiver.cli.output import Json, emit, say, show, size, table
 
 if TYPE_CHECKING:
@@ -36,17 +37,13 @@ def list_messages(
 ) -> None:
     """List captures in the order in which they were made."""
     from archiver.bootstrap import Archiver
-    from archiver.db import accounts, reads
-    from archiver.errors import UsageError
+    from archiver.db import reads
     from archiver.settings import load
 
     with Archiver(load()) as archiver, archiver.database.reading() as connection:
         account_id = None
         if account is not None:
-            found = accounts.by_name(connection, account)
-            if found is None:
-                raise UsageError(f"there is no account named {account}", hint="archiver account list")
-            account_id = found.id
+            account_id = lookup.account(archiver, account).id
         rows = reads.captures(connection, account_id=account_id, limit=limit, newest=newest)
         if json:
             for row in rows:

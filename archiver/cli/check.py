@@ -1,0 +1,149 @@
+"""``archiver account check``: what a mail server is, and what to expect of it."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from archiver.cli import lookup, options
+from archiver.cli.output import Json, complain, emit, say, size
+
+if TYPE_CHECKING:
+    from archiver.pop3 import Entry, ServerFacts
+
+SLOW_SECONDS = 0.05
+"""A round trip from which on pipelining decides how long a first archive takes."""
+CERTIFICATE_DAYS = 21
+"""So long before its end a certificate is worth a word."""
+
+
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|URL", help="An account, or a POP URL.", show_default=False)
+    ],
+    password_file: options.PasswordFile = None,
+    password_env: options.PasswordEnv = None,
+    password_stdin: options.PasswordStdin = False,
+    tls: options.TlsMode = None,
+    ca_file: options.CaFile = None,
+    timeout: options.Timeout = None,
+    json: Json = False,
+) -> None:
+    """Look at a mail server and its mailbox, and say in plain words what to expect.
+
+    Changes nothing there. Exit code 1 when it does not work.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.errors import ArchiverError
+    from archiver.model import Account
+    from archiver.poll import translated
+    from archiver.secrets import PROMPT
+    from archiver.settings import load
+
+    given = options.Given.of(
+        password_file=password_file,
+        password_env=password_env,
+        password_stdin=password_stdin,
+        tls=tls,
+        ca_file=ca_file,
+        delete=None,
+        timeout=timeout,
+    )
+    with Archiver(load()) as archiver:
+        if "://" in target:
+            endpoint = given.endpoint(target)
+            account = Account("", endpoint.url, endpoint.url, endpoint.tls.value, PROMPT)
+        else:
+            account = lookup.active_account(archiver, target)
+        account = replace(
+            given.applied_to(account),
+            secret=given.reference() or account.secret,
+            tls=given.tls or account.tls,
+        )
+        if given.password_stdin or account.secret == PROMPT:
+            ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
+            archiver.passwords[account.id] = ask()
+        password = archiver.password(account)
+        try:
+            with translated(), archiver.connect(account) as mailbox:
+                mailbox.login(password)
+                listing = mailbox.list()
+                round_trip = mailbox.round_trip()
+                facts = mailbox.facts
+                mailbox.quit()
+        except ArchiverError as error:
+            complain(error)
+            raise typer.Exit(1) from None
+        now = archiver.now()
+    entries = listing.entries
+    days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
+    advice = _advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip)
+    known_sizes = [entry.size for entry in entries if entry.size is not None]
+    if json:
+        emit(
+            {
+                "account": account.name,
+                "host": facts.host,
+                "port": facts.port,
+                "greeting": facts.greeting,
+                "implementation": facts.implementation,
+                "capabilities": facts.capabilities,
+                "tls_version": facts.tls_version,
+                "cipher": facts.cipher,
+                "certificate_sha256": facts.certificate_sha256,
+                "certificate_days_left": days,
+                "mechanism": facts.mechanism,
+                "pipelining": facts.pipelining,
+                "messages": len(entries),
+                "octets": sum(known_sizes),
+                "has_uidl": listing.has_uidl,
+                "unreadable_lines": listing.skipped_lines,
+                "round_trip_seconds": round(round_trip, 4),
+                "advice": advice,
+            }
+        )
+        return
+    say(f"{facts.host}:{facts.port}  {facts.implementation or facts.greeting}")
+    say(f"  channel     {facts.tls_version or 'clear text'}{f', {facts.cipher}' if facts.cipher else ''}")
+    if days is not None:
+        say(f"  certificate {days} days left, SHA-256 {facts.certificate_sha256}")
+    say(f"  login       works, by {facts.mechanism}")
+    say(f"  offers      {', '.join(facts.capabilities) or 'nothing (no CAPA)'}")
+    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}")
+    say(f"  round trip  {round_trip * 1000:.1f} ms")
+    for line in advice:
+        say(f"  * {line}")
+
+
+def _advice(
+    facts: "ServerFacts", entries: "tuple[Entry, ...]", *, has_uidl: bool, days: int | None, round_trip: float
+) -> list[str]:
+    """What an operator should know of this server, in plain words. A pure function."""
+    from archiver.policy import identify
+
+    advice = []
+    if facts.tls_version is None:
+        advice.append(
+            "The password crosses the network in clear. Use pop3s, or starttls, if the server has it."
+        )
+    if days is not None and days < CERTIFICATE_DAYS:
+        advice.append(f"The certificate ends in {days} days; polls will stop then.")
+    if not has_uidl:
+        advice.append("No UIDL: messages are told apart by content, so each poll fetches all of them.")
+    elif uncertain := sum(not item.certain for item in identify(entries)):
+        advice.append(
+            f"{uncertain} messages have no id of their own; each poll fetches these to compare them."
+        )
+    if not facts.pipelining and round_trip > SLOW_SECONDS:
+        advice.append(
+            "No PIPELINING over a slow line: the first archive takes a round trip for each message."
+        )
+    if facts.login_delay_seconds:
+        advice.append(f"The server wants {facts.login_delay_seconds:g} s between logins; poll no more often.")
+    if any(line.upper().startswith("EXPIRE 0") for line in facts.capabilities):
+        advice.append("EXPIRE 0: the server may remove messages once they were read.")
+    if facts.host.endswith(("gmail.com", "googlemail.com")):
+        advice.append(
+            "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
+        )
+    return advice or ["Nothing to mend."]

@@ -1,0 +1,30 @@
+"""Accounts by the names that people type."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from archiver.bootstrap import Archiver
+    from archiver.model import Account
+
+
+def account(archiver: "Archiver", name: str) -> "Account":
+    """The account of that name, removed or not. Raises UsageError when there is none."""
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+
+    with archiver.database.reading() as connection:
+        found = accounts.by_name(connection, name)
+    if found is None:
+        raise UsageError(f"there is no account named {name}", hint="archiver account list")
+    return found
+
+
+def active_account(archiver: "Archiver", name: str) -> "Account":
+    """The account of that name. Raises UsageError when there is none, or it was removed."""
+    from archiver.db import accounts
+    from archiver.errors import UsageError
+
+    found = account(archiver, name)
+    if found.paused_reason == accounts.REMOVED:
+        raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {found.url}")
+    return found
