@@ -38,8 +38,11 @@ system. Read-only is a standby, until it takes over; 25P03 a session that was id
 that another transaction put in at the same moment, so that the work finds it when it looks again:
 https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
-_LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "42P01", "XX"})
-"""Refused login, no such database, insufficient privilege, no such table (no schema yet), corruption."""
+_LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "XX"})
+"""Refused login, no such database, insufficient privilege, corruption."""
+
+_NO_TABLE = "42P01"
+"""Undefined table: there is no schema yet."""
 
 _LASTING_WORDS = (
     "unable to open database file",
@@ -249,6 +252,8 @@ def _classified(error: DBAPIError, name: str) -> ArchiverError | None:
         lasting = type(error) is DatabaseError or any(words in str(error.orig) for words in _LASTING_WORDS)
         passing = isinstance(error, OperationalError | InterfaceError)
     message = f"database {name}: {_one_line(error)}"
+    if sqlstate == _NO_TABLE:
+        return OperatorNeeded(message, hint="run: archiver db upgrade")
     if lasting:
         return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL, and what this user may do there")
     return TryLater(message) if passing or error.connection_invalidated else None
