@@ -133,20 +133,26 @@ class Archiver:
             session_seconds=settings.session_seconds,
         )
 
-    def connect(self, account: Account) -> pop3.Mailbox:
+    def connect(self, account: Account) -> pop3.Session:
         """A session with the account's server, not yet logged in."""
         settings = self.settings
-        return pop3.Mailbox.connect(
+        return pop3.connect(
             pop3.parse_url(account.url, pop3.Tls(account.tls)),
-            ca_file=None if account.ca_file is None else Path(account.ca_file),
+            tls_settings=tls_settings(account),
             limits=pop3.Limits(
-                connect_seconds=account.timeout_seconds,
-                greeting_seconds=account.timeout_seconds,
-                idle_seconds=account.timeout_seconds,
+                connect_seconds=account.timeout_seconds or settings.connect_seconds,
+                greeting_seconds=account.timeout_seconds or settings.greeting_seconds,
+                capability_seconds=settings.capability_seconds,
+                login_seconds=settings.login_seconds,
+                listing_seconds=settings.listing_seconds,
+                idle_seconds=account.timeout_seconds or settings.idle_seconds,
                 # The poll makes room for others before; this ends what does not let it.
                 session_seconds=2 * settings.session_seconds,
-                message_octets=settings.message_octets,
+                quit_seconds=settings.quit_seconds,
+                status_line_octets=settings.status_line_octets,
                 listing_lines=settings.listing_lines,
+                listing_octets=settings.listing_octets,
+                message_octets=settings.message_octets,
             ),
             allow_pipelining=account.pipelining,
         )
@@ -155,3 +161,22 @@ class Archiver:
         """The account's password, resolved at this moment."""
         given = self.passwords.get(account.id)
         return given if given is not None else self.secrets.resolve(account.id, account.name, account.secret)
+
+
+def tls_settings(account: Account) -> pop3.TlsSettings:
+    """How this account's server is verified. Raises UsageError for choices that do not go together."""
+
+    def path(name: str | None) -> Path | None:
+        return None if name is None else Path(name)
+
+    try:
+        return pop3.TlsSettings(
+            ca_file=path(account.ca_file),
+            pins=frozenset(account.tls_pins),
+            minimum_version=account.tls_minimum,
+            client_certificate=path(account.client_certificate),
+            client_key=path(account.client_key),
+            server_name=account.tls_server_name,
+        )
+    except ValueError as error:
+        raise UsageError(f"account {account.name}: {error}") from None

@@ -88,7 +88,11 @@ NEVER_DELETE = DeletePolicy()
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One POP3 login that is archived. ``secret`` is a reference to the password, never the password."""
+    """One POP3 login that is archived. ``secret`` is a reference to the password, never the password.
+
+    ``timeout_seconds`` goes before what the settings say for connecting, for
+    the greeting, and for silence. ``tls_pins`` are in hex and in order.
+    """
 
     id: str
     name: str
@@ -98,10 +102,15 @@ class Account:
     ca_file: str | None = None
     delete: DeletePolicy = NEVER_DELETE
     interval_seconds: float = 300.0
-    timeout_seconds: float = 60.0
+    timeout_seconds: float | None = None
     pipelining: bool = True
     epoch: int = 1
     paused_reason: str | None = None
+    tls_pins: tuple[str, ...] = ()
+    tls_minimum: str = "1.2"
+    tls_server_name: str | None = None
+    client_certificate: str | None = None
+    client_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +212,8 @@ class PollReport:
 
     Of the listed messages, ``new`` were captured, ``known`` were held before,
     ``quarantined`` are set aside with a reason, and the rest is ``to_come``.
+    ``login_delay_seconds`` is the least time that the server wants between two
+    logins; ``warnings`` are sentences for whoever runs this.
     """
 
     account: str
@@ -220,6 +231,9 @@ class PollReport:
     wait_seconds: float | None = None
     journal_uncertain: bool = False
     pipelining_broke: bool = False
+    login_delay_seconds: float | None = None
+    implementation: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def to_come(self) -> int | None:

@@ -29,6 +29,9 @@ FATAL_ATTEMPTS = 3
 LONGEST_WAIT_SECONDS = 31 * 86400.0
 """However long an interval was asked for: an account is looked at once a month."""
 
+LOGIN_DELAY_MARGIN_SECONDS = 5.0
+"""Beyond the LOGIN-DELAY of a server (RFC 2449 section 6.5), which counts whole seconds by its own clock."""
+
 INTERVAL_JITTER = 0.1
 """Share of the interval by which due times are spread, so that accounts added together drift apart."""
 
@@ -108,6 +111,12 @@ class NextPoll:
     pause_reason: str | None = None
 
 
+def is_too_early(report: PollReport) -> bool:
+    """Whether the server would refuse a login right after this poll, since it wants a longer delay."""
+    delay_seconds = report.login_delay_seconds or 0.0
+    return delay_seconds > 0 and report.seconds < delay_seconds + LOGIN_DELAY_MARGIN_SECONDS
+
+
 def next_poll(
     report: PollReport,
     *,
@@ -122,11 +131,16 @@ def next_poll(
     account is paused for that: it would be all of them, and each would have to
     be resumed.
 
+    A LOGIN-DELAY that the server announced is a lower bound, whatever happened:
+    a login that comes too early is refused, and may count against the account.
+
     Full jitter (a wait drawn evenly between nothing and the exponential bound)
     spreads accounts that failed together:
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     asked = report.wait_seconds or 0.0
+    if report.login_delay_seconds:
+        asked = max(asked, report.login_delay_seconds + LOGIN_DELAY_MARGIN_SECONDS)
     failures, refusals = setbacks
     interval_seconds = min(interval_seconds, LONGEST_WAIT_SECONDS)
     outcome = report.outcome

@@ -98,7 +98,7 @@ class Tools:
     large mailbox makes room for others.
     """
 
-    connect: Callable[[Account], pop3.Mailbox]
+    connect: Callable[[Account], pop3.Session]
     password: Callable[[Account], str]
     store: Store
     database: Database
@@ -175,10 +175,12 @@ class _Poll:
         self.started_at = tools.monotonic()
         self.head = JournalHead(0, b"")
         self.journal_uncertain = lease.claim.recover
+        self.mailbox: pop3.Session | None = None
         self.server: MailServer | None = None
         self.listing: pop3.Listing | None = None
         self.attempts: dict[SightingKey, int] = {}
         self.known_contents: set[SightingKey] = set()
+        self.seen_contents: Counter[SightingKey] = Counter()
         self.untold: Counter[SightingKey] = Counter()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
@@ -200,6 +202,7 @@ class _Poll:
         try:
             self._catch_up_with_journal()
             with translated(), self.tools.connect(self.account) as mailbox:
+                self.mailbox = mailbox
                 mailbox.login(self.tools.password(self.account))
                 self.server = _server(mailbox.facts)
                 self.listing = mailbox.list()
@@ -293,7 +296,7 @@ class _Poll:
             self.untold[item.sighting] += 1
             self._place(plan, item, known, now)
 
-    def _archive(self, mailbox: pop3.Mailbox, plan: _Plan) -> None:
+    def _archive(self, mailbox: pop3.Session, plan: _Plan) -> None:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
         claim, epoch = self.lease.claim, self.account.epoch
         if plan.present_again:
@@ -327,6 +330,23 @@ class _Poll:
             self._record(batch, plan)
             raise
         self._record(batch, plan)
+        vanished = self._vanished_contents()
+        for start in range(0, len(vanished), LINES_AT_ONCE):
+            self._write_segment(vanished[start : start + LINES_AT_ONCE])
+
+    def _vanished_contents(self) -> list[Resolved]:
+        """Messages known by content alone that are on the server no more.
+
+        Proved only where every message of a listing that was read whole was
+        fetched and told apart: one that was set aside, that is still to come, or
+        that shows an id today may be any of those that are not seen.
+        """
+        listing = self.listing
+        if listing is None or listing.skipped_lines or self.seen_contents.total() < len(listing.entries):
+            return []
+        now = self.tools.now()
+        vanished = sorted(self.known_contents - self.seen_contents.keys())
+        return [Resolved(What.GONE, sighting, now, sha256=sighting.content) for sighting in vanished]
 
     def _supply(self, fetch: Iterable[Identified[pop3.Entry]]) -> Iterator[pop3.Entry]:
         """The entries to ask for, until time is up. The client takes them as its window moves on."""
@@ -348,6 +368,7 @@ class _Poll:
         if not item.certain:
             self._tell_apart(sighting, batch)
             item = Identified(item.entry, sighting._replace(content=spooled.sha256), certain=False)
+            self.seen_contents[item.sighting] += 1
         upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
         attempts = self.attempts.get(sighting, 0)
@@ -482,7 +503,7 @@ class _Poll:
         self.tools.database.transact(lambda connection: record.segment(connection, claim, segment, digest))
         self.head = JournalHead(segment.sequence, digest)
 
-    def _delete(self, mailbox: pop3.Mailbox, plan: _Plan) -> None:
+    def _delete(self, mailbox: pop3.Session, plan: _Plan) -> None:
         """Ask the server to delete what the policy lets go, and of that only what is proved to be archived.
 
         Each of these stands in this session's one listing, with the same UIDL
@@ -533,7 +554,7 @@ class _Poll:
             return f"{key} was captured, and is altered in the store"
         return None
 
-    def _ask_to_delete(self, mailbox: pop3.Mailbox, chosen: list[_Deletable]) -> None:
+    def _ask_to_delete(self, mailbox: pop3.Session, chosen: list[_Deletable]) -> None:
         if not chosen:
             return
         claim, epoch = self.lease.claim, self.account.epoch
@@ -546,7 +567,7 @@ class _Poll:
         self.lease.check()
         self.delete_requested += len(mailbox.delete([candidate.entry for candidate in chosen]))
 
-    def _quit(self, mailbox: pop3.Mailbox) -> None:
+    def _quit(self, mailbox: pop3.Session) -> None:
         """End the session: all that was fetched in it is recorded by now.
 
         Only QUIT makes deletions happen (RFC 1939 section 6); where none was
@@ -560,6 +581,7 @@ class _Poll:
                 raise
 
     def _report(self, outcome: Outcome, error: ArchiverError | None) -> PollReport:
+        facts = None if self.mailbox is None else self.mailbox.facts
         return PollReport(
             account=self.account.name,
             outcome=outcome,
@@ -577,6 +599,9 @@ class _Poll:
             # Objects that no segment names yet are the next poll's to account for, too.
             journal_uncertain=self.journal_uncertain or bool(self.uploads),
             pipelining_broke=self.pipelining_broke,
+            login_delay_seconds=None if facts is None else facts.login_delay_seconds,
+            implementation=None if facts is None else facts.implementation,
+            warnings=() if facts is None else warnings(self.account, facts),
         )
 
 
@@ -591,11 +616,43 @@ def translated() -> Iterator[None]:
     except pop3.Pop3Error as error:
         match error.kind:
             case pop3.FailureKind.TRANSIENT | pop3.FailureKind.PROTOCOL:
-                raise TryLater(str(error), wait_seconds=error.wait_seconds) from error
+                raise TryLater(
+                    str(error), hint=_how_to_raise(error.limit), wait_seconds=error.wait_seconds
+                ) from error
             case pop3.FailureKind.POISON:
-                raise MessageRefused(str(error)) from error
+                raise MessageRefused(str(error), hint=_how_to_raise(error.limit)) from error
             case _:
                 raise OperatorNeeded(str(error)) from error
+
+
+def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
+    """What is wrong with this server, or with how it is used, though polls of it work. A pure function."""
+    found = []
+    if account.tls_minimum not in pop3.SAFE_TLS_VERSIONS and facts.tls_version is not None:
+        old = facts.tls_version not in _SAFE_TLS_NAMES
+        found.append(
+            f"{facts.tls_version} is broken (RFC 8996): on the way, the password and the mail may be read"
+            if old
+            else f"TLS {account.tls_minimum} is allowed for this account and not needed: "
+            f"the server speaks {facts.tls_version}; set its tls_minimum to 1.2"
+        )
+    if facts.expire_days == 0:
+        found.append("the server may remove messages once they were read (EXPIRE 0), whatever our policy is")
+    return tuple(found)
+
+
+_SAFE_TLS_NAMES = {f"TLSv{version}" for version in pop3.SAFE_TLS_VERSIONS}
+
+_OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"})
+"""Limits in whose place an account's own timeout stands, where it has one."""
+
+
+def _how_to_raise(limit: str | None) -> str | None:
+    """The setting of a limit of the client's bears its name; docs/settings.md describes each."""
+    if limit is None:
+        return None
+    own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""
+    return f"if that is right for this server, raise ARCHIVER_{limit.upper()}{own}"
 
 
 def _server(facts: pop3.ServerFacts) -> MailServer:

@@ -73,6 +73,27 @@ class Settings(BaseSettings):
         default=1024 * 1024 * 1024, description="a larger message is quarantined, not fetched"
     )
     listing_lines: Count = Field(default=1_000_000, description="messages that a mailbox may list")
+    listing_octets: Count = Field(
+        default=256 * 1024 * 1024, description="octets that each of a mailbox's two listings may have"
+    )
+    status_line_octets: Annotated[int, Field(ge=512, le=1024 * 1024)] = Field(
+        default=8192, description="octets that a mail server's status line may have; RFC 1939 allows 512"
+    )
+    connect_seconds: Positive = Field(
+        default=30.0, description="for a mail server to take the connection, and again for TLS"
+    )
+    greeting_seconds: Positive = Field(default=60.0, description="for a mail server to greet")
+    capability_seconds: Positive = Field(
+        default=20.0, description="for an answer to CAPA; without one the server is called again without CAPA"
+    )
+    login_seconds: Positive = Field(default=180.0, description="for a login as a whole")
+    listing_seconds: Positive = Field(default=300.0, description="until a listing begins")
+    idle_seconds: Positive = Field(
+        default=60.0, description="that a mail server may be silent, in the middle of anything else"
+    )
+    quit_seconds: Positive = Field(
+        default=300.0, description="for a mail server to delete, after QUIT, what it was asked to"
+    )
     spool_directory: Path | None = Field(
         default=None, description="where large messages wait for their upload; unset takes the system's"
     )

@@ -221,7 +221,8 @@ class Worker:
         while True:
             report = self._poll_by_name(account, watch)
             total = report if total is None else _sum(total, report)
-            if not (report.outcome == "ok" and report.to_come and report.new) or self.stopping.is_set():
+            more = report.outcome == "ok" and report.to_come and report.new
+            if not more or self.stopping.is_set() or policy.is_too_early(report):
                 return total
 
     def _poll_by_name(self, account: Account, watch: Watch) -> PollReport:
@@ -321,7 +322,7 @@ class Worker:
         observe.CAPTURED.inc(report.new)
         observe.CAPTURED_OCTETS.inc(report.octets)
         observe.DELETE_REQUESTED.inc(report.delete_requested)
-        say = self.log.info if report.outcome == "ok" else self.log.warning
+        say = self.log.info if report.outcome == "ok" and not report.warnings else self.log.warning
         if report.outcome == "integrity":
             say = self.log.error
         say(
@@ -339,7 +340,10 @@ class Worker:
             octets=report.octets,
             segments=report.segments,
             seconds=round(report.seconds, 3),
+            implementation=report.implementation,
+            warnings=list(report.warnings),
             error=report.error,
+            hint=report.hint,
         )
 
 

@@ -36,6 +36,11 @@ def add(
     ca_file: options.CaFile = None,
     delete: options.Delete = None,
     timeout: options.Timeout = None,
+    tls_pin: options.TlsPin = None,
+    tls_minimum: options.TlsMinimum = None,
+    tls_server_name: options.TlsServerName = None,
+    client_certificate: options.ClientCertificate = None,
+    client_key: options.ClientKey = None,
     interval: Interval = None,
     json: Json = False,
 ) -> None:
@@ -59,6 +64,11 @@ def add(
         ca_file=ca_file,
         delete=delete,
         timeout=timeout,
+        tls_pin=tls_pin,
+        tls_minimum=tls_minimum,
+        tls_server_name=tls_server_name,
+        client_certificate=client_certificate,
+        client_key=client_key,
     )
     endpoint = given.endpoint(url)
     if not name.isprintable() or "://" in name or not name.strip():
@@ -97,6 +107,11 @@ def edit(
     ca_file: options.CaFile = None,
     delete: options.Delete = None,
     timeout: options.Timeout = None,
+    tls_pin: options.TlsPin = None,
+    tls_minimum: options.TlsMinimum = None,
+    tls_server_name: options.TlsServerName = None,
+    client_certificate: options.ClientCertificate = None,
+    client_key: options.ClientKey = None,
     interval: Interval = None,
 ) -> None:
     """Change how a mailbox is archived. What is not named stays as it is."""
@@ -112,6 +127,11 @@ def edit(
         ca_file=ca_file,
         delete=delete,
         timeout=timeout,
+        tls_pin=tls_pin,
+        tls_minimum=tls_minimum,
+        tls_server_name=tls_server_name,
+        client_certificate=client_certificate,
+        client_key=client_key,
     )
     given.check_password()
     with Archiver(load()) as archiver:
@@ -177,6 +197,10 @@ def show_account(name: Name, json: Json = False) -> None:
             _state_json(state)
             | {
                 "tls": account.tls,
+                "tls_pins": account.tls_pins,
+                "tls_minimum": account.tls_minimum,
+                "tls_server_name": account.tls_server_name,
+                "client_certificate": account.client_certificate,
                 "secret": _secret_kind(account),
                 "delete": str(account.delete),
                 "interval_seconds": account.interval_seconds,
@@ -196,7 +220,7 @@ def show_account(name: Name, json: Json = False) -> None:
         )
         return
     say(f"{account.name}  {account.url}  ({_word(state)})")
-    say(f"  id {account.id}, tls {account.tls}, password {_secret_kind(account)}, delete {account.delete}")
+    say(f"  id {account.id}, tls {_tls(account)}, password {_secret_kind(account)}, delete {account.delete}")
     say(f"  polled every {account.interval_seconds:g} s; {state.captures} messages, {size(state.octets)}")
     if account.paused_reason:
         say(f"  paused: {one_line(account.paused_reason)}")
@@ -295,6 +319,18 @@ def _secret(archiver: "Archiver", account: "Account", given: options.Given) -> s
     archiver.secrets.seal(account.id, "")  # A missing key is said before a password is typed.
     password = options.from_stdin() if given.password_stdin else options.ask(account.name)
     return archiver.secrets.seal(account.id, password)
+
+
+def _tls(account: "Account") -> str:
+    """The account's TLS in words: what differs from the usual is named."""
+    words = {
+        "at least": None if account.tls_minimum == "1.2" else account.tls_minimum,
+        "pinned to": " or ".join(account.tls_pins) or None,
+        "trusting": account.ca_file,
+        "expecting": account.tls_server_name,
+        "as": account.client_certificate,
+    }
+    return " ".join([account.tls, *(f"{word} {what}" for word, what in words.items() if what is not None)])
 
 
 def _secret_kind(account: "Account") -> str:

@@ -2,9 +2,10 @@
 
 TOML, a table ``[[account]]`` for each: ``name`` and ``url``, and where wanted
 ``password`` (``file:/path`` or ``env:NAME``, never the password), ``tls``,
-``ca_file``, ``delete``, ``interval_seconds``, ``timeout_seconds``. Accounts are
-added and changed to what the file says. One that is no longer in it goes on:
-an archive must not stop because a line was lost.
+``ca_file``, ``delete``, ``interval_seconds``, ``timeout_seconds``,
+``tls_pins``, ``tls_minimum``, ``tls_server_name``, ``client_certificate``,
+``client_key``. Accounts are added and changed to what the file says. One that
+is no longer in it goes on: an archive must not stop because a line was lost.
 """
 
 import tomllib
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from archiver import secrets
+from archiver.bootstrap import tls_settings
 from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import NEVER_DELETE, Account, DeletePolicy, new_account_id
-from archiver.pop3 import Tls, UrlError, parse_url
+from archiver.pop3 import Tls, UrlError, parse_pin, parse_url
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -43,7 +45,12 @@ class _Entry(BaseModel):
     ca_file: str | None = None
     delete: str = str(NEVER_DELETE)
     interval_seconds: Annotated[float, Field(ge=1)] | None = None
-    timeout_seconds: Annotated[float, Field(ge=1)] = 60.0
+    timeout_seconds: Annotated[float, Field(ge=1)] | None = None
+    tls_pins: list[str] = []
+    tls_minimum: str = "1.2"
+    tls_server_name: str | None = None
+    client_certificate: str | None = None
+    client_key: str | None = None
 
 
 class _File(BaseModel):
@@ -105,10 +112,11 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
     try:
         endpoint = parse_url(entry.url, None if entry.tls is None else Tls(entry.tls))
         delete = DeletePolicy.parse(entry.delete)
+        pins = tuple(sorted({parse_pin(pin) for pin in entry.tls_pins}))
         reference = secrets.check_reference(entry.password)
     except (UrlError, ValueError, UsageError) as error:
         raise UsageError(f"{path}: account {entry.name}: {error}") from None
-    return Account(
+    account = Account(
         id=new_account_id(),
         name=entry.name,
         url=endpoint.url,
@@ -118,4 +126,14 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
         delete=delete,
         interval_seconds=entry.interval_seconds or archiver.settings.interval_seconds,
         timeout_seconds=entry.timeout_seconds,
+        tls_pins=pins,
+        tls_minimum=entry.tls_minimum,
+        tls_server_name=entry.tls_server_name,
+        client_certificate=entry.client_certificate,
+        client_key=entry.client_key,
     )
+    try:
+        tls_settings(account)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return account

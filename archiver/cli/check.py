@@ -27,6 +27,11 @@ def check(
     tls: options.TlsMode = None,
     ca_file: options.CaFile = None,
     timeout: options.Timeout = None,
+    tls_pin: options.TlsPin = None,
+    tls_minimum: options.TlsMinimum = None,
+    tls_server_name: options.TlsServerName = None,
+    client_certificate: options.ClientCertificate = None,
+    client_key: options.ClientKey = None,
     json: Json = False,
 ) -> None:
     """Look at a mail server and its mailbox, and say in plain words what to expect.
@@ -36,7 +41,7 @@ def check(
     from archiver.bootstrap import Archiver
     from archiver.errors import ArchiverError
     from archiver.model import Account
-    from archiver.poll import translated
+    from archiver.poll import translated, warnings
     from archiver.secrets import PROMPT
     from archiver.settings import load
 
@@ -48,6 +53,11 @@ def check(
         ca_file=ca_file,
         delete=None,
         timeout=timeout,
+        tls_pin=tls_pin,
+        tls_minimum=tls_minimum,
+        tls_server_name=tls_server_name,
+        client_certificate=client_certificate,
+        client_key=client_key,
     )
     with Archiver(load()) as archiver:
         if "://" in target:
@@ -77,7 +87,10 @@ def check(
         now = archiver.now()
     entries = listing.entries
     days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
-    advice = _advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip)
+    advice = [
+        *map(_sentence, warnings(account, facts)),
+        *_advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip),
+    ] or ["Nothing to mend."]
     known_sizes = [entry.size for entry in entries if entry.size is not None]
     if json:
         emit(
@@ -94,6 +107,9 @@ def check(
                 "certificate_days_left": days,
                 "mechanism": facts.mechanism,
                 "pipelining": facts.pipelining,
+                "login_delay_seconds": facts.login_delay_seconds,
+                "expire_days": facts.expire_days,
+                "utf8": facts.utf8,
                 "messages": len(entries),
                 "octets": sum(known_sizes),
                 "has_uidl": listing.has_uidl,
@@ -123,9 +139,9 @@ def _advice(
 
     advice = []
     if facts.tls_version is None:
-        advice.append(
-            "The password crosses the network in clear. Use pop3s, or starttls, if the server has it."
-        )
+        hidden = (facts.mechanism or "").startswith(("SCRAM", "CRAM", "APOP"))
+        what = "Mail crosses" if hidden else "Password and mail cross"
+        advice.append(f"{what} the network in clear. Use pop3s, or starttls, if the server has it.")
     if days is not None and days < CERTIFICATE_DAYS:
         advice.append(f"The certificate ends in {days} days; polls will stop then.")
     if not has_uidl:
@@ -139,11 +155,18 @@ def _advice(
             "No PIPELINING over a slow line: the first archive takes a round trip for each message."
         )
     if facts.login_delay_seconds:
-        advice.append(f"The server wants {facts.login_delay_seconds:g} s between logins; poll no more often.")
-    if any(line.upper().startswith("EXPIRE 0") for line in facts.capabilities):
-        advice.append("EXPIRE 0: the server may remove messages once they were read.")
+        advice.append(
+            f"The server wants {facts.login_delay_seconds:g} s between logins (LOGIN-DELAY): "
+            "polls are never closer together, whatever the interval."
+        )
+    if facts.expire_days:
+        advice.append(f"Messages are removed after {facts.expire_days} days, archived or not (EXPIRE).")
     if facts.host.endswith(("gmail.com", "googlemail.com")):
         advice.append(
             "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
         )
-    return advice or ["Nothing to mend."]
+    return advice
+
+
+def _sentence(warning: str) -> str:
+    return f"{warning[0].upper()}{warning[1:]}."

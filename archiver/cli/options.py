@@ -30,11 +30,41 @@ TlsMode = Annotated[
     typer.Option(
         metavar="MODE",
         help="implicit (port 995), starttls (port 110), or none: the password crosses the network in clear. "
-        "A URL with pop3s: is implicit, one with pop3: demands starttls.",
+        "A URL with pop3s: is implicit, one with pop3: demands starttls, one with pop2: needs this.",
     ),
 ]
 CaFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Certificates (PEM) to trust in place of the system's.")
+]
+TlsPin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SHA256",
+        help="Trust the certificate, or the public key, with this SHA-256 and no other, whatever its name, "
+        "issuer and dates. May be given again, for the next one. none: no pins any more.",
+    ),
+]
+TlsMinimum = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERSION",
+        help="1.2 (default) or 1.3; 1.0 or 1.1 for a server that cannot be replaced: they are broken.",
+    ),
+]
+TlsServerName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Expect this name in the certificate, not the URL's. none: the URL's."),
+]
+ClientCertificate = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Show this certificate (PEM) to the server. none: no certificate."),
+]
+ClientKey = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The client certificate's key (PEM, without a passphrase), if it is not in the same file.",
+    ),
 ]
 Delete = Annotated[
     str | None,
@@ -49,6 +79,11 @@ Timeout = Annotated[
 ]
 
 
+NONE = "none"
+"""Takes away what an account has."""
+NO_FILE = Path(NONE)
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """The options of one command, checked. None where an option was not given."""
@@ -60,6 +95,11 @@ class Given:
     ca_file: Path | None
     delete: str | None
     timeout: float | None
+    tls_pins: tuple[str, ...] | None = None
+    tls_minimum: str | None = None
+    tls_server_name: str | None = None
+    client_certificate: Path | None = None
+    client_key: Path | None = None
 
     @classmethod
     def of(
@@ -72,11 +112,16 @@ class Given:
         ca_file: Path | None,
         delete: str | None,
         timeout: float | None,
+        tls_pin: list[str] | None = None,
+        tls_minimum: str | None = None,
+        tls_server_name: str | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
     ) -> "Given":
         """Raises UsageError for values and combinations that make no sense."""
         from archiver.errors import UsageError
         from archiver.model import DeletePolicy
-        from archiver.pop3 import Tls
+        from archiver.pop3 import TLS_VERSIONS, Tls
 
         if (password_file is not None) + (password_env is not None) + password_stdin > 1:
             raise UsageError("give one of --password-file, --password-env, --password-stdin")
@@ -88,8 +133,13 @@ class Given:
                 DeletePolicy.parse(delete)
             except ValueError as error:
                 raise UsageError(str(error)) from None
+        if tls_minimum is not None and tls_minimum not in TLS_VERSIONS:
+            raise UsageError(f"--tls-minimum {tls_minimum} is unknown: use {', '.join(TLS_VERSIONS)}")
         if ca_file is not None and not ca_file.is_file():
             raise UsageError(f"there is no CA file {ca_file}")
+        for what, file in (("certificate", client_certificate), ("key", client_key)):
+            if file is not None and file != NO_FILE and not file.is_file():
+                raise UsageError(f"there is no client {what} {file}")
         return cls(
             password_file and password_file.absolute(),
             password_env,
@@ -98,6 +148,11 @@ class Given:
             ca_file and ca_file.absolute(),
             delete,
             timeout,
+            _pins(tls_pin),
+            tls_minimum,
+            tls_server_name,
+            client_certificate,
+            client_key,
         )
 
     def endpoint(self, url: str) -> "Endpoint":
@@ -111,15 +166,27 @@ class Given:
             raise UsageError(str(error), hint="a URL looks like pop3s://you@mail.example.com") from None
 
     def applied_to(self, account: "Account") -> "Account":
-        """The account with what was given, apart from the password."""
+        """The account with what was given, apart from the password.
+
+        Raises UsageError for choices about TLS that do not go together.
+        """
+        from archiver.bootstrap import tls_settings
         from archiver.model import DeletePolicy
 
-        return replace(
+        changed = replace(
             account,
             ca_file=account.ca_file if self.ca_file is None else str(self.ca_file),
             delete=account.delete if self.delete is None else DeletePolicy.parse(self.delete),
             timeout_seconds=account.timeout_seconds if self.timeout is None else self.timeout,
+            tls_pins=account.tls_pins if self.tls_pins is None else self.tls_pins,
+            tls_minimum=self.tls_minimum or account.tls_minimum,
+            tls_server_name=_kept(account.tls_server_name, self.tls_server_name),
+            client_certificate=_kept(account.client_certificate, self.client_certificate),
+            client_key=None if self.client_certificate else account.client_key,
         )
+        changed = replace(changed, client_key=_kept(changed.client_key, self.client_key))
+        tls_settings(changed)
+        return changed
 
     def reference(self) -> str | None:
         """The reference to the password, where one was given."""
@@ -139,6 +206,11 @@ class Given:
             "--ca-file": self.ca_file,
             "--delete": self.delete,
             "--timeout": self.timeout,
+            "--tls-pin": self.tls_pins,
+            "--tls-minimum": self.tls_minimum,
+            "--tls-server-name": self.tls_server_name,
+            "--client-certificate": self.client_certificate,
+            "--client-key": self.client_key,
         }
         return next((name for name, value in options.items() if value is not None), None)
 
@@ -149,6 +221,29 @@ class Given:
         reference = self.reference()
         if reference is not None:
             Secrets(None).resolve("", "this account", reference)
+
+
+def _pins(given: list[str] | None) -> tuple[str, ...] | None:
+    """The pins given, none of them if that is what was said. Raises UsageError."""
+    from archiver.errors import UsageError
+    from archiver.pop3 import parse_pin
+
+    if not given:
+        return None
+    if given == [NONE]:
+        return ()
+    try:
+        return tuple(sorted({parse_pin(pin) for pin in given}))
+    except ValueError as error:
+        raise UsageError(f"--tls-pin: {error}") from None
+
+
+def _kept(before: str | None, given: str | Path | None) -> str | None:
+    if given is None:
+        return before
+    if str(given) == NONE:
+        return None
+    return str(given.absolute()) if isinstance(given, Path) else given
 
 
 def need_terminal(account: str) -> None:

@@ -36,6 +36,11 @@ def sync(
     ca_file: options.CaFile = None,
     delete: options.Delete = None,
     timeout: options.Timeout = None,
+    tls_pin: options.TlsPin = None,
+    tls_minimum: options.TlsMinimum = None,
+    tls_server_name: options.TlsServerName = None,
+    client_certificate: options.ClientCertificate = None,
+    client_key: options.ClientKey = None,
     json: Json = False,
 ) -> None:
     """Poll mailboxes now, once, and show what was archived.
@@ -55,6 +60,11 @@ def sync(
         ca_file=ca_file,
         delete=delete,
         timeout=timeout,
+        tls_pin=tls_pin,
+        tls_minimum=tls_minimum,
+        tls_server_name=tls_server_name,
+        client_certificate=client_certificate,
+        client_key=client_key,
     )
     endpoints = {target: given.endpoint(target) for target in targets or [] if "://" in target}
     settings = load()
@@ -93,6 +103,7 @@ def as_json(report: "PollReport") -> dict[str, Any]:
         "bytes": report.octets,
         "seconds": round(report.seconds, 3),
         "error": report.error,
+        "warnings": report.warnings,
     }
 
 
@@ -102,6 +113,7 @@ def _check(
     """Find what is wrong with what was asked before anything is made."""
     from archiver.db import accounts
     from archiver.errors import UsageError
+    from archiver.model import Account
     from archiver.secrets import PROMPT
 
     if given.changes and not targets:
@@ -129,6 +141,8 @@ def _check(
                 raise UsageError(
                     f"there is no account named {target}", hint="archiver account list, or give a URL"
                 )
+            if endpoint is not None:
+                given.applied_to(found or Account("", target, endpoint.url, endpoint.tls.value, PROMPT))
             unknown = found is None or found.secret == PROMPT
             if unknown and given.reference() is None and not given.password_stdin:
                 options.need_terminal(target)
@@ -216,3 +230,5 @@ def _tell(report: "PollReport") -> None:
             f"{report.account}: {report.listed} on the server: {', '.join(counts)}; "
             f"{size(report.octets)} in {report.seconds:.1f} s{rate}"
         )
+    for warning in report.warnings:
+        say(f"  warning: {one_line(warning)}")

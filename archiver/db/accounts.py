@@ -66,6 +66,11 @@ def change(connection: Connection, changed: Account) -> None:
             interval_seconds=changed.interval_seconds,
             timeout_seconds=changed.timeout_seconds,
             pipelining=changed.pipelining,
+            tls_pins=" ".join(changed.tls_pins),
+            tls_minimum=changed.tls_minimum,
+            tls_server_name=changed.tls_server_name,
+            client_certificate=changed.client_certificate,
+            client_key=changed.client_key,
             removed_at=None,
         )
     )
@@ -136,6 +141,11 @@ def _row(new: Account, at: datetime) -> AccountRow:
         pipelining=new.pipelining,
         epoch=new.epoch,
         paused_reason=new.paused_reason,
+        tls_pins=" ".join(new.tls_pins),
+        tls_minimum=new.tls_minimum,
+        tls_server_name=new.tls_server_name,
+        client_certificate=new.client_certificate,
+        client_key=new.client_key,
         created_at=at,
     )
 
@@ -154,4 +164,9 @@ def _account(row: sa.Row[tuple[object, ...]]) -> Account:
         pipelining=row.pipelining,
         epoch=row.epoch,
         paused_reason=row.paused_reason,
+        tls_pins=tuple(row.tls_pins.split()),
+        tls_minimum=row.tls_minimum,
+        tls_server_name=row.tls_server_name,
+        client_certificate=row.client_certificate,
+        client_key=row.client_key,
     )

@@ -88,10 +88,15 @@ class AccountRow(SQLModel, table=True):
     ca_file: str | None = Field(default=None, sa_column=Column(Text))
     delete_policy: str = Field(default="never", sa_column=Column(Text, nullable=False))
     interval_seconds: float
-    timeout_seconds: float
+    timeout_seconds: float | None = None
     pipelining: bool = True
     epoch: int = 1
     paused_reason: str | None = Field(default=None, sa_column=Column(Text))
+    tls_pins: str = Field(default="", sa_column=Column(Text, nullable=False))
+    tls_minimum: str = Field(default="1.2", sa_column=Column(Text, nullable=False))
+    tls_server_name: str | None = Field(default=None, sa_column=Column(Text))
+    client_certificate: str | None = Field(default=None, sa_column=Column(Text))
+    client_key: str | None = Field(default=None, sa_column=Column(Text))
     removed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     created_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
 

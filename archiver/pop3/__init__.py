@@ -7,7 +7,8 @@ From the bottom up, each module knowing only those before it:
 - ``wire``: framing, without I/O;
 - ``listing``, ``capabilities``, ``sasl``: what replies say, and how to log in;
 - ``transport``: socket, TLS, time;
-- ``mailbox``: the session, which is all that most callers need.
+- ``mailbox``: a session by POP3; ``pop2``: one by its forerunner;
+- ``session``: what both can do, and ``connect``, which is all that most callers need.
 
 It promises that the octets of a message come out exactly as the server meant
 them, that memory and time are bounded whatever a server sends, that nothing
@@ -18,21 +19,32 @@ unless ``Mailbox.quit`` was called.
 from archiver.pop3.failures import FailureKind, Pop3Error
 from archiver.pop3.listing import Entry, Listing
 from archiver.pop3.mailbox import Limits, Mailbox, Refused, Retrieved, ServerFacts, Sink
-from archiver.pop3.url import Endpoint, Tls, UrlError, parse_url
+from archiver.pop3.pop2 import Pop2Mailbox
+from archiver.pop3.session import Session, connect
+from archiver.pop3.transport import SAFE_TLS_VERSIONS, TLS_VERSIONS, TlsSettings, parse_pin
+from archiver.pop3.url import Endpoint, Tls, UrlError, Version, parse_url
 
 __all__ = [
+    "SAFE_TLS_VERSIONS",
+    "TLS_VERSIONS",
     "Endpoint",
     "Entry",
     "FailureKind",
     "Limits",
     "Listing",
     "Mailbox",
+    "Pop2Mailbox",
     "Pop3Error",
     "Refused",
     "Retrieved",
     "ServerFacts",
+    "Session",
     "Sink",
     "Tls",
+    "TlsSettings",
     "UrlError",
+    "Version",
+    "connect",
+    "parse_pin",
     "parse_url",
 ]

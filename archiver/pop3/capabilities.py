@@ -35,12 +35,29 @@ class Capabilities:
         return None
 
     @property
+    def expire_days(self) -> int | None:
+        """After how many days the server may remove messages (RFC 2449 section 6.7).
+
+        0: as soon as they were read. None: never, or it does not say.
+        """
+        for parameter in self.parameters.get("EXPIRE", ()):
+            if parameter.isdecimal():
+                return min(int(parameter), _LONGEST_EXPIRE_DAYS)
+        return None
+
+    @property
+    def utf8_logins(self) -> bool:
+        """Whether USER and PASS take UTF-8 (``UTF8 USER``, RFC 6856 section 2.2)."""
+        return "USER" in {word.upper() for word in self.parameters.get("UTF8", ())}
+
+    @property
     def implementation(self) -> str | None:
         """What the server calls itself (RFC 2449 section 6.9)."""
         return " ".join(self.parameters.get("IMPLEMENTATION", ())) or None
 
 
 _LONGEST_DELAY_SECONDS = 86400.0
+_LONGEST_EXPIRE_DAYS = 36500
 
 
 def parse_capabilities(block: bytes) -> Capabilities:

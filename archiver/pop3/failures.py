@@ -40,13 +40,22 @@ class Pop3Error(Exception):
 
     The message is one line: what was tried, on which host, what the server
     said. ``wait_seconds`` is how long the server asked to be left alone, where
-    it said so.
+    it said so. ``limit`` names the field of ``mailbox.Limits`` that was exceeded,
+    where that was the reason.
     """
 
-    def __init__(self, kind: FailureKind, message: str, *, wait_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        wait_seconds: float | None = None,
+        limit: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.wait_seconds = wait_seconds
+        self.limit = limit
 
 
 class Stage(Enum):

@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
-from typing import Final, Generic, Protocol, Self, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from archiver.pop3.capabilities import Capabilities, parse_capabilities
 from archiver.pop3.failures import (
@@ -40,8 +39,21 @@ from archiver.pop3.failures import (
     says_unknown_command,
 )
 from archiver.pop3.listing import Entry, Listing, decimal, join, parse_list, parse_uidl
-from archiver.pop3.sasl import LOGIN_COMMANDS, MECHANISMS, Mechanism, choose_mechanism
-from archiver.pop3.transport import Transport, tls_context
+from archiver.pop3.sasl import (
+    APOP,
+    LOGIN_COMMANDS,
+    MECHANISMS,
+    SCRAM_MECHANISMS,
+    Credentials,
+    Mechanism,
+    RefusedInside,
+    apop_digest,
+    apop_stamp,
+    binding_for,
+    choose_mechanism,
+    is_prepared,
+)
+from archiver.pop3.transport import DEFAULT_TLS, TimedOut, TlsSettings, Transport
 from archiver.pop3.url import Endpoint, Tls
 from archiver.pop3.wire import (
     COMMAND_LINE_OCTETS,
@@ -57,8 +69,10 @@ from archiver.pop3.wire import (
 )
 
 _CAPABILITY_OCTETS: Final = 64 * 1024  # the longest seen is under 1 KiB
+_LISTINGS: Final = frozenset({"UIDL", "LIST"})
 _CHALLENGES: Final = 8  # of one login; SCRAM needs two
-_GREETING: Final = Command(b"", "the greeting")
+_TOP_OCTETS: Final = 4 * 1024 * 1024  # kept in memory: any header, and a good look at the body
+_GREETING: Final = Command(b"", "the greeting", Shape.GREETING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +110,13 @@ class Limits:
 DEFAULT_LIMITS: Final = Limits()
 
 
+class _Time(NamedTuple):
+    """A span of seconds, or a point of the monotonic clock, and the field of ``Limits`` it comes from."""
+
+    seconds: float
+    limit: str
+
+
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What is known of the server, for the record. Text of the server is escaped and cut."""
@@ -116,6 +137,11 @@ class ServerFacts:
     bare_lf: bool
     """Whether the server ends its lines in a bare LF, which frames this session."""
     login_delay_seconds: float | None
+    """The least time from one login to the next that CAPA asks for (RFC 2449 section 6.5)."""
+    expire_days: int | None
+    """How long messages stay on the server (section 6.7); 0: until they were read. None: it does not say."""
+    utf8: bool
+    """Whether the session is in UTF8 mode (RFC 6856), in which no message is converted."""
     implementation: str | None
 
 
@@ -149,6 +175,22 @@ class Refused(Generic[SinkT]):
     sink: SinkT | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A login that was refused: by what command, and with what -ERR."""
+
+    label: str
+    reply: Reply
+    hint: str = ""
+    challenged: bool = False
+    """Whether the server had made a challenge before it refused."""
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the form was refused, and not the credentials. Who made a challenge knows the mechanism."""
+        return not self.challenged and says_unknown_command(self.reply.text)
+
+
 class _CapaError(Exception):
     """The server hung or hung up at CAPA."""
 
@@ -164,7 +206,7 @@ class Mailbox:
         self,
         endpoint: Endpoint,
         *,
-        ca_file: Path | None,
+        tls_settings: TlsSettings,
         limits: Limits,
         allow_pipelining: bool,
         ask_capabilities: bool,
@@ -176,23 +218,26 @@ class Mailbox:
         self._allow_pipelining = allow_pipelining
         self._ask_for_capabilities = ask_capabilities
         self._monotonic = monotonic
-        self._deadline = monotonic() + limits.session_seconds
+        self._deadline = _Time(monotonic() + limits.session_seconds, "session_seconds")
+        self._idle = _Time(limits.idle_seconds, "idle_seconds")
         self._secrets: tuple[bytes, ...] = ()
         self._failure: Pop3Error | None = None
         self._receiver = self._new_receiver()
         self._outstanding: deque[Command] = deque()
         self._capabilities: Capabilities | None = None
         self._greeting = ""
+        self._stamp: bytes | None = None
         self._mechanism: str | None = None
+        self._utf8 = False
         self._in_transit: Entry | None = None
         self._listed = False
         self._closed = False
-        with self._named("connect"):
+        with self._named("connect", limit="connect_seconds"):
             self._transport = Transport.connect(
                 endpoint.host, endpoint.port, timeout_seconds=limits.connect_seconds, monotonic=monotonic
             )
         try:
-            self._open(ca_file)
+            self._open(tls_settings)
         except BaseException:
             self.close()
             raise
@@ -202,7 +247,7 @@ class Mailbox:
         cls,
         endpoint: Endpoint,
         *,
-        ca_file: Path | None = None,
+        tls_settings: TlsSettings = DEFAULT_TLS,
         limits: Limits = DEFAULT_LIMITS,
         allow_pipelining: bool = True,
         monotonic: Callable[[], float] = time.monotonic,
@@ -215,7 +260,7 @@ class Mailbox:
         call = partial(
             cls,
             endpoint,
-            ca_file=ca_file,
+            tls_settings=tls_settings,
             limits=limits,
             allow_pipelining=allow_pipelining,
             monotonic=monotonic,
@@ -251,6 +296,8 @@ class Mailbox:
             pipelining=self._pipelining,
             bare_lf=self._receiver.bare_lf,
             login_delay_seconds=known.login_delay_seconds if known else None,
+            expire_days=known.expire_days if known else None,
+            utf8=self._utf8,
             implementation=known.implementation if known else None,
         )
 
@@ -264,31 +311,33 @@ class Mailbox:
     def login(self, password: str) -> None:
         """Log in, by the best way that the server and the endpoint have in common; then ask for CAPA again.
 
-        Another way is tried only when the server does not know the first one.
-        Raises Pop3Error: AUTH when the credentials were refused, TRANSIENT for a
-        lock or throttling, OPERATOR when a person is needed, SECURITY when the
-        channel is not private. The password is in no error.
+        ``password`` is the access token where the endpoint fixes XOAUTH2 or
+        OAUTHBEARER, and goes nowhere where it fixes EXTERNAL. Another way is
+        tried only when the first one was refused without a look at the password:
+        the server does not know it, or keeps nothing to check a SCRAM by. Raises
+        Pop3Error: AUTH when the credentials were refused, TRANSIENT for a lock or
+        throttling, OPERATOR when a person is needed, SECURITY when the channel is
+        not private or the server lies. Neither the password nor what was made of
+        it is in any error.
         """
         if self._mechanism is not None:
             raise RuntimeError("the session is logged in")
-        known = self._capabilities
         with self._named("login"):
             self._secrets = _secrets(self._endpoint.user, password)
-            ways = choose_mechanism(
-                known.sasl_mechanisms if known else frozenset(),
-                self._endpoint.mechanism,
-                private=self._transport.tls is not None or self._endpoint.tls is Tls.NONE,
-                user_is_ascii=self._endpoint.user.isascii(),
-            )
-        deadline = self._until(self._limits.login_seconds)
-        for way in ways:
+            ways = deque(self._ways(password))
+        deadline = self._until("login_seconds")
+        while True:
+            way = ways.popleft()
             refusal = self._login_by(way, password, deadline)
             if refusal is None:
                 self._mechanism = way
                 break
-            label, reply = refusal
-            if way is ways[-1] or not says_unknown_command(reply.text):
-                raise self._refused(label, reply, Stage.LOGIN)
+            if self._keeps_no_scram(way, refusal):
+                ways = deque(each for each in ways if each not in SCRAM_MECHANISMS)
+            elif not refusal.unknown:
+                ways.clear()
+            if not ways:
+                raise self._refused(refusal.label, refusal.reply, Stage.LOGIN, hint=refusal.hint)
         if self._ask_for_capabilities:
             self._ask_capabilities(deadline)
 
@@ -373,17 +422,40 @@ class Mailbox:
             if not awaited:
                 return marked
             entry = awaited.popleft()
-            if self._reply(self._limits.idle_seconds, self._deadline).ok:
+            if self._reply(self._idle, self._deadline).ok:
                 marked.append(entry)
 
     def round_trip(self) -> float:
         """Seconds that a command takes which does nothing: NOOP, or CAPA before the login."""
-        asked = command("NOOP") if self._mechanism else command("CAPA", shape=Shape.BLOCK)
         started = self._monotonic()
-        self._send(asked)
-        if self._reply(self._limits.idle_seconds, self._deadline).ok and asked.shape is Shape.BLOCK:
-            self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, self._deadline)
+        if self._mechanism:
+            self.noop()
+        else:
+            asked = command("CAPA", shape=Shape.BLOCK)
+            self._send(asked)
+            if self._reply(self._idle, self._deadline).ok:
+                self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, self._deadline)
         return self._monotonic() - started
+
+    def noop(self) -> None:
+        """Show the server that somebody is there. An -ERR shows it too. Raises Pop3Error."""
+        self._need_quiet()
+        self._send(command("NOOP"))
+        self._reply(self._idle, self._deadline)
+
+    def reset(self) -> None:
+        """Take back every ``delete`` of this session. Raises Pop3Error when the server does not."""
+        self._ask(command("RSET"), Stage.UPDATE)
+
+    def top(self, entry: Entry, lines: int) -> bytes:
+        """The header, the empty line, and so many lines of the body (RFC 1939 section 7); at most 4 MiB.
+
+        Only to look: what TOP gives is no original. Raises Pop3Error, of kind
+        POISON where this message alone cannot be had.
+        """
+        asked = command("TOP", entry.number, lines, shape=Shape.BLOCK)
+        self._ask(asked, Stage.RETRIEVE)
+        return self._block(asked, _TOP_OCTETS, _TOP_OCTETS, self._deadline)
 
     def quit(self) -> None:
         """End the session so that the server deletes what was marked, and close.
@@ -395,7 +467,8 @@ class Mailbox:
         self._need_quiet()
         try:
             self._send(command("QUIT"))
-            reply = self._reply(self._limits.quit_seconds, self._monotonic() + self._limits.quit_seconds)
+            span = _Time(self._limits.quit_seconds, "quit_seconds")
+            reply = self._reply(span, _Time(self._monotonic() + span.seconds, span.limit))
             if not reply.ok:
                 raise self._refused("QUIT", reply, Stage.UPDATE)
         finally:
@@ -408,29 +481,41 @@ class Mailbox:
 
     # Opening.
 
-    def _open(self, ca_file: Path | None) -> None:
+    def _open(self, tls_settings: TlsSettings) -> None:
         if self._endpoint.tls is Tls.IMPLICIT:
-            self._start_tls(ca_file)
+            self._start_tls(tls_settings)
         self._expect(_GREETING)
-        greeting = self._reply(self._limits.greeting_seconds, self._until(self._limits.greeting_seconds))
+        greeting = self._reply(self._span("greeting_seconds"), self._until("greeting_seconds"))
         self._greeting = printable(greeting.text)
+        self._stamp = apop_stamp(greeting.text)
         if not greeting.ok:
             raise self._refused(_GREETING.label, greeting, Stage.GREETING)
         if self._endpoint.tls is Tls.STARTTLS:
-            self._upgrade(ca_file)
+            self._upgrade(tls_settings)
         if self._ask_for_capabilities:
             try:
-                self._ask_capabilities(self._until(self._limits.capability_seconds))
+                self._ask_capabilities(self._until("capability_seconds"))
             except Pop3Error as error:
                 if error.kind is FailureKind.TRANSIENT:
                     raise _CapaError from error
                 raise
+        if self._capabilities is not None and "UTF8" in self._capabilities:
+            self._switch_to_utf8()
 
-    def _upgrade(self, ca_file: Path | None) -> None:
+    def _switch_to_utf8(self) -> None:
+        """Ask for messages as they are (RFC 6856 section 2.1): a server may convert what is not ASCII.
+
+        After STLS and before the login. Never unasked for: some servers hang up
+        at a verb that they do not know. One that refuses goes on as it was.
+        """
+        self._send(command("UTF8"))
+        self._utf8 = self._reply(self._idle, self._deadline).ok
+
+    def _upgrade(self, tls_settings: TlsSettings) -> None:
         """STLS (RFC 2595 section 4). CAPA is not asked in clear: what it said would have to be forgotten."""
         asked = command("STLS")
         self._send(asked)
-        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        reply = self._reply(self._idle, self._deadline)
         if not reply.ok:
             raise self._error(
                 FailureKind.SECURITY,
@@ -444,87 +529,155 @@ class Mailbox:
                 "octets in clear came after the +OK: somebody injected them",
             )
         self._receiver = self._new_receiver()
-        self._start_tls(ca_file)
+        self._start_tls(tls_settings)
 
-    def _start_tls(self, ca_file: Path | None) -> None:
-        with self._named("TLS"):
-            self._transport.start_tls(
-                tls_context(ca_file), deadline=self._until(self._limits.connect_seconds)
-            )
+    def _start_tls(self, tls_settings: TlsSettings) -> None:
+        deadline = self._until("connect_seconds")
+        with self._named("TLS", limit=deadline.limit):
+            self._transport.start_tls(tls_settings, deadline=deadline.seconds)
 
-    def _ask_capabilities(self, deadline: float) -> None:
+    def _ask_capabilities(self, deadline: _Time) -> None:
         asked = command("CAPA", shape=Shape.BLOCK)
         self._send(asked)
         known = None
-        if self._reply(self._limits.capability_seconds, deadline).ok:
+        if self._reply(self._span("capability_seconds"), deadline).ok:
             known = parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, deadline))
         self._capabilities = known
 
     # Logging in.
 
-    def _login_by(self, way: str, password: str, deadline: float) -> tuple[str, Reply] | None:
-        """Try one way; the refused command and its -ERR, or None when it worked."""
+    @property
+    def _offered(self) -> frozenset[str]:
+        known = self._capabilities
+        return known.sasl_mechanisms if known else frozenset()
+
+    def _ways(self, password: str) -> tuple[str, ...]:
+        """The ways to log in that server, channel, endpoint and password leave, best first."""
+        user, fixed = self._endpoint.user, self._endpoint.mechanism
+        offered = self._offered
+        scram = offered.intersection(SCRAM_MECHANISMS)
+        if scram and fixed is None and not is_prepared(Credentials(user, password)):
+            offered -= scram
+        return choose_mechanism(
+            offered,
+            fixed,
+            private=self._transport.tls is not None or self._endpoint.tls is Tls.NONE,
+            login_commands=self._utf8_logins or (user + password).isascii(),
+            binds=(bool(scram) or fixed in SCRAM_MECHANISMS) and self._transport.server_end_point is not None,
+        )
+
+    def _login_by(self, way: str, password: str, deadline: _Time) -> _Refusal | None:
+        """Try one way; None when it worked."""
         if way == LOGIN_COMMANDS:
             return self._login_by_user_pass(password, deadline)
-        mechanism = MECHANISMS[way](self._endpoint.user, password)
-        reply = self._authenticate(mechanism, deadline, at_once=True)
-        if not reply.ok and says_unknown_command(reply.text):
-            # Servers older than RFC 5034, and Microsoft's, know AUTH only without an initial response.
-            reply = self._authenticate(
-                MECHANISMS[way](self._endpoint.user, password), deadline, at_once=False
-            )
-        return None if reply.ok else (f"AUTH {way}", reply)
+        if way == APOP:
+            return self._login_by_apop(password, deadline)
+        binding = self._transport.server_end_point if way in SCRAM_MECHANISMS else None
+        credentials = Credentials(
+            self._endpoint.user,
+            password,
+            self._endpoint.host,
+            self._endpoint.port,
+            binding_for(way, self._offered, binding),
+        )
+        refusal = None
+        # Servers older than RFC 5034 know AUTH only without an initial response.
+        for at_once in (True, False):
+            with self._named("login"):
+                mechanism = MECHANISMS[way](credentials)
+                initial = mechanism.start()
+            refusal = self._authenticate(mechanism, initial, deadline, at_once=at_once)
+            if refusal is None or not refusal.unknown or initial is None:
+                break
+        return refusal
 
-    def _login_by_user_pass(self, password: str, deadline: float) -> tuple[str, Reply] | None:
+    def _keeps_no_scram(self, way: str, refusal: _Refusal) -> bool:
+        """Whether a server refused SCRAM before its first challenge: it did not look at the password.
+
+        Servers (Dovecot) offer SCRAM to all, and have nothing to check it by for
+        those whose password they keep otherwise.
+        """
+        verdict = self._verdict(refusal.reply, Stage.LOGIN)
+        return way in SCRAM_MECHANISMS and not refusal.challenged and verdict.kind is FailureKind.AUTH
+
+    def _login_by_apop(self, password: str, deadline: _Time) -> _Refusal | None:
+        with self._named(APOP):
+            if self._stamp is None:
+                raise Pop3Error(
+                    FailureKind.OPERATOR, "nothing was sent: the greeting holds no stamp that is safe to use"
+                )
+            digest = apop_digest(self._stamp, password)
+            self._secrets = (digest.encode(), *self._secrets)
+            step = command(APOP, self._endpoint.user, digest, label=APOP)
+        self._send(step)
+        reply = self._reply(self._span("login_seconds"), deadline)
+        return None if reply.ok else _Refusal(APOP, reply)
+
+    def _login_by_user_pass(self, password: str, deadline: _Time) -> _Refusal | None:
         with self._named("login"):
             steps = (
-                command("USER", self._endpoint.user, label="USER"),
-                command("PASS", password, label="PASS"),
+                command("USER", self._endpoint.user, label="USER", utf8=self._utf8_logins),
+                command("PASS", password, label="PASS", utf8=self._utf8_logins),
             )
         for step in steps:
             self._send(step)
-            reply = self._reply(self._limits.login_seconds, deadline)
+            reply = self._reply(self._span("login_seconds"), deadline)
             if not reply.ok:
-                return step.label, reply
+                return _Refusal(step.label, reply)
         return None
 
-    def _authenticate(self, mechanism: Mechanism, deadline: float, *, at_once: bool) -> Reply:
-        """The AUTH exchange (RFC 5034 section 4), to its +OK or -ERR."""
-        with self._named("login"):
-            initial = mechanism.start()
+    def _authenticate(
+        self, mechanism: Mechanism, initial: bytes | None, deadline: _Time, *, at_once: bool
+    ) -> _Refusal | None:
+        """The AUTH exchange (RFC 5034 section 4), to its +OK or -ERR; None when it worked."""
         label = f"AUTH {mechanism.name}"
-        opening = f"AUTH {mechanism.name}\r\n".encode()
+        opening = label.encode()
         if at_once and initial is not None:
-            whole = f"AUTH {mechanism.name} ".encode() + (base64.b64encode(initial) or b"=") + b"\r\n"
-            if len(whole) <= COMMAND_LINE_OCTETS:
+            whole = opening + b" " + (self._encoded(initial) or b"=")
+            if len(whole) + 2 <= COMMAND_LINE_OCTETS:
                 opening, initial = whole, None
-        self._send(Command(opening, label, Shape.EXCHANGE))
+        self._send(Command(opening + b"\r\n", label, Shape.EXCHANGE))
+        challenged = False
         for _ in range(_CHALLENGES):
-            reply = self._reply(self._limits.login_seconds, deadline)
+            reply = self._reply(self._span("login_seconds"), deadline)
+            if reply.ok:
+                with self._named(label):
+                    mechanism.conclude(reply.text)
+                return None
             if reply.status is not Status.CHALLENGE:
-                if reply.ok and not mechanism.complete:
-                    reason = "the server ended the exchange before it proved itself"
-                    raise self._error(FailureKind.SECURITY, label, reason)
-                return reply
+                return _Refusal(label, reply, mechanism.hint, challenged=challenged)
             if initial is None:
+                challenged = True
                 answer = self._answer(mechanism, reply, deadline)
             else:
                 answer, initial = initial, None
-            self._send(Command(base64.b64encode(answer) + b"\r\n", label, Shape.EXCHANGE))
+            self._send(Command(self._encoded(answer) + b"\r\n", label, Shape.EXCHANGE))
         raise self._error(FailureKind.PROTOCOL, label, f"the server made more than {_CHALLENGES} challenges")
 
-    def _answer(self, mechanism: Mechanism, challenge: Reply, deadline: float) -> bytes:
+    def _answer(self, mechanism: Mechanism, challenge: Reply, deadline: _Time) -> bytes:
         """The answer to a challenge. A bad challenge cancels the exchange, which keeps the framing intact."""
         label = f"AUTH {mechanism.name}"
+        cancel = b"*"
         try:
-            with self._named(label):
-                return mechanism.respond(base64.b64decode(challenge.text, validate=True))
-        except (Pop3Error, binascii.Error) as error:
-            self._send(Command(b"*\r\n", label, Shape.EXCHANGE))
-            self._reply(self._limits.login_seconds, deadline)
-            if isinstance(error, Pop3Error):
-                raise
-            raise self._error(FailureKind.PROTOCOL, label, "the server's challenge is not base64") from error
+            return mechanism.respond(base64.b64decode(challenge.text, validate=True))
+        except RefusedInside as refusal:
+            error: Pop3Error = refusal
+            cancel = base64.b64encode(refusal.farewell)
+        except Pop3Error as refusal:
+            error = refusal
+        except binascii.Error:
+            error = Pop3Error(FailureKind.PROTOCOL, "the server's challenge is not base64")
+        self._send(Command(cancel + b"\r\n", label, Shape.EXCHANGE))
+        said = self._reply(self._span("login_seconds"), deadline).text
+        reasons = [str(error), f"the server said {self._show(said)!r}" if said else "", mechanism.hint]
+        raise self._error(error.kind, label, "; ".join(filter(None, reasons)))
+
+    def _encoded(self, message: bytes) -> bytes:
+        """A message of a mechanism as it goes to the wire; from now on it is a secret, in both forms."""
+        encoded = base64.b64encode(message)
+        if message not in {b"", self._endpoint.user.encode()}:
+            self._secrets = (encoded, message, *self._secrets)
+        return encoded
 
     # Listing and retrieving.
 
@@ -538,7 +691,7 @@ class Mailbox:
 
     def _listing_block(self, asked: Command) -> bytes | None:
         """The response to UIDL or LIST; None when the server does not know the command."""
-        reply = self._reply(self._limits.listing_seconds, self._deadline)
+        reply = self._reply(self._span("listing_seconds"), self._deadline)
         if reply.ok:
             limits = self._limits
             return self._block(asked, limits.listing_octets, limits.listing_lines, self._deadline)
@@ -547,7 +700,7 @@ class Mailbox:
             raise self._refused(asked.label, reply, Stage.LISTING)
         return None
 
-    def _block(self, asked: Command, most_octets: int, most_lines: int, deadline: float) -> bytes:
+    def _block(self, asked: Command, most_octets: int, most_lines: int, deadline: _Time) -> bytes:
         """A whole multi-line response, bounded."""
         chunks: list[bytes] = []
         octets = lines = 0
@@ -556,8 +709,11 @@ class Mailbox:
             lines += chunk.count(b"\n")
             if octets > most_octets or lines > most_lines:
                 reason = f"the response is longer than {most_lines} lines or {most_octets} octets"
+                limit = "listing_octets" if octets > most_octets else "listing_lines"
                 with self._named(asked.label, fatal=True):
-                    raise Pop3Error(FailureKind.PROTOCOL, reason)
+                    raise Pop3Error(
+                        FailureKind.PROTOCOL, reason, limit=limit if asked.label in _LISTINGS else None
+                    )
             chunks.append(chunk)
         return b"".join(chunks)
 
@@ -565,7 +721,7 @@ class Mailbox:
         self, entry: Entry, open_sink: Callable[[Entry], SinkT]
     ) -> Retrieved[SinkT] | Refused[SinkT]:
         doing = f"RETR {entry.number}"
-        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        reply = self._reply(self._idle, self._deadline)
         if not reply.ok:
             error = self._refused(doing, reply, Stage.RETRIEVE)
             if error.kind is not FailureKind.POISON:
@@ -580,7 +736,8 @@ class Mailbox:
                 sink.write(octets)
         if size > limit:
             reason = f"the message has {size} octets, more than the limit of {limit}"
-            return Refused(entry, self._error(FailureKind.POISON, doing, reason), sink)
+            error = self._error(FailureKind.POISON, doing, reason, limit="message_octets")
+            return Refused(entry, error, sink)
         return Retrieved(entry, sink)
 
     # Commands and replies.
@@ -591,8 +748,16 @@ class Mailbox:
             self._allow_pipelining and self._capabilities is not None and "PIPELINING" in self._capabilities
         )
 
-    def _until(self, seconds: float) -> float:
-        return min(self._monotonic() + seconds, self._deadline)
+    @property
+    def _utf8_logins(self) -> bool:
+        return self._capabilities is not None and self._capabilities.utf8_logins
+
+    def _span(self, limit: str) -> _Time:
+        return _Time(getattr(self._limits, limit), limit)
+
+    def _until(self, limit: str) -> _Time:
+        """The end of a step that may take as long as that limit says, never past the session's."""
+        return min(_Time(self._monotonic() + getattr(self._limits, limit), limit), self._deadline)
 
     def _new_receiver(self) -> Receiver:
         return Receiver(status_line_octets=self._limits.status_line_octets, show=self._show)
@@ -624,7 +789,7 @@ class Mailbox:
         """A command of one line to its +OK."""
         self._need_quiet()
         self._send(asked)
-        reply = self._reply(self._limits.idle_seconds, self._deadline)
+        reply = self._reply(self._idle, self._deadline)
         if not reply.ok:
             raise self._refused(asked.label, reply, stage)
         return reply
@@ -661,12 +826,12 @@ class Mailbox:
             if octets == b"":
                 raise Pop3Error(FailureKind.TRANSIENT, "the server closed the connection")
 
-    def _next(self, idle_seconds: float, deadline: float) -> Event:
+    def _next(self, idle: _Time, deadline: _Time) -> Event:
         """The next event of the reply that is due. An error here ends the session."""
         due = self._outstanding[0]
         with self._named(due.label, fatal=True):
             while (event := self._receiver.next_event()) is None:
-                octets = self._transport.receive(idle_seconds=idle_seconds, deadline=deadline)
+                octets = self._receive(idle, deadline)
                 if not octets:
                     where = " in the middle of a reply" if self._receiver.in_reply else ""
                     raise Pop3Error(FailureKind.TRANSIENT, f"the server closed the connection{where}")
@@ -677,25 +842,33 @@ class Mailbox:
             self._outstanding.popleft()
         return event
 
-    def _reply(self, idle_seconds: float, deadline: float) -> Reply:
-        event = self._next(idle_seconds, deadline)
+    def _receive(self, idle: _Time, deadline: _Time) -> bytes:
+        try:
+            return self._transport.receive(idle_seconds=idle.seconds, deadline=deadline.seconds)
+        except TimedOut as error:
+            error.limit = (deadline if error.at_deadline else idle).limit
+            raise
+
+    def _reply(self, idle: _Time, deadline: _Time) -> Reply:
+        event = self._next(idle, deadline)
         if isinstance(event, Reply):
             return event
         raise RuntimeError("a multi-line response was not read to its end")
 
-    def _content(self, deadline: float) -> Iterator[bytes]:
-        while isinstance(octets := self._next(self._limits.idle_seconds, deadline), bytes):
+    def _content(self, deadline: _Time) -> Iterator[bytes]:
+        while isinstance(octets := self._next(self._idle, deadline), bytes):
             yield octets
 
     # Errors.
 
     @contextmanager
-    def _named(self, doing: str, *, fatal: bool = False) -> Iterator[None]:
-        """Add what was tried, and where, to an error from below."""
+    def _named(self, doing: str, *, fatal: bool = False, limit: str | None = None) -> Iterator[None]:
+        """Add what was tried, and where, to an error from below. ``limit`` is what a wait ended by."""
         try:
             yield
         except Pop3Error as error:
-            named = self._error(error.kind, doing, str(error), error.wait_seconds)
+            exceeded = limit if isinstance(error, TimedOut) and error.limit is None else error.limit
+            named = self._error(error.kind, doing, str(error), error.wait_seconds, exceeded)
             if fatal:
                 self._failure = named
                 self.close()
@@ -708,9 +881,15 @@ class Mailbox:
         return printable(octets)
 
     def _error(
-        self, kind: FailureKind, doing: str, reason: str, wait_seconds: float | None = None
+        self,
+        kind: FailureKind,
+        doing: str,
+        reason: str,
+        wait_seconds: float | None = None,
+        limit: str | None = None,
     ) -> Pop3Error:
-        return Pop3Error(kind, f"{doing} at {self._endpoint.address}: {reason}", wait_seconds=wait_seconds)
+        message = f"{doing} at {self._endpoint.address}: {reason}"
+        return Pop3Error(kind, message, wait_seconds=wait_seconds, limit=limit)
 
     def _verdict(self, reply: Reply, stage: Stage) -> Verdict:
         known = self._capabilities
@@ -721,14 +900,14 @@ class Mailbox:
             login_delay_seconds=known.login_delay_seconds if known else None,
         )
 
-    def _refused(self, doing: str, reply: Reply, stage: Stage) -> Pop3Error:
+    def _refused(self, doing: str, reply: Reply, stage: Stage, *, hint: str = "") -> Pop3Error:
         verdict = self._verdict(reply, stage)
         said = (
             f"the server said {self._show(reply.text)!r}"
             if reply.text
             else "the server refused without a word"
         )
-        return self._error(verdict.kind, doing, said, verdict.wait_seconds)
+        return self._error(verdict.kind, doing, f"{said}; {hint}" if hint else said, verdict.wait_seconds)
 
 
 def _secrets(user: str, password: str) -> tuple[bytes, ...]:

@@ -1,62 +1,403 @@
-"""How a client proves who it is: SASL mechanisms (RFC 5034) and the choice among them.
+"""How a client proves who it is: SASL mechanisms (RFC 5034), APOP (RFC 1939), and the choice among them.
 
-Owns what a mechanism says and which one is tried. Promises that the choice is
-by our policy and never by the server's order, and that a secret appears in no
-``repr``. Leaves the AUTH exchange itself (base64, two-step form, cancelling) to
+Owns what a mechanism says, what it accepts as an answer, and which one is
+tried. Promises that the choice is by our policy and never by the server's
+order; that what reveals a password is never chosen for a channel that is not
+private; that a server which lies in a SCRAM exchange is refused, and cannot
+make us compute for long; and that a secret appears in no ``repr`` and in no
+error. Leaves the AUTH exchange itself (base64, two-step form, cancelling) to
 the mailbox.
+
+A SCRAM login derives its keys anew each time and keeps none of them. At the
+usual 4096 iterations that is 1 ms of CPU (SHA-512: 2 ms), outside of Python's
+lock. A server that stores the password in clear (Dovecot) makes a new salt for
+each login, so that a cache would never hit; elsewhere it would hold what logs
+in as well as the password does.
 """
 
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from archiver.pop3.failures import FailureKind, Pop3Error
 
+if TYPE_CHECKING:
+    from scramp import ScramClient
+
 LOGIN_COMMANDS: Final = "USER/PASS"
 """The commands of RFC 1939, which are no SASL mechanism; a URL fixes them by ``;AUTH=+LOGIN``."""
+APOP: Final = "APOP"
+"""The command of RFC 1939 section 7, no SASL mechanism either; a URL asks for it by ``;AUTH=+APOP``."""
+
+MOST_ITERATIONS: Final = 1_000_000
+"""Of PBKDF2 that a server may ask of us: up to half a second of CPU. Servers ask for 4096 to some 600 000."""
+LONG_TOKEN_OCTETS: Final = 4096
+"""Microsoft refuses longer access tokens with a protocol error, for some users (MailKit#1948)."""
 
 
-class Mechanism(Protocol):
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a mechanism may use. ``secret`` is the password, or the access token where OAuth wants one.
+
+    ``binding`` is the ``tls-server-end-point`` of the channel (RFC 5929 section
+    4), None where there is none, or where the server is not to be told of it.
+    """
+
+    user: str
+    secret: str = field(repr=False)
+    host: str = ""
+    port: int = 0
+    binding: bytes | None = field(default=None, repr=False)
+
+
+class RefusedInside(Pop3Error):
+    """The server refused by a challenge: ``farewell`` is the raw answer after which it says its -ERR."""
+
+    def __init__(self, kind: FailureKind, message: str, farewell: bytes) -> None:
+        super().__init__(kind, message)
+        self.farewell = farewell
+
+
+class Mechanism(ABC):
     """One run of a SASL mechanism, from the client's side. Octets are raw, not base64."""
 
-    @property
-    def name(self) -> str:
-        """The registered name, in upper case."""
+    name: str
+    """The registered name, in upper case."""
+    complete = False
+    """Whether the client has nothing left to say or to verify."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
 
     @property
-    def complete(self) -> bool:
-        """Whether the client has nothing left to say or to verify; a +OK before that is an attack."""
+    def hint(self) -> str:
+        """What may be behind a refusal, for the operator; empty where there is nothing to say."""
+        return ""
 
+    @abstractmethod
     def start(self) -> bytes | None:
         """What the client says first, or None when the server speaks first."""
 
-    def respond(self, challenge: bytes, /) -> bytes:
+    def respond(self, _challenge: bytes, /) -> bytes:
         """The answer to a challenge. Raises Pop3Error for one that the mechanism does not allow."""
+        raise Pop3Error(FailureKind.PROTOCOL, f"the server asks for more than SASL {self.name} has to say")
+
+    def conclude(self, _text: bytes, /) -> None:
+        """Take the server's +OK, with its text. Raises Pop3Error (SECURITY) when it comes too early."""
+        if not self.complete:
+            raise Pop3Error(FailureKind.SECURITY, "the server ended the exchange before it proved itself")
 
 
-@dataclass(slots=True)
-class Plain:
+class Plain(Mechanism):
     """PLAIN (RFC 4616): one message with user and password, in UTF-8."""
 
-    user: str
-    password: str = field(repr=False)
-    name: str = field(default="PLAIN", init=False)
-    complete: bool = field(default=False, init=False)
+    name = "PLAIN"
 
     def start(self) -> bytes:
-        if "\0" in self.user or "\0" in self.password:
+        user, password = self._credentials.user, self._credentials.secret
+        if "\0" in user or "\0" in password:
             raise Pop3Error(
                 FailureKind.OPERATOR, "SASL PLAIN cannot carry a NUL in the user name or password"
             )
         self.complete = True
-        return b"\0" + self.user.encode() + b"\0" + self.password.encode()
-
-    def respond(self, _challenge: bytes, /) -> bytes:
-        raise Pop3Error(FailureKind.PROTOCOL, "the server asks for more than SASL PLAIN has to say")
+        return b"\0" + user.encode() + b"\0" + password.encode()
 
 
-MECHANISMS: Final[Mapping[str, Callable[[str, str], Mechanism]]] = {"PLAIN": Plain}
-"""Constructors by name: user and password to a mechanism. Order is preference; new mechanisms join here."""
+class Login(Mechanism):
+    """LOGIN (draft-murchison-sasl-login): the name, then the password, each to a prompt of any wording."""
+
+    name = "LOGIN"
+    _named = False
+
+    def start(self) -> None:
+        return None
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        if self.complete:
+            return super().respond(challenge)
+        if self._named:
+            self.complete = True
+            return self._credentials.secret.encode()
+        self._named = True
+        return self._credentials.user.encode()
+
+
+class CramMd5(Mechanism):
+    """CRAM-MD5 (RFC 2195): weak, and the server stores the password; only where it is asked for."""
+
+    name = "CRAM-MD5"
+
+    def start(self) -> None:
+        return None
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        if self.complete:
+            return super().respond(challenge)
+        if not _CRAM_CHALLENGE.fullmatch(challenge):
+            raise Pop3Error(FailureKind.PROTOCOL, "the server's challenge is none of CRAM-MD5")
+        self.complete = True
+        digest = hmac.new(self._credentials.secret.encode(), challenge, _MD5).hexdigest()
+        return f"{self._credentials.user} {digest}".encode()
+
+
+# RFC 1939 and RFC 2195 leave no choice; so marked, it is there in FIPS mode too.
+_MD5: Final = partial(hashlib.md5, usedforsecurity=False)
+_CRAM_CHALLENGE: Final = re.compile(rb"<[!-;=?-~]+>")
+
+
+class Scram(Mechanism):
+    """SCRAM (RFC 5802, RFC 7677), with and without channel binding. ``nonce`` is for tests alone."""
+
+    def __init__(self, name: str, credentials: Credentials, *, nonce: str | None = None) -> None:
+        """Raises Pop3Error of kind OPERATOR for what SASLprep (RFC 4013) does not allow."""
+        super().__init__(credentials)
+        self.name = name
+        self._answered = False
+        self._client = _scram_client(name, credentials, nonce)
+        self._first: str = self._client.get_client_first()
+
+    @property
+    def hint(self) -> str:
+        return _BINDING_HINT if self.name.endswith(_PLUS) else ""
+
+    def start(self) -> bytes:
+        return self._first.encode()
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        from scramp import ScramException
+
+        if self.complete:
+            return super().respond(challenge)
+        if challenge[:2] == b"e=":
+            raise _scram_refusal(challenge[2:])
+        try:
+            if self._answered:
+                self._client.set_server_final(challenge.decode())
+                self.complete = True
+                return b""
+            self._client.set_server_first(challenge.decode())
+        except (ScramException, UnicodeDecodeError) as error:
+            # The exception is not chained: it knows what we must not tell.
+            raise _scram_lie(challenge, error) from None
+        iterations = int(self._client.iterations)
+        if iterations > MOST_ITERATIONS:
+            raise Pop3Error(
+                FailureKind.SECURITY,
+                f"the server asks for {iterations} iterations of PBKDF2, more than {MOST_ITERATIONS}",
+            )
+        self._answered = True
+        answer: str = self._client.get_client_final()
+        return answer.encode()
+
+    def conclude(self, text: bytes, /) -> None:
+        """Some servers prove themselves in the +OK, as it is or in base64: RFC 5034 has no place for it."""
+        if self._answered and not self.complete:
+            with suppress(binascii.Error):
+                self.respond(text if text.startswith(b"v=") else base64.b64decode(text, validate=True))
+        super().conclude(text)
+
+
+_PLUS: Final = "-PLUS"
+_BINDING_HINT: Final = (
+    "channel binding fails behind a proxy that ends TLS; name a mechanism without -PLUS by ;AUTH= in the URL"
+)
+
+
+def _scram_client(name: str, credentials: Credentials, nonce: str | None) -> "ScramClient":
+    # Its import takes a while, and only servers that offer SCRAM need it.
+    from scramp import ScramClient, ScramException
+
+    binding = None if credentials.binding is None else ("tls-server-end-point", credentials.binding)
+    try:
+        return ScramClient(
+            [name], credentials.user, credentials.secret, channel_binding=binding, c_nonce=nonce
+        )
+    except ScramException:
+        raise Pop3Error(
+            FailureKind.OPERATOR, "user name or password hold what SASLprep (RFC 4013) forbids, and so SCRAM"
+        ) from None
+
+
+_SCRAM_REFUSALS: Final = {
+    b"channel-bindings-dont-match": FailureKind.SECURITY,
+    b"server-does-support-channel-binding": FailureKind.SECURITY,
+    b"channel-binding-not-supported": FailureKind.OPERATOR,
+    b"unsupported-channel-binding-type": FailureKind.OPERATOR,
+    b"extensions-not-supported": FailureKind.OPERATOR,
+    b"no-resources": FailureKind.TRANSIENT,
+}
+"""RFC 5802 section 7; what is not here, other-error too, may be what a server says of wrong credentials."""
+
+
+def _scram_refusal(reason: bytes) -> Pop3Error:
+    kind = _SCRAM_REFUSALS.get(reason.split(b",")[0], FailureKind.AUTH)
+    return Pop3Error(kind, f"the server refused in its SCRAM message{_word(reason.decode('latin-1'))}")
+
+
+def _word(reason: str) -> str:
+    """A reason for people, if it looks like those of the RFCs; a server may repeat what it must not."""
+    return f" ({reason})" if re.fullmatch(r"[1-5]\d\d|[a-z]{2,12}([_-][a-z]{2,12}){1,5}", reason) else ""
+
+
+def _scram_lie(challenge: bytes, error: Exception) -> Pop3Error:
+    if re.match(rb"(.*,)?m=", challenge, re.DOTALL):  # RFC 5802 section 5.1: the client must end it
+        return Pop3Error(FailureKind.OPERATOR, "the server demands an extension of SCRAM that nobody knows")
+    reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    return Pop3Error(
+        FailureKind.SECURITY, f"the server's SCRAM message is not that of an honest server: {reason}"
+    )
+
+
+class _Token(Mechanism):
+    """What the two mechanisms for OAuth have in common."""
+
+    _farewell: bytes
+
+    @property
+    def hint(self) -> str:
+        octets = len(self._credentials.secret)
+        if octets <= LONG_TOKEN_OCTETS:
+            return ""
+        return f"the access token has {octets} octets, and some servers take no more than {LONG_TOKEN_OCTETS}"
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        raise _token_refused(challenge, self._farewell)
+
+    @property
+    def _bearer(self) -> str:
+        """The token, as both say it. Raises Pop3Error (OPERATOR) for what is none."""
+        if "\1" in self._credentials.user or not _TOKEN.fullmatch(self._credentials.secret):
+            raise Pop3Error(
+                FailureKind.OPERATOR, "nothing was sent: an access token is printable ASCII without spaces"
+            )
+        return f"\1auth=Bearer {self._credentials.secret}\1\1"
+
+
+class Xoauth2(_Token):
+    """XOAUTH2, of Google and Microsoft: an access token, always in two steps.
+
+    https://developers.google.com/workspace/gmail/imap/xoauth2-protocol;
+    Microsoft takes no initial response on POP3, and closes the connection over one.
+    """
+
+    name = "XOAUTH2"
+    _farewell = b""
+
+    def start(self) -> None:
+        return None
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        if self.complete:
+            return super().respond(challenge)
+        self.complete = True
+        return f"user={self._credentials.user}{self._bearer}".encode()
+
+
+class OauthBearer(_Token):
+    """OAUTHBEARER (RFC 7628): an access token, in one message."""
+
+    name = "OAUTHBEARER"
+    _farewell = b"\1"  # section 3.2.3
+
+    def start(self) -> bytes:
+        who = self._credentials
+        user = who.user.replace("=", "=3D").replace(",", "=2C")  # saslname, RFC 5801 section 4
+        self.complete = True
+        return f"n,a={user},\1host={who.host}\1port={who.port}{self._bearer}".encode()
+
+
+_TOKEN: Final = re.compile(r"[!-~]+")
+
+
+def _token_refused(challenge: bytes, farewell: bytes) -> RefusedInside:
+    """What the JSON says that a server sends instead of -ERR (RFC 7628 section 3.2.2, and Google's page)."""
+    try:
+        told = json.loads(challenge)
+    except (ValueError, RecursionError):
+        told = None
+    status = str(told.get("status", "")) if isinstance(told, dict) else ""
+    if status in {"403", "insufficient_scope"}:
+        kind = FailureKind.OPERATOR
+    elif re.fullmatch(r"5\d\d", status):
+        kind = FailureKind.TRANSIENT
+    else:
+        kind = FailureKind.AUTH
+    return RefusedInside(kind, f"the server refused the access token{_word(status)}", farewell)
+
+
+class External(Mechanism):
+    """EXTERNAL (RFC 4422 appendix A): the client's certificate proves who it is; the user is named.
+
+    Without a name the server would choose the mailbox, and it need not be the URL's.
+    """
+
+    name = "EXTERNAL"
+
+    @property
+    def hint(self) -> str:
+        return "EXTERNAL needs a client certificate that the server takes for this user"
+
+    def start(self) -> bytes:
+        self.complete = True
+        return self._credentials.user.encode()
+
+
+# APOP.
+
+_STAMP: Final = re.compile(rb"<[0-9A-Za-z!#$%&'*+/=?^_`{|}~.-]+@[0-9A-Za-z._:\[\]-]+>")
+
+
+def apop_stamp(greeting: bytes) -> bytes | None:
+    """The stamp in a greeting, if it is one message-id of plain ASCII; None otherwise.
+
+    Stamps that are none let a false server learn the first characters of the
+    password by collisions of MD5 (CVE-2007-1558).
+    """
+    found = _STAMP.findall(greeting)
+    well_formed = len(found) == 1 and greeting.count(b"<") == greeting.count(b">") == 1
+    return found[0] if well_formed else None
+
+
+def apop_digest(stamp: bytes, password: str) -> str:
+    """What APOP says instead of the password (RFC 1939 section 7)."""
+    return _MD5(stamp + password.encode()).hexdigest()
+
+
+# The choice.
+
+SCRAM_MECHANISMS: Final = (
+    "SCRAM-SHA-512-PLUS",
+    "SCRAM-SHA-256-PLUS",
+    "SCRAM-SHA-512",
+    "SCRAM-SHA-256",
+    "SCRAM-SHA-1-PLUS",
+    "SCRAM-SHA-1",
+)
+"""The strongest first."""
+
+MECHANISMS: Final[Mapping[str, Callable[[Credentials], Mechanism]]] = {
+    **{name: partial(Scram, name) for name in SCRAM_MECHANISMS},
+    **{each.name: each for each in (Plain, Login, CramMd5, Xoauth2, OauthBearer, External)},
+}
+"""Constructors by name. New mechanisms join here."""
+
+_BY_THEMSELVES: Final = (*SCRAM_MECHANISMS, "PLAIN", "LOGIN")
+"""What is tried without being asked for, in this order. The others want a secret or a certificate that only
+the operator knows to be there, or are weak."""
+
+_REVEAL_NOTHING: Final = frozenset({*SCRAM_MECHANISMS, "CRAM-MD5"})
+"""What may be said on a channel that is not private."""
+
+_FIXED_COMMANDS: Final = {"+LOGIN": LOGIN_COMMANDS, "+APOP": APOP}
 
 
 def choose_mechanism(
@@ -64,28 +405,71 @@ def choose_mechanism(
     fixed: str | None,
     *,
     private: bool,
-    user_is_ascii: bool = True,
+    login_commands: bool = True,
+    binds: bool = False,
 ) -> tuple[str, ...]:
     """The ways to log in, best first. A later one is for a server that does not know the earlier ones.
 
     ``offered`` are the SASL names of CAPA, empty when it told none. ``fixed``
     is what the URL names: then nothing else is tried (RFC 2384), offered or
     not, since servers under-report. ``private`` says whether a password may
-    cross this channel: by TLS, or because the operator said so. USER/PASS is
-    always the last resort, as every server knows it, where it can carry the
-    name. Raises Pop3Error: SECURITY when the channel is not private, OPERATOR
-    when there is no way.
+    cross this channel: by TLS, or because the operator said so; ``binds``
+    whether there is channel binding for the -PLUS mechanisms. USER/PASS is
+    always the last resort on a private channel, as every server knows it;
+    ``login_commands`` says whether it can carry user name and password.
+    Raises Pop3Error: SECURITY when what is left would reveal the password,
+    OPERATOR when there is no way.
     """
-    if not private:
-        raise Pop3Error(FailureKind.SECURITY, "the password was not sent: the channel is not private")
     if fixed is not None:
-        name = LOGIN_COMMANDS if fixed == "+LOGIN" else fixed
-        if name != LOGIN_COMMANDS and name not in MECHANISMS:
-            raise Pop3Error(
-                FailureKind.OPERATOR, f"the login mechanism {fixed} that the URL names is not supported"
-            )
-        return (name,)
-    ways = tuple(name for name in MECHANISMS if name in offered)
-    if user_is_ascii or not ways:
+        return (_fixed(fixed, private=private, binds=binds),)
+    ways: tuple[str, ...] = tuple(
+        name
+        for name in _BY_THEMSELVES
+        if name in offered and (private or name in _REVEAL_NOTHING) and (binds or not name.endswith(_PLUS))
+    )
+    if not private:
+        if not ways:
+            raise _not_private()
+    elif login_commands or not ways:
         ways += (LOGIN_COMMANDS,)
     return ways
+
+
+def _fixed(fixed: str, *, private: bool, binds: bool) -> str:
+    name = _FIXED_COMMANDS.get(fixed, fixed)
+    if name not in MECHANISMS and fixed not in _FIXED_COMMANDS:
+        raise Pop3Error(
+            FailureKind.OPERATOR, f"the login mechanism {fixed} that the URL names is not supported"
+        )
+    if not private and name not in _REVEAL_NOTHING:
+        raise _not_private()
+    if name.endswith(_PLUS) and not binds:
+        raise Pop3Error(
+            FailureKind.OPERATOR, f"{name} needs TLS, and a server certificate that a channel can be bound to"
+        )
+    return name
+
+
+def _not_private() -> Pop3Error:
+    return Pop3Error(FailureKind.SECURITY, "the password was not sent: the channel is not private")
+
+
+def binding_for(way: str, offered: frozenset[str], binding: bytes | None) -> bytes | None:
+    """The channel binding that ``way`` is to be given, which decides its gs2 flag (RFC 5802 section 6).
+
+    A -PLUS mechanism binds (flag ``p``). Any other says by having a binding that
+    it could bind and the server does not offer it (flag ``y``), so that a server
+    which did offer it learns that its offer was stripped. Where the server
+    offered -PLUS, or nothing is known of its offers, the flag is ``n``.
+    """
+    could_bind = bool(offered) and not any(name.endswith(_PLUS) for name in offered)
+    return binding if way.endswith(_PLUS) or could_bind else None
+
+
+def is_prepared(credentials: Credentials) -> bool:
+    """Whether SASLprep, and so SCRAM, takes the user name and the password. PLAIN takes them as they are."""
+    try:
+        _scram_client("SCRAM-SHA-256", Credentials(credentials.user, credentials.secret), None)
+    except Pop3Error:
+        return False
+    return True

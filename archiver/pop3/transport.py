@@ -2,15 +2,20 @@
 
 Owns the socket. Promises that nothing waits longer than it was told, that both
 directions are served at once (so that a client which sends commands and a
-server which sends messages never wait for each other), and that TLS is at least
-1.2, with chain and host name verified. Leaves the meaning of the octets, and
-the name of the host in errors, to the mailbox.
+server which sends messages never wait for each other), and that a TLS channel
+is what its ``TlsSettings`` ask for before anything is said through it: the
+chain and the host name verified, or the certificate pinned; version 1.2 or
+later, or an older one that was allowed in words. Leaves the meaning of the
+octets, and the name of the host in errors, to the mailbox.
 
 Time is a monotonic clock given by the caller; a deadline is a point on it.
 """
 
+import base64
+import binascii
 import hashlib
 import math
+import re
 import select
 import socket
 import ssl
@@ -20,14 +25,90 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from archiver.pop3.failures import FailureKind, Pop3Error
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
 
 RECEIVE_OCTETS: Final = 65536
 """Asked of each read. A TLS record holds 16 KiB; from 128 KiB on, malloc would map memory for each read."""
 
 _TIME_IS_OVER: Final = "the time for this step is over"
+
+
+TLS_VERSIONS: Final = ("1.0", "1.1", "1.2", "1.3")
+"""What ``TlsSettings.minimum_version`` may be, in ascending order."""
+
+SAFE_TLS_VERSIONS: Final = TLS_VERSIONS[2:]
+"""Those that RFC 8996 left: 1.0 and 1.1 are for a server that nobody can replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """Whom to trust, how old a TLS may be, and as whom to appear. Raises ValueError for what cannot be.
+
+    ``ca_file`` is trusted in place of the system's authorities. ``pins`` are
+    SHA-256 digests in hex, of the server's certificate (DER) or of the public
+    key in it (SubjectPublicKeyInfo, as RFC 7469 section 2.4 pins it): where
+    there are any, one of them must match, and neither chain nor name nor
+    validity is looked at; ``parse_pin`` reads them. ``server_name`` is expected
+    in the certificate, and sent (SNI), in place of the host that is called.
+    ``client_key`` is without a passphrase; None where it stands in
+    ``client_certificate``.
+    """
+
+    ca_file: Path | None = None
+    pins: frozenset[str] = frozenset()
+    minimum_version: str = "1.2"
+    client_certificate: Path | None = None
+    client_key: Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimum_version not in TLS_VERSIONS:
+            raise ValueError(
+                f"there is no TLS version {self.minimum_version!r}: use {', '.join(TLS_VERSIONS)}"
+            )
+        if self.client_key is not None and self.client_certificate is None:
+            raise ValueError("a client key needs a client certificate")
+        if any(pin != parse_pin(pin) for pin in self.pins):
+            raise ValueError("pins are 64 digits of hex in lower case")
+        if self.server_name is not None and not _can_be_a_name(self.server_name):
+            raise ValueError(f"{self.server_name!r} cannot be a server's name")
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether ``ssl`` can encode it, which it would find out only with the socket in its hands."""
+    try:
+        return bool(name.rstrip(".").encode("idna"))
+    except UnicodeError:
+        return False
+
+
+DEFAULT_TLS: Final = TlsSettings()
+
+
+def parse_pin(text: str) -> str:
+    """A pin as people have it, in hex: hex digits, with or without colons, or ``sha256//`` and base64.
+
+    The second form is that of curl's ``--pinnedpubkey``. Raises ValueError.
+    """
+    if text.startswith(_BASE64_PIN):
+        with suppress(binascii.Error, ValueError):
+            digest = base64.b64decode(text.removeprefix(_BASE64_PIN), validate=True)
+            if len(digest) == hashlib.sha256().digest_size:
+                return digest.hex()
+    elif _HEX_PIN.fullmatch(text):
+        return text.replace(":", "").lower()
+    raise ValueError(
+        "a pin is the SHA-256 of a certificate or of its public key: 64 hex digits, or sha256//BASE64"
+    )
+
+
+_BASE64_PIN: Final = "sha256//"
+_HEX_PIN: Final = re.compile(r"([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +121,113 @@ class TlsFacts:
     certificate_not_after: datetime | None
 
 
-def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """A verifying context: the system's store, or ``ca_file`` alone. Shared, since loading a store is slow.
+class _Stamp(NamedTuple):
+    """What tells one state of a file, or of a folder of certificates, from the next."""
 
-    Raises Pop3Error of kind OPERATOR when the file cannot be used. A changed
-    file is read anew.
+    path: str
+    changed_ns: int
+    octets: int
+    inode: int
+
+
+class _Material(NamedTuple):
+    """What a context is made of. Pins and names are not: accounts that differ in those share one."""
+
+    verifies: bool
+    ca_file: Path | None
+    minimum_version: str
+    client_certificate: Path | None
+    client_key: Path | None
+
+
+def tls_context(settings: TlsSettings) -> ssl.SSLContext:
+    """A context for ``settings``. Shared by value, since loading the system's store takes some 20 ms.
+
+    Raises Pop3Error of kind OPERATOR when a file cannot be used. Files that
+    changed are read anew, those of the system too.
     """
-    if ca_file is None:
-        return _context(None, 0)
+    material = _Material(
+        verifies=not settings.pins,
+        ca_file=None if settings.pins else settings.ca_file,
+        minimum_version=settings.minimum_version,
+        client_certificate=settings.client_certificate,
+        client_key=settings.client_key,
+    )
+    # The files are looked at before they are read: a change in between makes one reading too many, never
+    # a context that is out of date. What cannot be made is not kept.
+    return _context(material, tuple(map(_stamp, _files(material))))
+
+
+def _files(material: _Material) -> list[tuple[str, Path]]:
+    """What the context is read from, each with what it is for people."""
+    found: list[tuple[str, Path | str | None]] = [
+        ("client certificate", material.client_certificate),
+        ("client key", material.client_key),
+        ("CA file", material.ca_file),
+    ]
+    if material.verifies and material.ca_file is None:
+        system = ssl.get_default_verify_paths()
+        found += [("system's CA file", system.cafile), ("system's CA folder", system.capath)]
+    return [(what, Path(path)) for what, path in found if path]
+
+
+def _stamp(file: tuple[str, Path]) -> _Stamp:
+    what, path = file
     try:
-        return _context(str(ca_file), ca_file.stat().st_mtime_ns)
-    except OSError as error:  # ssl.SSLError is one
-        raise Pop3Error(
-            FailureKind.OPERATOR, f"the CA file {ca_file} cannot be used: {_reason(error)}"
-        ) from error
+        found = path.stat()
+    except OSError as error:
+        raise _unusable(what, path, error) from error
+    return _Stamp(str(path), found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 @lru_cache(maxsize=64)
-def _context(ca_file: str | None, _changed_ns: int) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+def _context(material: _Material, _stamps: tuple[_Stamp, ...]) -> ssl.SSLContext:
+    if material.verifies:
+        try:
+            context = ssl.create_default_context(cafile=material.ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            raise _unusable("CA file", material.ca_file, error) from error
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if material.minimum_version in SAFE_TLS_VERSIONS:
+        context.minimum_version = _MINIMUM_VERSIONS[material.minimum_version]
+    else:
+        # TLS before 1.2 signs its handshake with SHA-1, which OpenSSL 3 takes at security level 0 alone.
+        # What was agreed on is compared with the minimum after the handshake.
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        context.set_ciphers("DEFAULT:!aNULL:@SECLEVEL=0")
+        context.options |= _LEGACY_SERVER_CONNECT
+    if material.client_certificate is not None:
+        try:
+            context.load_cert_chain(
+                material.client_certificate,
+                material.client_key,
+                password=lambda: b"",  # else OpenSSL would ask at the terminal
+            )
+        except OSError as error:
+            raise _unusable("client certificate", material.client_certificate, error) from error
     return context
+
+
+_LEGACY_SERVER_CONNECT: Final = 0x4
+"""SSL_OP_LEGACY_SERVER_CONNECT: servers of that age know no secure renegotiation (RFC 5746), without which
+OpenSSL 3 ends the handshake. The ssl module has a name for it from Python 3.12 on."""
+
+_MINIMUM_VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+def _unusable(what: str, path: Path | None, error: OSError) -> Pop3Error:
+    return Pop3Error(FailureKind.OPERATOR, f"the {what} {path} cannot be used: {_reason(error)}")
+
+
+class TimedOut(Pop3Error):
+    """What was waited for did not come. ``at_deadline``: by the deadline; else within the idle time."""
+
+    def __init__(self, reason: str, *, at_deadline: bool) -> None:
+        super().__init__(FailureKind.TRANSIENT, f"timed out: {reason}")
+        self.at_deadline = at_deadline
 
 
 class Transport:
@@ -87,7 +254,7 @@ class Transport:
                 FailureKind.TRANSIENT, f"the name cannot be resolved: {_reason(error)}"
             ) from error
         deadline = monotonic() + timeout_seconds
-        refusal: OSError = TimeoutError("timed out")
+        refusal: OSError | None = None
         for left, (family, kind, protocol, _, address) in zip(
             range(len(addresses), 0, -1), addresses, strict=True
         ):
@@ -104,6 +271,8 @@ class Transport:
                 refusal = error
             else:
                 return cls(candidate, host, monotonic)
+        if refusal is None or isinstance(refusal, TimeoutError):
+            raise TimedOut("no connection", at_deadline=True) from refusal
         raise Pop3Error(FailureKind.TRANSIENT, f"no connection: {_reason(refusal)}") from refusal
 
     @property
@@ -111,13 +280,23 @@ class Transport:
         """What TLS agreed on; None while the channel is in clear."""
         return self._tls
 
-    def start_tls(self, context: ssl.SSLContext, *, deadline: float) -> None:
-        """Handshake, with the host's name checked and sent (SNI)."""
+    @property
+    def server_end_point(self) -> bytes | None:
+        """What a login can be bound to: ``tls-server-end-point`` (RFC 5929 section 4.1), or None."""
+        wrapped = self._socket
+        if self._tls is None or not isinstance(wrapped, ssl.SSLSocket):
+            return None
+        return end_point(wrapped.getpeercert(binary_form=True) or b"")
+
+    def start_tls(self, settings: TlsSettings, *, deadline: float) -> None:
+        """Handshake, and see that the channel is what ``settings`` ask for before anything is said in it."""
+        context = tls_context(settings)
+        name = (settings.server_name or self._host).rstrip(".")
         try:
-            wrapped = context.wrap_socket(
-                self._socket, server_hostname=self._host.rstrip("."), do_handshake_on_connect=False
-            )
-        except (ValueError, OSError) as error:
+            wrapped = context.wrap_socket(self._socket, server_hostname=name, do_handshake_on_connect=False)
+        except ValueError as error:
+            raise Pop3Error(FailureKind.OPERATOR, f"TLS cannot start: {_reason(error)}") from error
+        except OSError as error:
             raise Pop3Error(FailureKind.TRANSIENT, f"TLS cannot start: {_reason(error)}") from error
         self._socket = wrapped
         while True:
@@ -129,8 +308,12 @@ class Transport:
             except ssl.SSLWantWriteError:
                 self._wait(select.POLLOUT, deadline, "the TLS handshake did not end")
             except OSError as error:
-                raise _handshake_failure(error) from error
-        self._tls = _tls_facts(wrapped)
+                raise _handshake_failure(error, settings) from error
+        facts = _tls_facts(wrapped)
+        _check_version(facts.version, settings.minimum_version)
+        if settings.pins:
+            _check_pins(wrapped.getpeercert(binary_form=True) or b"", settings.pins)
+        self._tls = facts
 
     def send(self, octets: bytes) -> None:
         """Send what the connection takes now; ``receive`` sends the rest.
@@ -145,17 +328,19 @@ class Transport:
         """The next octets, b"" at the end of the stream; waits ``idle_seconds``, never past ``deadline``."""
         started = self._monotonic()
         if started >= deadline:
-            raise _timed_out(_TIME_IS_OVER)
+            raise TimedOut(_TIME_IS_OVER, at_deadline=True)
         limit = min(started + idle_seconds, deadline)
         while True:
             octets = self.receive_now()
             if octets is not None:
                 return octets
             events = select.POLLIN | (select.POLLOUT if self._flush() else 0)
+            idle = limit < deadline
             self._wait(
                 events,
                 limit,
-                f"nothing came for {idle_seconds:g} s" if limit < deadline else _TIME_IS_OVER,
+                f"nothing came for {idle_seconds:g} s" if idle else _TIME_IS_OVER,
+                at_deadline=not idle,
             )
 
     def receive_now(self) -> bytes | None:
@@ -165,7 +350,9 @@ class Transport:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except OSError as error:
-            raise Pop3Error(FailureKind.TRANSIENT, f"the connection broke: {_reason(error)}") from error
+            # In TLS 1.3 a client learns only now what the server thinks of its certificate.
+            kind = FailureKind.OPERATOR if _refuses_us(error) else FailureKind.TRANSIENT
+            raise Pop3Error(kind, f"the connection broke: {_reason(error)}") from error
 
     def close(self) -> None:
         """Drop the connection. May be called again."""
@@ -187,43 +374,137 @@ class Transport:
                 del self._outgoing[:sent]
         return False
 
-    def _wait(self, events: int, deadline: float, reason: str) -> None:
+    def _wait(self, events: int, deadline: float, reason: str, *, at_deadline: bool = True) -> None:
         left_seconds = deadline - self._monotonic()
         if left_seconds > 0:
             poll = select.poll()  # not select(): a process with many threads has descriptors over 1023
             poll.register(self._socket, events)
             if poll.poll(math.ceil(left_seconds * 1000)):
                 return
-        raise _timed_out(reason)
+        raise TimedOut(reason, at_deadline=at_deadline)
 
 
-def _timed_out(reason: str) -> Pop3Error:
-    return Pop3Error(FailureKind.TRANSIENT, f"timed out: {reason}")
-
-
-def _handshake_failure(error: OSError) -> Pop3Error:
+def _handshake_failure(error: OSError, settings: TlsSettings) -> Pop3Error:
     reason = f"TLS failed: {_reason(error)}"
-    if isinstance(error, ssl.SSLCertVerificationError):
+    if isinstance(error, ssl.SSLCertVerificationError) or _refuses_us(error):
         return Pop3Error(FailureKind.OPERATOR, reason)
-    if isinstance(error, ssl.SSLError) and error.reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST"}:
+    if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
         return Pop3Error(FailureKind.OPERATOR, "TLS failed: the server speaks no TLS on this port")
+    if isinstance(error, ssl.SSLError) and error.reason in _TOO_OLD:
+        return Pop3Error(FailureKind.OPERATOR, f"{reason}; TLS {settings.minimum_version} is asked for")
+    if isinstance(error, ssl.SSLEOFError):
+        # Dovecot sends no alert; a server that is restarted looks the same.
+        reason = f"{reason}; a server that knows no TLS {settings.minimum_version} may hang up so"
     return Pop3Error(FailureKind.TRANSIENT, reason)
+
+
+_NO_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST"})
+_TOO_OLD: Final = frozenset({"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION"})
+_REFUSALS: Final = frozenset(
+    {
+        "ACCESS_DENIED",
+        "BAD_CERTIFICATE",
+        "CERTIFICATE_EXPIRED",
+        "CERTIFICATE_REQUIRED",
+        "CERTIFICATE_REVOKED",
+        "CERTIFICATE_UNKNOWN",
+        "HANDSHAKE_FAILURE",
+        "NO_CERTIFICATE",
+        "UNKNOWN_CA",
+        "UNSUPPORTED_CERTIFICATE",
+    }
+)
+"""Alerts (RFC 8446 section 6.2) that come again until somebody changes a certificate or what is allowed."""
+
+
+def _refuses_us(error: OSError) -> bool:
+    """Whether the server tells that our certificate, or lack of one, or all that we offer, will not do."""
+    reason = (error.reason if isinstance(error, ssl.SSLError) else None) or ""
+    return reason.partition("_ALERT_")[2] in _REFUSALS
+
+
+def _check_version(agreed: str, minimum: str) -> None:
+    """Raises Pop3Error when an older version was agreed on than is allowed."""
+    version = {"TLSv1": "1.0"}.get(agreed, agreed.removeprefix("TLSv"))
+    if version not in TLS_VERSIONS or TLS_VERSIONS.index(version) < TLS_VERSIONS.index(minimum):
+        raise Pop3Error(
+            FailureKind.OPERATOR, f"TLS failed: the server speaks {agreed}; TLS {minimum} is asked for"
+        )
+
+
+def _check_pins(der: bytes, pins: frozenset[str]) -> None:
+    """Raises Pop3Error when neither the certificate nor its key is one of those pinned."""
+    certificate = hashlib.sha256(der).hexdigest()
+    if certificate in pins or _spki_sha256(der) in pins:
+        return
+    raise Pop3Error(
+        FailureKind.SECURITY,
+        f"the server's certificate is none of those pinned, nothing was said to it; SHA-256 {certificate}",
+    )
+
+
+def _spki_sha256(der: bytes) -> str | None:
+    """The digest of the certificate's public key; None where it is of a kind that nobody knows."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+
+    certificate = _certificate(der)
+    if certificate is None:
+        return None
+    try:
+        key = certificate.public_key()
+        spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return hashlib.sha256(spki).hexdigest()
+
+
+def end_point(der: bytes) -> bytes | None:
+    """A certificate by the hash of its own signature, SHA-256 for MD5 and SHA-1; None where it has none."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    certificate = _certificate(der)
+    try:
+        algorithm = None if certificate is None else certificate.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        return None
+    if algorithm is None:  # Ed25519 and others that hash by themselves
+        return None
+    name = "sha256" if algorithm.name in {"md5", "sha1"} else algorithm.name
+    return hashlib.new(name, der).digest()
+
+
+def _certificate(der: bytes) -> "Certificate | None":
+    """The certificate, decoded, or None. Few logins need it, and its import takes some 50 ms."""
+    from cryptography import x509
+
+    try:
+        return x509.load_der_x509_certificate(der)
+    except (ValueError, x509.InvalidVersion):
+        return None
 
 
 def _tls_facts(wrapped: ssl.SSLSocket) -> TlsFacts:
     der = wrapped.getpeercert(binary_form=True) or b""
-    not_after = (wrapped.getpeercert() or {}).get("notAfter")
     cipher = wrapped.cipher()
     return TlsFacts(
         version=wrapped.version() or "",
         cipher=cipher[0] if cipher else "",
         certificate_sha256=hashlib.sha256(der).hexdigest(),
-        certificate_not_after=(
-            datetime.fromtimestamp(ssl.cert_time_to_seconds(not_after), UTC)
-            if isinstance(not_after, str)
-            else None
-        ),
+        certificate_not_after=_not_after(wrapped, der),
     )
+
+
+def _not_after(wrapped: ssl.SSLSocket, der: bytes) -> datetime | None:
+    decoded = (wrapped.getpeercert() or {}).get("notAfter")
+    if isinstance(decoded, str):
+        return datetime.fromtimestamp(ssl.cert_time_to_seconds(decoded), UTC)
+    # OpenSSL decodes only what it verified; a pinned certificate is read otherwise.
+    certificate = _certificate(der)
+    try:
+        return None if certificate is None else certificate.not_valid_after_utc
+    except ValueError:
+        return None
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """A mailbox's address: POP URLs (RFC 2384), and the channel that they demand.
 
-Owns the reading and writing of ``pop3s://user@host`` and its relatives.
+Owns the reading and writing of ``pop3s://user@host`` and its relatives, of
+which ``pop2:`` is one of ours.
 Promises that a URL never holds a password, that nothing which could break out
 of a command line (CR, LF, NUL) passes, and that no error repeats what might be
 a secret. Leaves secrets, and the choice of a mechanism, to others.
@@ -26,6 +27,15 @@ class Tls(Enum):
     """No TLS: the operator says in words that passwords may cross this path in clear."""
 
 
+class Version(Enum):
+    """Which Post Office Protocol the server speaks."""
+
+    POP2 = 2
+    """RFC 937."""
+    POP3 = 3
+    """RFC 1939."""
+
+
 class UrlError(ValueError):
     """A POP URL that cannot be used. The message is one line and never repeats the URL."""
 
@@ -36,7 +46,8 @@ class Endpoint:
 
     ``host`` is a name in A-labels, an IPv4 address, or an IPv6 address without
     brackets. ``mechanism`` is what the URL fixes after ``;AUTH=`` in upper case
-    (a SASL name, or ``+APOP`` and the like), None where any will do.
+    (a SASL name, or ``+APOP`` and the like), None where any will do. ``version``
+    is that of the protocol.
     """
 
     host: str
@@ -44,6 +55,7 @@ class Endpoint:
     tls: Tls
     user: str
     mechanism: str | None = None
+    version: Version = Version.POP3
 
     @property
     def address(self) -> str:
@@ -57,9 +69,9 @@ class Endpoint:
         TLS that is implicit or by STLS is part of the URL; ``Tls.NONE`` is not,
         so that a URL which is copied elsewhere asks for TLS.
         """
-        scheme = "pop3s" if self.tls is Tls.IMPLICIT else "pop3"
+        scheme = _POP2 if self.version is Version.POP2 else "pop3s" if self.tls is Tls.IMPLICIT else "pop3"
         auth = f";AUTH={self.mechanism}" if self.mechanism else ""
-        port = "" if self.port == _DEFAULT_PORTS[self.tls] else f":{self.port}"
+        port = "" if self.port == _default_port(self.version, self.tls) else f":{self.port}"
         return f"{scheme}://{quote(self.user, safe='')}{auth}@{self._bracketed_host}{port}"
 
     @property
@@ -68,6 +80,8 @@ class Endpoint:
 
 
 _DEFAULT_PORTS: Final = {Tls.IMPLICIT: 995, Tls.STARTTLS: 110, Tls.NONE: 110}
+_POP2: Final = "pop2"
+_POP2_PORT: Final = 109
 _SCHEMES: Final = {"pop3s": Tls.IMPLICIT, "pops": Tls.IMPLICIT, "pop3": Tls.STARTTLS, "pop": Tls.STARTTLS}
 _USER_OCTETS = 1024  # far over the 255 octets that a command line holds; SASL lines may be longer
 
@@ -84,12 +98,15 @@ def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
     """Read a POP URL: ``pop3s://user@host``, ``pop3://user@host:1110``, ``pop://user;AUTH=PLAIN@[::1]``.
 
     ``pop3s`` means TLS from the first octet, port 995. ``pop3`` and ``pop``
-    mean STLS demanded, port 110, unless ``tls`` says otherwise. Raises UrlError.
+    mean STLS demanded, port 110, unless ``tls`` says otherwise. ``pop2``, port
+    109, has no TLS of its own: ``tls`` must say NONE, or IMPLICIT where something
+    before the server (stunnel) adds it. Raises UrlError.
     """
     if any(c.isspace() or not c.isprintable() for c in url):
         raise UrlError("the URL holds a space or a control character; in a user name write it as %XX")
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme.lower() not in _SCHEMES:
+    scheme = scheme.lower()
+    if not separator or scheme not in {*_SCHEMES, _POP2}:
         raise UrlError("a POP URL starts with pop3s:// (TLS) or pop3:// (STARTTLS)")
     _refuse_password(rest)
     if "?" in rest or "#" in rest:
@@ -102,8 +119,12 @@ def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
         raise UrlError("the URL holds two @; in the user name write it as %40")
     user, mechanism = _parse_userinfo(userinfo if at else "")
     host, port = _parse_hostport(hostport)
-    channel = _channel(_SCHEMES[scheme.lower()], tls)
-    return Endpoint(host, _DEFAULT_PORTS[channel] if port is None else port, channel, user, mechanism)
+    if scheme == _POP2:
+        version, channel = Version.POP2, _pop2_channel(tls, mechanism)
+    else:
+        version, channel = Version.POP3, _channel(_SCHEMES[scheme], tls)
+    port = _default_port(version, channel) if port is None else port
+    return Endpoint(host, port, channel, user, mechanism, version)
 
 
 def _refuse_password(rest: str) -> None:
@@ -122,6 +143,21 @@ def _channel(of_scheme: Tls, asked: Tls | None) -> Tls:
             "pop3s:// means TLS from the first octet, so tls cannot be anything but implicit; use pop3://"
         )
     return of_scheme if asked is None else asked
+
+
+def _pop2_channel(asked: Tls | None, mechanism: str | None) -> Tls:
+    if mechanism is not None:
+        raise UrlError("pop2:// knows one way to log in, so ;AUTH= has no place in it")
+    if asked is None or asked is Tls.STARTTLS:
+        raise UrlError(
+            "pop2:// has no TLS, so the password crosses the network in clear: say tls none if that is meant "
+            "(through a tunnel of yours), or tls implicit where something before the server adds TLS"
+        )
+    return asked
+
+
+def _default_port(version: Version, tls: Tls) -> int:
+    return _POP2_PORT if version is Version.POP2 else _DEFAULT_PORTS[tls]
 
 
 def _parse_userinfo(userinfo: str) -> tuple[str, str | None]:

@@ -38,6 +38,8 @@ class Shape(Enum):
     """A status line, and after +OK a multi-line response."""
     EXCHANGE = "exchange"
     """A status line, or a ``+`` challenge (RFC 5034 section 4)."""
+    GREETING = "greeting"
+    """One status line, the first of all; a server of another protocol shows there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +51,31 @@ class Command:
     shape: Shape = Shape.LINE
 
 
-def command(verb: str, *arguments: str | int, shape: Shape = Shape.LINE, label: str | None = None) -> Command:
+def command(
+    verb: str,
+    *arguments: str | int,
+    shape: Shape = Shape.LINE,
+    label: str | None = None,
+    utf8: bool = False,
+) -> Command:
     """Render a command: the verb in upper case, one space before each argument, CRLF.
 
     An argument goes to the wire as it is: the rest of a PASS line is the
     password, spaces and all (RFC 1939 section 7). ``label`` defaults to the
     whole line and must be given where an argument is secret. Raises Pop3Error
     of kind OPERATOR, before anything is sent, for CR, LF or NUL in an argument,
-    for non-ASCII (which needs SASL, or UTF8 of RFC 6856), and for a line of
-    more than 255 octets.
+    for non-ASCII unless ``utf8`` (the server's ``UTF8 USER``, RFC 6856 section
+    2.2) allows it, and for a line of more than 255 octets.
     """
     name = verb.upper()
     line = " ".join([name, *map(str, arguments)])
     shown = line if label is None else label
-    if not line.isascii():
+    if not (utf8 or line.isascii()):
         raise Pop3Error(
-            FailureKind.OPERATOR, f"{name} was not sent: its argument is not ASCII, which needs SASL PLAIN"
+            FailureKind.OPERATOR,
+            f"{name} was not sent: its argument is not ASCII, which needs SASL, or a server with UTF8 USER",
         )
-    octets = line.encode("ascii")
+    octets = line.encode()
     if any(octet in octets for octet in _FORBIDDEN_IN_COMMANDS):
         raise Pop3Error(FailureKind.OPERATOR, f"{name} was not sent: its argument holds CR, LF or NUL")
     if len(octets) + 2 > COMMAND_LINE_OCTETS:
@@ -170,6 +179,11 @@ class Receiver:
             return None
         reply = _parse_status_line(line, challenge_allowed=self._expected[0] is Shape.EXCHANGE)
         if reply is None:
+            if self._expected[0] is Shape.GREETING and line[:2] in {b"+", b"+ "}:
+                raise Pop3Error(
+                    FailureKind.OPERATOR,
+                    f"the server speaks POP2 (RFC 937), it seems; use pop2://: {self._show(line)!r}",
+                )
             raise _not_a_status_line(line, self._show(line))
         if self._expected.popleft() is Shape.BLOCK and reply.ok:
             self._in_block = True
@@ -183,7 +197,9 @@ class Receiver:
         length = (len(self._buffer) if end < 0 else end + 1) - start
         if length > self._status_line_octets:
             raise Pop3Error(
-                FailureKind.PROTOCOL, f"a status line is longer than {self._status_line_octets} octets"
+                FailureKind.PROTOCOL,
+                f"a status line is longer than {self._status_line_octets} octets",
+                limit="status_line_octets",
             )
         if end < 0:
             first = self._buffer[start : start + 1]

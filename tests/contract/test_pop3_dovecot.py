@@ -17,6 +17,7 @@ from archiver.pop3 import (
     Refused,
     Retrieved,
     Tls,
+    TlsSettings,
     parse_url,
 )
 from tests.conftest import Mailbox as Box
@@ -42,7 +43,7 @@ def endpoint(box: Box, tls: Tls = Tls.IMPLICIT) -> Endpoint:
 
 
 def session(box: Box, tls: Tls = Tls.IMPLICIT, **options: object) -> Mailbox:
-    mailbox = Mailbox.connect(endpoint(box, tls), ca_file=box.ca_file, **options)
+    mailbox = Mailbox.connect(endpoint(box, tls), tls_settings=TlsSettings(ca_file=box.ca_file), **options)
     try:
         mailbox.login(box.password)
     except BaseException:
@@ -115,7 +116,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(mailbox: Callable[...,
 
 def test_the_url_of_the_mailbox_leads_to_it(mailbox: Callable[..., Box]) -> None:
     box = mailbox(ODD)
-    with Mailbox.connect(parse_url(box.url), ca_file=box.ca_file) as client:
+    with Mailbox.connect(parse_url(box.url), tls_settings=TlsSettings(ca_file=box.ca_file)) as client:
         client.login(box.password)
         assert client.stat() == (len(ODD), sum(map(len, ODD)))
         assert client.round_trip() > 0
@@ -175,7 +176,7 @@ def test_a_supply_that_ends_early_leaves_a_session_that_can_quit(mailbox: Callab
 def test_wrong_credentials(mailbox: Callable[..., Box], tls: Tls) -> None:
     box = mailbox()
     with (
-        Mailbox.connect(endpoint(box, tls), ca_file=box.ca_file) as client,
+        Mailbox.connect(endpoint(box, tls), tls_settings=TlsSettings(ca_file=box.ca_file)) as client,
         pytest.raises(Pop3Error) as caught,
     ):
         client.login("hunter2")
@@ -186,7 +187,7 @@ def test_wrong_credentials(mailbox: Callable[..., Box], tls: Tls) -> None:
 def test_the_commands_of_rfc_1939_log_in_too(mailbox: Callable[..., Box]) -> None:
     box = mailbox(ODD)
     target = parse_url(box.url.replace("@", ";AUTH=+LOGIN@", 1))
-    with Mailbox.connect(target, ca_file=box.ca_file) as client:
+    with Mailbox.connect(target, tls_settings=TlsSettings(ca_file=box.ca_file)) as client:
         client.login(box.password)
         assert client.facts.mechanism == "USER/PASS"
         assert len(client.list().entries) == len(ODD)
@@ -196,7 +197,9 @@ def test_d6_a_password_over_the_command_limit_goes_in_two_steps(dovecot: Dovecot
     """Dovecot resets the connection over a longer AUTH line."""
     password = "p" * 400
     dovecot.add_user("long", password)
-    with Mailbox.connect(parse_url(dovecot.url("long")), ca_file=dovecot.ca_file) as client:
+    with Mailbox.connect(
+        parse_url(dovecot.url("long")), tls_settings=TlsSettings(ca_file=dovecot.ca_file)
+    ) as client:
         client.login(password)
         assert client.facts.mechanism == "PLAIN"
 

@@ -68,7 +68,14 @@ class HangUp:
     """Close the connection. The end of a script does the same."""
 
 
-Step = Send | Expect | SendEndlessly | StartTls | Stall | HangUp
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """Let a function speak, where what is to be said depends on what was heard."""
+
+    talk: Callable[["Channel"], object]
+
+
+Step = Send | Expect | SendEndlessly | StartTls | Stall | HangUp | Talk
 
 
 # What a mailbox is made of.
@@ -110,7 +117,7 @@ class ScriptedPop3:
     ``play`` is a mailbox, or a script for each connection in the order of their
     coming; the last one serves all later ones. ``received`` has every command line
     with whether it came by TLS, ``commands`` counts the verbs, ``connections`` the
-    connections.
+    connections. ``context`` goes before ``certificate`` where a test wants more of TLS.
     """
 
     def __init__(
@@ -119,13 +126,14 @@ class ScriptedPop3:
         *,
         tls: TlsMode = "none",
         certificate: tuple[Path, Path] | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self.received: list[tuple[bytes, bool]] = []
         self.commands: Counter[str] = Counter()
         self.connections = 0
         self._play = play
         self._tls = tls
-        self._context = _server_context(certificate) if certificate else None
+        self._context = context or (_server_context(certificate) if certificate else None)
         self._failures: list[BaseException] = []
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -188,7 +196,7 @@ class ScriptedPop3:
             self._start(self._serve, connection, self.connections)
 
     def _serve(self, connection: socket.socket, number: int) -> None:
-        channel = _Channel(self, connection)
+        channel = Channel(self, connection)
         try:
             if self._tls == "implicit":
                 channel.start_tls()
@@ -227,7 +235,7 @@ class ScriptedPop3:
         return self._context
 
 
-class _Channel:
+class Channel:
     """One connection: octets and lines, in clear or by TLS."""
 
     def __init__(self, server: ScriptedPop3, connection: socket.socket) -> None:
@@ -295,13 +303,13 @@ def _server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
     return context
 
 
-def _run_script(channel: _Channel, script: Sequence[Step]) -> None:
+def _run_script(channel: Channel, script: Sequence[Step]) -> None:
     for step in script:
         if _play_step(channel, step):
             return
 
 
-def _play_step(channel: _Channel, step: Step) -> bool:
+def _play_step(channel: Channel, step: Step) -> bool:
     """Do one step; true when it is the last."""
     match step:
         case Send(octets, split_octets):
@@ -312,6 +320,8 @@ def _play_step(channel: _Channel, step: Step) -> bool:
             channel.send_endlessly(octets)
         case StartTls():
             channel.start_tls()
+        case Talk(talk):
+            talk(channel)
         case Stall():
             channel.stall()
             return True
@@ -330,7 +340,7 @@ def stuffed(message: bytes) -> bytes:
 class _MailboxSession:
     """One session with a mailbox, from the greeting to QUIT."""
 
-    def __init__(self, channel: _Channel, play: MailboxPlay) -> None:
+    def __init__(self, channel: Channel, play: MailboxPlay) -> None:
         self._channel = channel
         self._play = play
         self._messages = list(play.messages)
@@ -371,6 +381,8 @@ class _MailboxSession:
             "LIST": lambda _: self._list([b"%d" % len(content) for _, content in self._messages]),
             "RETR": lambda number: b"+OK\r\n" + stuffed(self._messages[int(number) - 1][1]),
             "DELE": self._dele,
+            "RSET": self._rset,
+            "TOP": self._top,
             "QUIT": self._quit,
         }
         return answers[verb](argument) if verb in answers else b"-ERR unknown command\r\n"
@@ -413,6 +425,16 @@ class _MailboxSession:
     def _dele(self, number: str) -> bytes:
         self._deleted.add(int(number))
         return b"+OK\r\n"
+
+    def _rset(self, _: str) -> bytes:
+        self._deleted.clear()
+        return b"+OK\r\n"
+
+    def _top(self, argument: str) -> bytes:
+        number, lines = map(int, argument.split())
+        header, empty, body = self._messages[number - 1][1].partition(b"\r\n\r\n")
+        shown = b"".join(line + b"\r\n" for line in body.split(b"\r\n")[:lines])
+        return b"+OK\r\n" + stuffed(header + empty + shown)
 
     def _quit(self, _: str) -> bytes:
         gone = [self._messages[number - 1] for number in self._deleted]

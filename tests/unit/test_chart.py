@@ -553,6 +553,10 @@ CLAIM = {"persistence": {"existingClaim": "archive"}}
             "mailboxSecret is not set",
         ),
         (
+            {"accounts": [{**ACCOUNT, "client_certificate": "/etc/archiver/passwords/sales.pem"}]},
+            'the client_certificate of "sales" is a file under /etc/archiver/passwords, but mailboxSecret',
+        ),
+        (
             {"accounts": [{**ACCOUNT, "ca_file": "/etc/archiver/ca/ca.crt"}]},
             "caBundle.existingConfigMap is not set",
         ),
@@ -585,6 +589,9 @@ def test_values_that_do_not_go_together(tmp_path: Path, changes: Object, sentenc
         ({"accounts": [{"name": "a", "url": "pop3s://u@h"}]}, "password"),
         ({"accounts": [{**ACCOUNT, "delete": "always"}]}, "/accounts/0/delete"),
         ({"accounts": [{**ACCOUNT, "tls": False}]}, "/accounts/0/tls"),
+        ({"accounts": [{**ACCOUNT, "tls_minimum": "0.9"}]}, "/accounts/0/tls_minimum"),
+        ({"accounts": [{**ACCOUNT, "tls_pins": ["abc"]}]}, "/accounts/0/tls_pins/0"),
+        ({"accounts": [{**ACCOUNT, "client_key": "/etc/key"}]}, "/accounts/0"),
         ({"accounts": [{**ACCOUNT, "name": "a\nb"}]}, "/accounts/0/name"),
         ({"logLevel": "verbose"}, "/logLevel"),
         ({"spool": {"sizeLimit": "much"}}, "/spool/sizeLimit"),

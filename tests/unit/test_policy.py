@@ -188,3 +188,39 @@ def test_an_operator_needed_for_the_service_pauses_no_account(others: dict[str, 
         uniform=highest,
     )
     assert following == NextPoll(30.0, Setbacks(1, 3))
+
+
+# What the server announced.
+
+
+@pytest.mark.parametrize("outcome", ["ok", "try_later", "lease_lost", "operator_needed"])
+def test_a_login_delay_is_a_lower_bound_whatever_happened(outcome: str) -> None:
+    following = policy.next_poll(
+        report(outcome, login_delay_seconds=9000.0, listed=3, new=1),
+        setbacks=Setbacks(),
+        interval_seconds=300.0,
+        uniform=lowest,
+    )
+    assert following.after_seconds == 9000.0 + policy.LOGIN_DELAY_MARGIN_SECONDS
+
+
+@pytest.mark.parametrize("login_delay_seconds", [None, 0.0, 100.0])
+def test_a_login_delay_shorter_than_the_interval_changes_nothing(login_delay_seconds: float | None) -> None:
+    following = policy.next_poll(
+        report(login_delay_seconds=login_delay_seconds),
+        setbacks=Setbacks(),
+        interval_seconds=300.0,
+        uniform=lowest,
+    )
+    assert following.after_seconds == pytest.approx(270.0)
+
+
+@pytest.mark.parametrize(
+    ("login_delay_seconds", "seconds", "too_early"),
+    [(None, 0.0, False), (0.0, 0.0, False), (10.0, 14.9, True), (10.0, 15.0, False)],
+)
+def test_when_another_login_would_be_refused(
+    login_delay_seconds: float | None, seconds: float, *, too_early: bool
+) -> None:
+    found = policy.is_too_early(report(login_delay_seconds=login_delay_seconds, seconds=seconds))
+    assert found is too_early

@@ -107,6 +107,21 @@ interval_seconds = {{ . | int64 }}
 {{- with .timeout_seconds }}
 timeout_seconds = {{ . | int64 }}
 {{- end }}
+{{- with .tls_pins }}
+tls_pins = {{ . | toJson }}
+{{- end }}
+{{- with .tls_minimum }}
+tls_minimum = {{ . | toJson }}
+{{- end }}
+{{- with .tls_server_name }}
+tls_server_name = {{ . | toJson }}
+{{- end }}
+{{- with .client_certificate }}
+client_certificate = {{ . | toJson }}
+{{- end }}
+{{- with .client_key }}
+client_key = {{ . | toJson }}
+{{- end }}
 {{ end }}
 {{- end -}}
 

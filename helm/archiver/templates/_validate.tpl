@@ -58,12 +58,12 @@ once, a line each.
 {{- $wrong = append $wrong "accounts, accountsExistingConfigMap and accountsExistingSecret exclude each other: set one" -}}
 {{- end -}}
 {{- $names := dict -}}
-{{- range .Values.accounts -}}
+{{- range $account := .Values.accounts -}}
 {{- if hasKey $names .name -}}
 {{- $wrong = append $wrong (printf "accounts: %q is there twice" .name) -}}
 {{- end -}}
 {{- $_ := set $names .name true -}}
-{{- if not (regexMatch "^(pop3s|pop3|pop)://[^/@:\\s]+@[^/@\\s]+/?$" .url) -}}
+{{- if not (regexMatch "^(pop3s|pop3|pop2|pop)://[^/@:\\s]+@[^/@\\s]+/?$" .url) -}}
 {{- $wrong = append $wrong (printf "accounts: the url of %q is not like pop3s://user@host; it holds no password, and an @ in the user's name is %%40" .name) -}}
 {{- end -}}
 {{- if not (regexMatch "^(file:/\\S.*|env:[A-Za-z_][A-Za-z0-9_]*)$" .password) -}}
@@ -71,6 +71,11 @@ once, a line each.
 {{- end -}}
 {{- if and (hasPrefix "file:/etc/archiver/passwords/" .password) (not $.Values.mailboxSecret) -}}
 {{- $wrong = append $wrong (printf "accounts: the password of %q is a file under /etc/archiver/passwords, but mailboxSecret is not set" .name) -}}
+{{- end -}}
+{{- range $key := list "client_certificate" "client_key" -}}
+{{- if and (hasPrefix "/etc/archiver/passwords/" (default "" (get $account $key))) (not $.Values.mailboxSecret) -}}
+{{- $wrong = append $wrong (printf "accounts: the %s of %q is a file under /etc/archiver/passwords, but mailboxSecret is not set" $key $account.name) -}}
+{{- end -}}
 {{- end -}}
 {{- if and (hasPrefix "/etc/archiver/ca/" (default "" .ca_file)) (not $.Values.caBundle.existingConfigMap) -}}
 {{- $wrong = append $wrong (printf "accounts: the ca_file of %q lies under /etc/archiver/ca, but caBundle.existingConfigMap is not set" .name) -}}

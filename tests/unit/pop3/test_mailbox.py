@@ -21,6 +21,7 @@ from archiver.pop3 import (
     Refused,
     Retrieved,
     Tls,
+    TlsSettings,
 )
 from tests.harness.scripted_pop3 import (
     CAPABILITIES,
@@ -112,7 +113,7 @@ def test_every_message_arrives_unchanged(
     tls: str, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
 ) -> None:
     with ScriptedPop3(play(capabilities=capabilities), tls=tls, certificate=certificate) as server:
-        with logged_in(server, ca_file=certificate[0]) as mailbox:
+        with logged_in(server, tls_settings=TlsSettings(ca_file=certificate[0])) as mailbox:
             listing = mailbox.list()
             got = list(mailbox.retrieve(listing.entries, lambda _: io.BytesIO()))
             mailbox.quit()
@@ -131,7 +132,7 @@ def test_the_facts_tell_whom_we_spoke_to(certificate: tuple[Path, Path]) -> None
     with ScriptedPop3(
         play(greeting=greeting, capabilities=capabilities), tls="implicit", certificate=certificate
     ) as server:
-        mailbox = logged_in(server, ca_file=certificate[0])
+        mailbox = logged_in(server, tls_settings=TlsSettings(ca_file=certificate[0]))
         facts = mailbox.facts
         mailbox.close()
     assert facts.host == "localhost"
@@ -715,7 +716,9 @@ def test_a_certificate_for_another_name(certificate: tuple[Path, Path]) -> None:
         endpoint = replace(
             server.endpoint, host="127.1"
         )  # the same address, by a name that no certificate has
-        error = failure_of(lambda: Mailbox.connect(endpoint, ca_file=certificate[0]))
+        error = failure_of(
+            lambda: Mailbox.connect(endpoint, tls_settings=TlsSettings(ca_file=certificate[0]))
+        )
     assert error.kind is FailureKind.OPERATOR
     assert "127.1" in str(error)
     assert "mismatch" in str(error).lower()
@@ -725,7 +728,9 @@ def test_a_certificate_for_another_name(certificate: tuple[Path, Path]) -> None:
 def test_a_ca_file_that_is_not_there(tmp_path: Path) -> None:
     with ScriptedPop3([[Stall()]]) as server:
         endpoint = replace(server.endpoint, tls=Tls.IMPLICIT)
-        error = failure_of(lambda: Mailbox.connect(endpoint, ca_file=tmp_path / "none.pem"))
+        error = failure_of(
+            lambda: Mailbox.connect(endpoint, tls_settings=TlsSettings(ca_file=tmp_path / "none.pem"))
+        )
     assert error.kind is FailureKind.OPERATOR
     assert "none.pem" in str(error)
 
@@ -751,7 +756,9 @@ def test_stls_that_is_refused_or_stripped_never_falls_back(
 ) -> None:
     script = [*GREETING, Expect(b"STLS\r\n"), Send(answer), Stall()]
     with ScriptedPop3([script], tls="starttls", certificate=certificate) as server:
-        error = failure_of(lambda: Mailbox.connect(server.endpoint, ca_file=certificate[0]))
+        error = failure_of(
+            lambda: Mailbox.connect(server.endpoint, tls_settings=TlsSettings(ca_file=certificate[0]))
+        )
     assert error.kind is FailureKind.SECURITY
     assert [line for line, _ in server.received] == [b"STLS"]
 
@@ -763,7 +770,9 @@ def test_5_14_octets_injected_behind_stls_are_refused(
     """CVE-2011-0411 and its kin: even a partial line."""
     script = [*GREETING, Expect(b"STLS\r\n"), Send(b"+OK begin\r\n" + injected), Stall()]
     with ScriptedPop3([script], tls="starttls", certificate=certificate) as server:
-        error = failure_of(lambda: Mailbox.connect(server.endpoint, ca_file=certificate[0]))
+        error = failure_of(
+            lambda: Mailbox.connect(server.endpoint, tls_settings=TlsSettings(ca_file=certificate[0]))
+        )
     assert error.kind is FailureKind.SECURITY
     assert "injected" in str(error)
 
@@ -779,7 +788,7 @@ def test_capabilities_are_those_told_under_tls(certificate: tuple[Path, Path]) -
         Stall(),
     ]
     with ScriptedPop3([script], tls="starttls", certificate=certificate) as server:
-        with Mailbox.connect(server.endpoint, ca_file=certificate[0]) as mailbox:
+        with Mailbox.connect(server.endpoint, tls_settings=TlsSettings(ca_file=certificate[0])) as mailbox:
             assert mailbox.facts.capabilities == ("UIDL",)
         assert server.received == [(b"STLS", False), (b"CAPA", True)]
 
@@ -790,7 +799,7 @@ def test_the_password_never_goes_in_clear(
     tls: str, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
 ) -> None:
     with ScriptedPop3(play(capabilities=capabilities), tls=tls, certificate=certificate) as server:
-        logged_in(server, ca_file=certificate[0]).close()
+        logged_in(server, tls_settings=TlsSettings(ca_file=certificate[0])).close()
     assert {line.split()[0] for line, by_tls in server.received if not by_tls} <= {b"STLS"}
     assert {"AUTH", "PASS"} & set(server.commands)
 

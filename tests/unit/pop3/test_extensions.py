@@ -1,0 +1,175 @@
+"""What CAPA announces and what follows from it (RFC 2449, RFC 6856); the small commands."""
+
+from pathlib import Path
+
+import pytest
+
+from archiver.pop3 import FailureKind, Mailbox, Pop3Error, TlsSettings
+from archiver.pop3.capabilities import parse_capabilities
+from tests.harness.scripted_pop3 import Expect, HangUp, MailboxPlay, ScriptedPop3, Send, Step
+
+GREETING: list[Step] = [Send(b"+OK ready\r\n"), Expect(b"CAPA\r\n")]
+LOGIN: list[Step] = [
+    Expect(b"USER user\r\n"),
+    Send(b"+OK\r\n"),
+    Expect(b"PASS secret\r\n"),
+    Send(b"+OK\r\n"),
+    Expect(b"CAPA\r\n"),
+    Send(b"+OK\r\nUTF8\r\n.\r\n"),
+    HangUp(),
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "on"), [(b"+OK UTF8 enabled\r\n", True), (b"-ERR not today\r\n", False)], ids=["yes", "no"]
+)
+def test_utf8_is_switched_on_before_the_login_where_it_is_offered(answer: bytes, *, on: bool) -> None:
+    script = [*GREETING, Send(b"+OK\r\nUTF8\r\n.\r\n"), Expect(b"UTF8\r\n"), Send(answer), *LOGIN]
+    with ScriptedPop3([script]) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login("secret")
+        assert mailbox.facts.utf8 is on
+
+
+def test_it_is_asked_after_starttls(certificate: tuple[Path, Path]) -> None:
+    """RFC 6856 section 2.1: after UTF8 there is no STLS."""
+    mail = MailboxPlay([], capabilities=("SASL PLAIN", "UTF8"), faults={"UTF8": Send(b"+OK\r\n")})
+    with (
+        ScriptedPop3(mail, tls="starttls", certificate=certificate) as server,
+        Mailbox.connect(server.endpoint, tls_settings=TlsSettings(ca_file=certificate[0])) as mailbox,
+    ):
+        assert mailbox.facts.utf8
+        mailbox.login("secret")
+    verbs = [(line.split(b" ")[0], by_tls) for line, by_tls in server.received]
+    assert verbs == [(b"STLS", False), (b"CAPA", True), (b"UTF8", True), (b"AUTH", True), (b"CAPA", True)]
+
+
+@pytest.mark.parametrize("capabilities", [None, ("USER", "SASL PLAIN"), ("USER", "SASL PLAIN", "UTF16")])
+def test_it_is_never_asked_unoffered(capabilities: tuple[str, ...] | None) -> None:
+    """Some servers hang up at a verb that they do not know."""
+    with (
+        ScriptedPop3(MailboxPlay([], capabilities=capabilities)) as server,
+        Mailbox.connect(server.endpoint) as mailbox,
+    ):
+        mailbox.login("secret")
+        assert not mailbox.facts.utf8
+    assert server.commands["UTF8"] == 0
+
+
+FOREIGN = {"user": "jürgen", "password": "пароль"}
+ACCEPTED = {"UTF8": Send(b"+OK\r\n")}
+
+
+def test_a_foreign_name_and_password_go_out_by_user_and_pass_where_the_server_takes_them() -> None:
+    mail = MailboxPlay([], capabilities=("USER", "UTF8 USER"), faults=ACCEPTED, **FOREIGN)
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login(FOREIGN["password"])
+        assert mailbox.facts.mechanism == "USER/PASS"
+    assert "USER jürgen".encode() in [line for line, _ in server.received]
+
+
+def test_they_go_out_by_sasl_and_by_nothing_else_where_it_does_not() -> None:
+    mail = MailboxPlay([], capabilities=("USER", "SASL PLAIN", "UTF8"), faults=ACCEPTED, **FOREIGN)
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login(FOREIGN["password"])
+        assert mailbox.facts.mechanism == "PLAIN"
+    mail.capabilities = ("USER", "UTF8")
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        with pytest.raises(Pop3Error, match="not ASCII") as caught:
+            mailbox.login(FOREIGN["password"])
+        assert server.commands["USER"] == server.commands["PASS"] == 0
+    assert caught.value.kind is FailureKind.OPERATOR
+
+
+def test_a_foreign_password_of_a_plain_name_is_not_half_sent() -> None:
+    """A server that forgets its mechanism is not told the name either."""
+    mail = MailboxPlay(
+        [],
+        capabilities=("USER", "SASL PLAIN"),
+        faults={"AUTH": Send(b"-ERR unknown command\r\n")},
+        password=FOREIGN["password"],
+    )
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        with pytest.raises(Pop3Error):
+            mailbox.login(FOREIGN["password"])
+        assert server.commands["USER"] == 0
+
+
+# What CAPA says of delays and expiry.
+
+
+@pytest.mark.parametrize(
+    ("line", "days"),
+    [
+        ("EXPIRE 0", 0),
+        ("EXPIRE 30", 30),
+        ("EXPIRE 5 USER", 5),
+        ("EXPIRE NEVER", None),
+        ("expire 7", 7),
+        ("EXPIRENEVER", None),
+        ("EXPIRE", None),
+        ("EXPIRE -1", None),
+        ("EXPIRE " + "9" * 150, 36500),
+    ],
+)
+def test_expiry(line: str, days: int | None) -> None:
+    assert parse_capabilities(f"{line}\r\n".encode()).expire_days == days
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds"),
+    [
+        ("LOGIN-DELAY 720", 720.0),
+        ("LOGIN-DELAY 900 USER", 900.0),
+        ("LOGIN-DELAY 0", 0.0),
+        ("LOGIN-DELAY", None),
+    ],
+)
+def test_login_delay(line: str, seconds: float | None) -> None:
+    assert parse_capabilities(f"{line}\r\n".encode()).login_delay_seconds == seconds
+
+
+def test_a_delay_that_is_the_users_own_is_told_after_the_login() -> None:
+    """RFC 2449 section 6.5: USER says that it may differ once it is known who asks."""
+    before, after = b"+OK\r\nLOGIN-DELAY 60 USER\r\n.\r\n", b"+OK\r\nLOGIN-DELAY 900\r\nEXPIRE 0\r\n.\r\n"
+    script = [*GREETING, Send(before), *LOGIN[:-2], Send(after), HangUp()]
+    with ScriptedPop3([script]) as server, Mailbox.connect(server.endpoint) as mailbox:
+        assert mailbox.facts.login_delay_seconds == 60
+        mailbox.login("secret")
+        assert (mailbox.facts.login_delay_seconds, mailbox.facts.expire_days) == (900, 0)
+
+
+# Small commands.
+
+
+def test_top_shows_the_beginning_of_a_message() -> None:
+    message = b"Subject: s\r\n.dot: yes\r\n\r\none\r\n..two\r\nthree\r\n"
+    with ScriptedPop3(MailboxPlay([(b"u", message)])) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login("secret")
+        [entry] = mailbox.list().entries
+        assert mailbox.top(entry, 0) == b"Subject: s\r\n.dot: yes\r\n\r\n"
+        assert mailbox.top(entry, 2) == message.removesuffix(b"three\r\n")
+        mailbox.noop()
+        mailbox.quit()
+
+
+def test_top_of_a_message_that_cannot_be_had_concerns_this_message_alone() -> None:
+    mail = MailboxPlay([(b"u", b"m\r\n")], faults={"TOP": Send(b"-ERR [SYS/PERM] broken\r\n")})
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login("secret")
+        [entry] = mailbox.list().entries
+        with pytest.raises(Pop3Error) as caught:
+            mailbox.top(entry, 0)
+        assert caught.value.kind is FailureKind.POISON
+        mailbox.quit()
+
+
+def test_reset_takes_back_what_was_to_be_deleted() -> None:
+    mail = MailboxPlay([(b"u", b"m\r\n"), (b"v", b"n\r\n")])
+    with ScriptedPop3(mail) as server, Mailbox.connect(server.endpoint) as mailbox:
+        mailbox.login("secret")
+        entries = mailbox.list().entries
+        assert mailbox.delete(entries) == list(entries)
+        mailbox.reset()
+        mailbox.delete(entries[:1])
+        mailbox.quit()
+    assert [uidl for uidl, _ in mail.messages] == [b"v"]
