@@ -10,6 +10,7 @@ s3:AbortMultipartUpload. A lifecycle rule that removes incomplete multipart
 uploads after some days clears away what a killed process leaves unseen.
 
 Tries once: botocore's own retries are off. Credentials come by boto3's chain.
+Whatever is small goes up by ``_put.py``, all else by boto3.
 """
 
 import base64
@@ -44,6 +45,7 @@ from archiver.store import (
     is_key,
 )
 from archiver.store._disk import failure
+from archiver.store._put import SmallPut
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -188,14 +190,14 @@ class S3Store:
             response_checksum_validation="when_required",
         )
         try:
-            self._client = (session or boto3.session.Session()).client(
-                "s3", endpoint_url=endpoint_url, region_name=region, config=config
-            )
+            session = session or boto3.session.Session()
+            self._client = session.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
         except (boto.BotoCoreError, ValueError) as error:
             raise UsageError(f"cannot use S3 with these settings: {_one_line(str(error))}") from error
         # There is no setting for either.
         self._client.meta.events.register("before-send.s3.PutObject", _send_small_bodies_at_once)
         self._client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
+        self._small = SmallPut(session, self._client)
         self._where = f"{self.url} at {self._client.meta.endpoint_url}"
 
     @property
@@ -292,17 +294,26 @@ class S3Store:
         self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1)
 
     def _put_at_once(self, name: str, body: Body) -> str | None:
+        put: dict[str, Any] = {
+            "Bucket": self._bucket,
+            "Key": name,
+            "ContentLength": body.size,
+            "ContentType": _content_type(name),
+            "ChecksumSHA256": _base64(body.sha256),
+            "Metadata": {"sha256": body.sha256.hex()},
+            "IfNoneMatch": "*",
+        }
+        if body.size < _EXPECT_BYTES:
+            with body.open() as reader:
+                content = reader.read(body.size)
+            if len(content) != body.size:
+                raise _damaged()
+            if (headers := self._small.send(put | {"Body": content}, body.sha256)) is not None:
+                _required(headers, "etag")
+                return headers.get("x-amz-version-id")
         with body.open() as reader:
-            answer = self._client.put_object(
-                Bucket=self._bucket,
-                Key=name,
-                Body=io.BufferedReader(_Part(reader, 0, body.size), _FILE_BUFFER_BYTES),
-                ContentLength=body.size,
-                ContentType=_content_type(name),
-                ChecksumSHA256=_base64(body.sha256),
-                Metadata={"sha256": body.sha256.hex()},
-                IfNoneMatch="*",
-            )
+            part = io.BufferedReader(_Part(reader, 0, body.size), _FILE_BUFFER_BYTES)
+            answer = self._client.put_object(**put, Body=part)
         _required(answer, "ETag")
         return answer.get("VersionId")
 
@@ -402,6 +413,9 @@ class S3Store:
         if isinstance(cause, ArchiverError):
             return cause  # of the body, met while botocore was reading it
         trying = f"{doing} in {self._where}"
+        if type(cause) is ValueError:
+            # http.client's, whose text shows the header: credentials, since all others are made here.
+            return OperatorNeeded(f"cannot {trying}: a line break or the like in a header", hint=_CREDENTIALS)
         if isinstance(error, boto.ClientError):
             return _refusal(error, trying)
         message = f"cannot {trying}: {_one_line(str(error))}"

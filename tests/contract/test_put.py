@@ -1,0 +1,465 @@
+"""The PUT of a small object: what goes out, on which connection, and what becomes of every answer.
+
+What it has in common with boto3's is in the store's contract.
+"""
+
+import hashlib
+import re
+import socket
+import socketserver
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import boto3
+import botocore.session
+import pytest
+from botocore.credentials import CredentialProvider, CredentialResolver, Credentials
+
+from archiver.errors import IntegrityError, OperatorNeeded, TryLater
+from archiver.store.s3 import S3Store
+from archiver.store.spool import BytesBody
+from tests.harness.certificates import self_signed
+from tests.harness.seaweedfs import SeaweedFS
+
+KEY = "messages/7/ab/abcdef.eml"
+BODY = BytesBody(b"From: a@example.com\r\n\r\nx\r\n")
+DONE = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n'
+LARGEST = 512 * 1024 - 1  # of those that are sent so
+
+
+def refusal(status: int, code: str, more: str = "") -> bytes:
+    text = f"<Error><Code>{code}</Code><Message>A sentence.</Message>{more}</Error>".encode()
+    return b"HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%s" % (status, len(text), text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One that arrived. ``connection`` counts from 0."""
+
+    connection: int
+    line: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def scope(self) -> str:
+        """KEY/DATE/REGION/SERVICE/aws4_request"""
+        found = re.search("Credential=([^,]+)", self.headers["authorization"])
+        assert found
+        return found[1]
+
+
+@dataclass(frozen=True)
+class Then:
+    """Send ``octets``, then "keep" the connection, "close" it, or "reset" it; or "stall"."""
+
+    octets: bytes
+    how: str = "keep"
+    body_octets: int | None = None  # of the request's, that are read before; None: all
+
+
+class Scripted(socketserver.ThreadingTCPServer):
+    """Answers the requests, on whatever connection, in the order of ``script``; further ones with success."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, host: str = "127.0.0.1", certificate: tuple[Path, Path] | None = None) -> None:
+        super().__init__((host, 0), _Handler)
+        self.script: list[bytes | Then] = []
+        self.requests: list[Request] = []
+        self.connections = 0
+        self.stopping = threading.Event()
+        self._tls: ssl.SSLContext | None = None
+        if certificate:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*certificate)
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        return f"http{'s' if self._tls else ''}://{host!s}:{port}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        number, self.connections = self.connections, self.connections + 1
+        if self._tls is not None:
+            try:
+                request = self._tls.wrap_socket(request, server_side=True)
+            except OSError:
+                return  # this client does not trust us
+        with request, request.makefile("rb") as reader, suppress(OSError):
+            while self._answer_one(number, request, reader):
+                pass
+
+    def _answer_one(self, number: int, connection: socket.socket, reader: BinaryIO) -> bool:
+        line = reader.readline().decode().strip()
+        if not line:
+            return False
+        headers: dict[str, str] = {}
+        while field_line := reader.readline().decode().strip():
+            name, _, value = field_line.partition(": ")
+            assert name.lower() not in headers
+            headers[name.lower()] = value
+        if "expect" in headers:
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        step = self.script.pop(0) if self.script else DONE
+        then = step if isinstance(step, Then) else Then(step)
+        size = int(headers.get("content-length", 0)) if then.body_octets is None else then.body_octets
+        self.requests.append(Request(number, line, headers, reader.read(size)))
+        connection.sendall(then.octets)
+        if then.how == "stall":
+            self.stopping.wait()
+        if then.how == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return then.how == "keep"
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    """Not used: the server itself has the script."""
+
+
+@contextmanager
+def serving(server: Scripted) -> Iterator[Scripted]:
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with serving(Scripted()) as running:
+        yield running
+
+
+@dataclass
+class Rotating(CredentialProvider):
+    """Credentials that change, as those of a role do."""
+
+    keys: list[str] = field(default_factory=lambda: ["key", "a secret"])
+    token: str | None = None
+
+    def load(self) -> Credentials:
+        provider = self
+
+        class Current(Credentials):
+            def get_frozen_credentials(self) -> Any:
+                return Credentials(*provider.keys, provider.token).get_frozen_credentials()
+
+        return Current(*self.keys, self.token)
+
+
+def session(provider: Rotating | None = None, *, ca_file: Path | None = None) -> boto3.session.Session:
+    core = botocore.session.Session()
+    core.register_component("credential_provider", CredentialResolver([provider or Rotating()]))
+    core.set_config_variable("region", "us-east-1")
+    if ca_file is not None:
+        core.set_config_variable("ca_bundle", str(ca_file))
+    return boto3.session.Session(botocore_session=core)
+
+
+def made_by_boto3(used: boto3.session.Session) -> list[str]:
+    """The PUTs that boto3 makes from here on, the rehearsal included."""
+    made: list[str] = []
+    used.events.register("request-created.s3.PutObject", lambda request, **_: made.append(request.url))
+    return made
+
+
+def open_store(server: Scripted, used: boto3.session.Session | None = None, **more: Any) -> S3Store:
+    return S3Store("mail", "some/prefix", endpoint_url=server.url, session=used or session(), **more)
+
+
+def put_all(store: S3Store, count: int) -> None:
+    for number in range(count):
+        assert store.put(f"messages/{number}.eml", BODY).created
+
+
+# What goes out
+
+
+@pytest.mark.parametrize("prefix", ["", "plain", "a+b/c=d", "50%/~x/it's(1)", "%41/&$,;@!*"])
+def test_a_real_server_accepts_the_signature_of_any_key(s3: SeaweedFS, bucket: str, prefix: str) -> None:
+    used = s3.session()
+    made = made_by_boto3(used)
+    store = S3Store(bucket, prefix, endpoint_url=s3.endpoint_url, session=used)
+    for number, name in enumerate(["a", "b%20c", "d+e=f", "g~h'i(j)*!", "k&l$m,n;o:p@q", "r#s?t|u^v`w{x}y"]):
+        key, body = f"messages/{name}", BytesBody(b"x" * number)
+        assert store.put(key, body).created
+        assert not store.put(key, body).created
+        with store.get(key) as chunks:
+            assert b"".join(chunks) == body.data
+    assert len(made) == 1, "only the rehearsal"
+
+
+@pytest.mark.parametrize("size", [0, 1, LARGEST])
+def test_the_request_is_what_boto3_would_send(server: Scripted, size: int) -> None:
+    store = open_store(server)
+    body = BytesBody(b"\xff" * size)
+    store.put(KEY, body)
+    [request] = server.requests
+    assert request.line == f"PUT /mail/some/prefix/{KEY} HTTP/1.1"
+    assert request.body == body.data
+    digest = hashlib.sha256(body.data)
+    assert request.headers["x-amz-content-sha256"] == digest.hexdigest()
+    assert request.headers["x-amz-meta-sha256"] == digest.hexdigest()
+    assert request.headers["if-none-match"] == "*"
+    assert request.headers["content-type"] == "message/rfc822"
+    assert request.headers["host"] == server.url.removeprefix("http://")
+    assert "archiver/" in request.headers["user-agent"]
+    assert "expect" not in request.headers
+    signed = re.search("SignedHeaders=([^,]+)", request.headers["authorization"])
+    assert signed
+    assert set(signed[1].split(";")) == request.headers.keys() - {"authorization", "user-agent"} - {
+        "accept-encoding"
+    }
+
+
+def test_what_is_larger_asks_before_it_sends(server: Scripted) -> None:
+    open_store(server).put(KEY, BytesBody(b"x" * (LARGEST + 1)))
+    assert server.requests[0].headers["expect"] == "100-continue"
+
+
+def test_credentials_that_were_renewed_are_used(server: Scripted) -> None:
+    provider = Rotating(["first", "a secret"], token="one")
+    store = open_store(server, session(provider))
+    put_all(store, 2)
+    provider.keys, provider.token = ["second", "another"], "two"
+    put_all(store, 1)
+    assert [
+        (request.scope.split("/")[0], request.headers["x-amz-security-token"]) for request in server.requests
+    ] == [
+        ("first", "one"),
+        ("first", "one"),
+        ("second", "two"),
+    ]
+    assert all("x-amz-security-token" in request.headers["authorization"] for request in server.requests)
+
+
+def test_a_token_with_a_line_break_is_not_shown(server: Scripted) -> None:
+    store = open_store(server, session(Rotating(token="very secret\n")))
+    for attempt in (lambda: store.put(KEY, BODY), lambda: store.stat(KEY)):
+        with pytest.raises(OperatorNeeded) as caught:
+            attempt()
+        assert "very secret" not in str(caught.value)
+        assert "AWS_ACCESS_KEY_ID" in (caught.value.hint or "")
+
+
+# What boto3 must do
+
+
+def test_a_request_that_others_change_is_boto3_s(server: Scripted) -> None:
+    used = session()
+    used.events.register(
+        "before-sign.s3.PutObject",
+        lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester"),
+    )
+    put_all(open_store(server, used), 2)
+    assert [request.headers["x-amz-request-payer"] for request in server.requests] == ["requester"] * 2
+
+
+def test_a_proxy_is_boto3_s(server: Scripted) -> None:
+    program = (
+        "import boto3\n"
+        "from archiver.store.s3 import S3Store\n"
+        "from archiver.store.spool import BytesBody\n"
+        "session = boto3.session.Session('key', 'secret', region_name='us-east-1')\n"
+        "store = S3Store('mail', endpoint_url='http://s3.example', session=session)\n"
+        "store.put('a/b', BytesBody(b'x'))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"HTTP_PROXY": server.url}, check=True, timeout=60)
+    assert [request.line for request in server.requests] == ["PUT http://s3.example/mail/a/b HTTP/1.1"]
+
+
+def test_where_the_bucket_s_region_is_another_boto3_finds_it_once(server: Scripted) -> None:
+    elsewhere = refusal(400, "AuthorizationHeaderMalformed", "<Region>eu-central-1</Region>")
+    server.script = [elsewhere, elsewhere]
+    put_all(open_store(server), 3)
+    regions = [request.scope.split("/")[2] for request in server.requests]
+    assert regions == ["us-east-1", "us-east-1", "eu-central-1", "eu-central-1", "eu-central-1"]
+
+
+# On which connection
+
+
+def test_a_connection_is_used_again(server: Scripted) -> None:
+    server.script = [DONE, refusal(503, "SlowDown")]
+    store = open_store(server)
+    put_all(store, 1)
+    with pytest.raises(TryLater):
+        store.put(KEY, BODY)
+    put_all(store, 1)
+    assert [request.connection for request in server.requests] == [0, 0, 0]
+
+
+def test_a_connection_that_was_closed_meanwhile_is_replaced(server: Scripted) -> None:
+    server.script = [Then(DONE, "close")] * 3
+    put_all(open_store(server), 3)
+    assert [request.connection for request in server.requests] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_kept_connection_that_gives_no_answer_is_replaced_once(server: Scripted, how: str) -> None:
+    store = open_store(server)
+    server.script = [DONE, Then(b"", how)]
+    put_all(store, 2)
+    assert [request.connection for request in server.requests] == [0, 0, 1]
+    server.script = [Then(b"", how)] * 2
+    with pytest.raises(TryLater):
+        store.put(KEY, BODY)
+    assert [request.connection for request in server.requests] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_new_connection_that_gives_no_answer_is_left_to_the_caller(server: Scripted, how: str) -> None:
+    server.script = [Then(b"", how)]
+    with pytest.raises(TryLater):
+        open_store(server).put(KEY, BODY)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nETa"])
+def test_half_an_answer_is_none_and_is_not_repeated_here(server: Scripted, beginning: bytes) -> None:
+    server.script = [DONE, Then(beginning, "close")]
+    store = open_store(server)
+    put_all(store, 1)
+    with pytest.raises((TryLater, OperatorNeeded)):
+        store.put(KEY, BODY)
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_hangs_up_in_the_midst_of_a_body_has_not_got_it(server: Scripted) -> None:
+    server.script = [Then(b"", "reset", body_octets=1000)]
+    with pytest.raises(TryLater):
+        open_store(server).put(KEY, BytesBody(b"x" * LARGEST))
+
+
+def test_a_refusal_in_the_midst_of_a_body_is_heard(server: Scripted) -> None:
+    # So little room that sending, as a rule, breaks before the answer is read.
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    store, body = open_store(server), BytesBody(b"x" * LARGEST)
+    for _ in range(10):
+        server.script = [Then(refusal(403, "AccessDenied"), "close", body_octets=1000)]
+        with pytest.raises(OperatorNeeded, match="AccessDenied"):
+            store.put(KEY, body)
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"HTTP/1.1 200 OK\r\nETag:", b"HTTP/1.1 503 No\r\nContent-Length: 9\r\n\r\n<"]
+)
+def test_an_answer_that_does_not_come_is_given_up_in_time(server: Scripted, beginning: bytes) -> None:
+    server.script = [Then(beginning, "stall")]
+    store = open_store(server, read_timeout_seconds=0.2)
+    before = time.monotonic()
+    with pytest.raises(TryLater, match=r"(?i)timeout|timed out"):
+        store.put(KEY, BODY)
+    assert time.monotonic() - before < 5
+    assert len(server.requests) == 1
+
+
+def test_any_number_of_threads_may_put(server: Scripted) -> None:
+    store = open_store(server, max_connections=2)
+    threads = [threading.Thread(target=put_all, args=(store, 20)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 160
+    assert all(request.body == BODY.data for request in server.requests)
+
+
+@pytest.mark.parametrize("trusted", ["by its setting", "not", "but by another name"])
+def test_a_server_s_certificate_is_verified(tmp_path: Path, trusted: str) -> None:
+    certificate, key = self_signed(tmp_path)  # of 127.0.0.1
+    host = "127.0.0.2" if trusted == "but by another name" else "127.0.0.1"
+    used = session(ca_file=None if trusted == "not" else certificate)
+    with serving(Scripted(host, (certificate, key))) as server:
+        store = open_store(server, used)
+        if trusted == "by its setting":
+            put_all(store, 2)
+            assert [request.connection for request in server.requests] == [0, 0]
+            assert server.requests[0].headers["x-amz-content-sha256"] == BODY.sha256.hex()
+        else:
+            with pytest.raises(OperatorNeeded) as caught:
+                store.put(KEY, BODY)
+            assert "AWS_CA_BUNDLE" in (caught.value.hint or "")
+            assert server.requests == []
+
+
+# What becomes of answers
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 503 No\r\nContent-Length: 50000000\r\n\r\n<Error><Code>SlowDown</Code><Message>"
+        + b"x" * 10_000_000,
+        b"HTTP/1.1 200 OK\r\nETag: " + b"x" * 1_000_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
+        b"220 mail.example.com ESMTP\r\n",
+    ],
+)
+def test_an_immoderate_answer_is_not_taken_in(server: Scripted, answer: bytes) -> None:
+    server.script = [DONE, Then(answer, "close")]
+    store = open_store(server)
+    put_all(store, 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TryLater):
+            store.put(KEY, BODY)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2_000_000
+    put_all(store, 1)
+    assert [request.connection for request in server.requests] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("code", ["BadDigest", "XAmzContentSHA256Mismatch"])
+def test_a_refused_checksum_is_of_the_way_or_of_the_body(server: Scripted, code: str) -> None:
+    @dataclass(frozen=True)
+    class Changed(BytesBody):
+        @property
+        def size(self) -> int:
+            return len(self.data)
+
+        def open(self) -> BinaryIO:
+            return BytesBody(self.data[:-1] + b"?").open()
+
+    server.script = [refusal(400, code)] * 2
+    store = open_store(server)
+    with pytest.raises(TryLater):
+        store.put(KEY, BODY)
+    with pytest.raises(IntegrityError):
+        store.put(KEY, Changed(BODY.data))
+
+
+def test_a_body_that_ends_early_is_not_sent(server: Scripted) -> None:
+    @dataclass(frozen=True)
+    class Short(BytesBody):
+        @property
+        def size(self) -> int:
+            return len(self.data) + 1
+
+    with pytest.raises(IntegrityError):
+        open_store(server).put(KEY, Short(b"x"))
+    assert server.connections == 0
+
+
+def test_a_version_is_reported(server: Scripted) -> None:
+    server.script = [DONE.replace(b"ETag", b"X-Amz-Version-Id: v7\r\nETag")]
+    assert open_store(server).put(KEY, BODY).version_id == "v7"
