@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from archiver.demo import MailServer
 from archiver.demo import dovecot as demo_dovecot
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from tests.harness.seaweedfs import SeaweedFS
 
 _CORPUS_COUNT, _CORPUS_SEED = 200, 20240108
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 def require(reason: str | None, environment: Mapping[str, str] = os.environ) -> None:
