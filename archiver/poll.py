@@ -260,6 +260,10 @@ class _Poll:
                 connection, self.account.id, self.account.epoch, [sighting.uidl for sighting in unseen]
             )
         for sighting, known in returned.items():
+            if self.account.delete.after_days is not None and known.state == "captured":
+                # Some servers give an id again, to another message. Where we delete, only
+                # the content tells; until it was read, the row stays that of an absent one.
+                continue
             if (item := unseen.pop(sighting, None)) is not None:
                 plan.present_again.append(sighting)
                 self._place(plan, item, known, now)

@@ -13,7 +13,7 @@ import typer
 
 from archiver import __version__
 from archiver.cli import account, db, demo, feed, message, run, status, sync, verify
-from archiver.cli.output import complain
+from archiver.cli.output import complain, say
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"archiver {__version__}")  # noqa: T201 - the one line that is asked for
+        say(f"archiver {__version__}")
         raise typer.Exit
 
 

@@ -285,6 +285,7 @@ def _upsert_sightings(
                 "attempts": new.attempts,
                 "retry_at": new.retry_at,
                 "reason": new.reason,
+                "delete_requested_at": None,
                 "absent_at": None,
             },
         ),
@@ -311,15 +312,11 @@ def _by_key(
 ) -> None:
     parameters = [{"b_uidl": key.uidl, "b_size": key.size, "b_content": key.content} for key in sightings]
     if parameters:
-        key = SightingKey(sa.bindparam("b_uidl"), sa.bindparam("b_size"), sa.bindparam("b_content"))  # type: ignore[arg-type]
-        connection.execute(statement.where(_is(account_id, epoch, key)), parameters)
-
-
-def _is(account_id: str, epoch: int, key: SightingKey) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        sighting.c.account_id == account_id,
-        sighting.c.epoch == epoch,
-        sighting.c.uidl == key.uidl,
-        sighting.c.size == key.size,
-        sighting.c.content == key.content,
-    )
+        which = sa.and_(
+            sighting.c.account_id == account_id,
+            sighting.c.epoch == epoch,
+            sighting.c.uidl == sa.bindparam("b_uidl"),
+            sighting.c.size == sa.bindparam("b_size"),
+            sighting.c.content == sa.bindparam("b_content"),
+        )
+        connection.execute(statement.where(which), parameters)

@@ -19,7 +19,7 @@ from archiver.poll import BatchLimits, Tools
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
-from tests.harness.scripted_pop3 import Cut, MailboxPlay, Send
+from tests.harness.scripted_pop3 import Cut, HangUp, MailboxPlay, Send
 from tests.scenarios.story import Archive, Fuse, State, message
 
 AFTER_ARCHIVED = DeletePolicy(0.0)
@@ -563,3 +563,36 @@ def test_an_object_that_differs_under_its_own_digest_is_an_alarm(archive: Archiv
     report = archive.sync(account)
     assert (report.outcome, report.new, report.delete_requested) == ("integrity", 0, 0)
     assert IntegrityError.outcome == "integrity"
+
+
+def test_an_id_that_is_given_again_to_another_message_loses_nothing(archive: Archive) -> None:
+    """Some servers count from the start when a mailbox is made anew (quirk CY1); the sizes may agree."""
+    play = MailboxPlay([(b"1", message("a"))])
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    assert archive.sync(account).delete_requested == 1
+    archive.sync(account)  # sees that it is gone
+    assert len(message("a")) == len(message("b"))
+    play.messages.append((b"1", message("b")))
+
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.delete_requested) == ("ok", 1, 1)
+    assert set(archive.archived(account)) == {message("a"), message("b")}
+    assert play.messages == []
+    assert archive.verify(account).clean
+
+
+def test_a_message_that_comes_back_is_looked_at_before_it_is_deleted_again(archive: Archive) -> None:
+    play = MailboxPlay([(b"1", message("a"))])
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    archive.sync(account)
+    archive.sync(account)
+    play.messages.append((b"1", message("a")))
+    play.faults = {"RETR 1": HangUp()}
+    assert archive.sync(account).delete_requested == 0
+    assert archive.sync(account).delete_requested == 0
+    play.faults = {}
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.known, report.delete_requested) == ("ok", 0, 1, 1)
+    assert play.messages == []
+    assert len(archive.captures(account)) == 1
+    assert archive.verify(account).clean
