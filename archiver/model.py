@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from archiver.errors import Outcome
 
@@ -22,6 +23,11 @@ NO_DIGEST = bytes(32)
 def new_account_id() -> str:
     """64 random bits in hex: unique among every database that shares a bucket, and harmless in a key."""
     return secrets.token_hex(8)
+
+
+def mail_host(url: str) -> str:
+    """The host of an account's URL, in lower case: what accounts have in common that share its patience."""
+    return urlsplit(url).hostname or ""
 
 
 def message_key(account_id: str, sha256: bytes) -> str:
@@ -92,6 +98,12 @@ class Account:
 
     ``timeout_seconds`` goes before what the settings say for connecting, for
     the greeting, and for silence. ``tls_pins`` are in hex and in order.
+    ``cron``, read in ``time_zone``, goes before the interval; with an
+    ``interval_max_seconds`` the interval adapts itself between the two.
+    ``day_octets`` is what may be fetched in one day (UTC). ``avoids`` are
+    commands and capabilities that its server was seen to trip over.
+    ``deletion_hold`` is why nothing is deleted, whatever the policy, until an
+    operator has looked.
     """
 
     id: str
@@ -111,6 +123,13 @@ class Account:
     tls_server_name: str | None = None
     client_certificate: str | None = None
     client_key: str | None = None
+    cron: str | None = None
+    time_zone: str = "UTC"
+    interval_max_seconds: float | None = None
+    blackout: str = ""
+    day_octets: int | None = None
+    avoids: tuple[str, ...] = ()
+    deletion_hold: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
 from archiver.db import schedule
-from archiver.db.tables import AccountRow, JournalRow, LeaseRow, account
+from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account, lease
 from archiver.errors import UsageError
-from archiver.model import NO_DIGEST, Account, DeletePolicy
+from archiver.model import NO_DIGEST, Account, DeletePolicy, mail_host
 
 REMOVED = "removed"
 """The reason that a removed account is paused for. What it captured stays."""
@@ -41,7 +41,8 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
         _refuse_second(connection, new)
         session.add(_row(new, at))
         session.flush()
-        session.add(LeaseRow(account_id=new.id, due_at=None))
+        session.add(LeaseRow(account_id=new.id, due_at=None, host=mail_host(new.url)))
+        session.add(MailboxRow(account_id=new.id))
         session.add(JournalRow(account_id=new.id, sequence=0, digest=NO_DIGEST, written_at=at))
         session.flush()
     schedule.resume(connection, new.id)
@@ -71,8 +72,16 @@ def change(connection: Connection, changed: Account) -> None:
             tls_server_name=changed.tls_server_name,
             client_certificate=changed.client_certificate,
             client_key=changed.client_key,
+            cron=changed.cron,
+            time_zone=changed.time_zone,
+            interval_max_seconds=changed.interval_max_seconds,
+            blackout=changed.blackout,
+            day_octets=changed.day_octets,
             removed_at=None,
         )
+    )
+    connection.execute(
+        sa.update(lease).where(lease.c.account_id == changed.id).values(host=mail_host(changed.url))
     )
 
 
@@ -146,6 +155,13 @@ def _row(new: Account, at: datetime) -> AccountRow:
         tls_server_name=new.tls_server_name,
         client_certificate=new.client_certificate,
         client_key=new.client_key,
+        cron=new.cron,
+        time_zone=new.time_zone,
+        interval_max_seconds=new.interval_max_seconds,
+        blackout=new.blackout,
+        day_octets=new.day_octets,
+        avoids=" ".join(new.avoids),
+        deletion_hold=new.deletion_hold,
         created_at=at,
     )
 
@@ -169,4 +185,11 @@ def _account(row: sa.Row[tuple[object, ...]]) -> Account:
         tls_server_name=row.tls_server_name,
         client_certificate=row.client_certificate,
         client_key=row.client_key,
+        cron=row.cron,
+        time_zone=row.time_zone,
+        interval_max_seconds=row.interval_max_seconds,
+        blackout=row.blackout,
+        day_octets=row.day_octets,
+        avoids=tuple(row.avoids.split()),
+        deletion_hold=row.deletion_hold,
     )

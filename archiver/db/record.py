@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from archiver.db import schedule
-from archiver.db.tables import account, capture, event, journal, poll, sighting
+from archiver.db.tables import account, capture, event, journal, mailbox, poll, sighting
 from archiver.errors import IntegrityError
 from archiver.model import (
     Claim,
@@ -59,6 +59,7 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
     )
     captured = [line for line in written.lines if line.what is What.CAPTURED]
     _insert(connection, capture, [_capture_row(written, line) for line in captured])
+    _count(connection, written.account_id, captured)
     _upsert_sightings(
         connection,
         written.account_id,
@@ -195,6 +196,18 @@ def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
         "token": written.token,
         "sequence": written.sequence,
     }
+
+
+def _count(connection: Connection, account_id: str, captured: list[Resolved]) -> None:
+    if captured:
+        connection.execute(
+            sa.update(mailbox)
+            .where(mailbox.c.account_id == account_id)
+            .values(
+                captures=mailbox.c.captures + len(captured),
+                octets=mailbox.c.octets + sum(line.octets or 0 for line in captured),
+            )
+        )
 
 
 def _sighting_values(line: Resolved) -> dict[str, Any]:

@@ -6,11 +6,12 @@ made again from there; except for accounts, schedules and poll history.
 Digests and UIDLs are octets. Times are UTC and aware.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import cast
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Dialect,
     ForeignKey,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy import DateTime as SqlDateTime
@@ -97,15 +99,38 @@ class AccountRow(SQLModel, table=True):
     tls_server_name: str | None = Field(default=None, sa_column=Column(Text))
     client_certificate: str | None = Field(default=None, sa_column=Column(Text))
     client_key: str | None = Field(default=None, sa_column=Column(Text))
+    cron: str | None = Field(default=None, sa_column=Column(Text))
+    time_zone: str = Field(default="UTC", sa_column=Column(Text, nullable=False, server_default="UTC"))
+    interval_max_seconds: float | None = None
+    blackout: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
+    day_octets: int | None = Field(default=None, sa_column=Column(BigInteger))
+    avoids: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
+    deletion_hold: str | None = Field(default=None, sa_column=Column(Text))
     removed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     created_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
 
 
 class LeaseRow(SQLModel, table=True):
-    """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused."""
+    """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused.
+
+    ``slot`` is the session of its host that a poll takes up, one of as many as
+    the host may have at once. ``asked`` is set when somebody wants a poll while
+    one goes on. ``interval_seconds`` is where an adaptive schedule stands.
+    """
 
     __tablename__ = "lease"
-    __table_args__ = (Index(None, "due_at"),)
+    __table_args__ = (
+        Index(None, "due_at"),
+        # Two sessions in one slot of a host cannot be, whoever claims them.
+        Index(
+            "uq_lease_host_slot",
+            "host",
+            "slot",
+            unique=True,
+            postgresql_where=text("slot IS NOT NULL"),
+            sqlite_where=text("slot IS NOT NULL"),
+        ),
+    )
 
     account_id: str = Field(sa_column=_account_key())
     due_at: datetime | None = Field(sa_column=Column(UtcDateTime))
@@ -115,6 +140,49 @@ class LeaseRow(SQLModel, table=True):
     recover: bool = False
     failures: int = 0
     refusals: int = 0
+    host: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
+    slot: int | None = None
+    asked: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    interval_seconds: float | None = None
+
+
+class HostRow(SQLModel, table=True):
+    """A mail host in trouble: polls of it that could not even begin, in a row. A healthy host has no row."""
+
+    __tablename__ = "host"
+
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    failures: int
+    failing_since: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
+    retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    error: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class MailboxRow(SQLModel, table=True):
+    """What an account holds, what its mailbox showed last, and what was fetched today.
+
+    ``captures`` and ``octets`` are counted as captures are recorded, so that
+    nobody has to count a hundred million rows. The rest is of the last complete
+    listing; until ``trusted_until`` a STAT and a last UIDL like those remembered
+    stand for it.
+    """
+
+    __tablename__ = "mailbox"
+
+    account_id: str = Field(sa_column=_account_key())
+    captures: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    listed: int | None = None
+    quarantined: int = 0
+    to_come: int = 0
+    stat_count: int | None = None
+    stat_octets: int | None = Field(default=None, sa_column=Column(BigInteger))
+    last_number: int | None = None
+    last_uidl: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    trusted_until: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    day: date | None = None
+    day_octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
 
 
 class CaptureRow(SQLModel, table=True):
@@ -193,9 +261,16 @@ class JournalRow(SQLModel, table=True):
 
 
 class PollRow(SQLModel, table=True):
-    """One poll that ended, named by its account and the token of its lease."""
+    """One poll that ended, named by its account and the token of its lease.
+
+    ``deleted`` went by our hand and ``gone`` by another's, both archived;
+    ``lost`` went before they were. ``glanced``: the mailbox was seen to be
+    unchanged without a listing.
+    """
 
     __tablename__ = "poll"
+    # History is removed by age.
+    __table_args__ = (Index(None, "ended_at"),)
 
     account_id: str = Field(sa_column=_account_key())
     token: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
@@ -210,6 +285,35 @@ class PollRow(SQLModel, table=True):
     delete_requested: int = 0
     octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     error: str | None = Field(default=None, sa_column=Column(Text))
+    deleted: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    gone: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    lost: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    glanced: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+
+
+class PollDayRow(SQLModel, table=True):
+    """An account's day (UTC): what is left of its polls once they are too old to be kept one by one."""
+
+    __tablename__ = "poll_day"
+
+    account_id: str = Field(sa_column=_account_key())
+    day: date = Field(primary_key=True)
+    polls: int
+    failed: int
+    listed: int | None = None
+    new: int
+    known: int | None = None
+    quarantined: int
+    to_come: int | None = None
+    delete_requested: int
+    deleted: int
+    gone: int
+    lost: int
+    octets: int = Field(sa_column=Column(BigInteger, nullable=False))
+    seconds: float
+    first_listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    last_listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    longest_gap_seconds: float | None = None
 
 
 class EventRow(SQLModel, table=True):
@@ -235,6 +339,18 @@ def table(model: type[SQLModel]) -> Table:
 
 
 metadata: MetaData = SQLModel.metadata
-account, lease, capture, sighting, journal, poll, event = (
-    table(model) for model in (AccountRow, LeaseRow, CaptureRow, SightingRow, JournalRow, PollRow, EventRow)
+account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, event = (
+    table(model)
+    for model in (
+        AccountRow,
+        LeaseRow,
+        HostRow,
+        MailboxRow,
+        CaptureRow,
+        SightingRow,
+        JournalRow,
+        PollRow,
+        PollDayRow,
+        EventRow,
+    )
 )
