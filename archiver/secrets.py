@@ -13,6 +13,11 @@ An account keeps one of these references, never a password in clear:
     its account, so that a sealed secret moved to another row does not open.
 ``prompt:``
     nothing is kept: ``archiver sync`` asks the person at the terminal.
+``none:``
+    there is none: a certificate or a Kerberos ticket logs in.
+
+``oauth:`` before one of the first three says that an OAuth credential lies
+there, and not a password (``archiver.oauth``).
 """
 
 import base64
@@ -26,12 +31,17 @@ from typing import TYPE_CHECKING
 from archiver.errors import OperatorNeeded, UsageError
 
 if TYPE_CHECKING:
-    from cryptography.fernet import MultiFernet
+    from cryptography.fernet import Fernet, MultiFernet
 
 SECRET_OCTETS = 64 * 1024
 """Longer than any password or token; a path given by mistake is not read whole."""
 
 PROMPT = "prompt:"
+NONE = "none:"
+OAUTH = "oauth:"
+"""Before the reference to a credential by which access tokens are had."""
+
+_SEALED = "sealed:"
 
 KEY_HINT = (
     "make a key with: openssl rand -base64 32 - keep it as ARCHIVER_SECRET_KEY, apart from the database; "
@@ -41,29 +51,34 @@ KEY_HINT = (
 
 def check_reference(reference: str) -> str:
     """A reference as it was given, if it is one. Raises UsageError; never repeats what it was given."""
-    kind, separator, rest = reference.partition(":")
+    kind, separator, rest = reference.removeprefix(OAUTH).partition(":")
     if separator and rest and kind in ("file", "env", "sealed") and rest.isprintable():
         return reference
     raise UsageError(
-        "a password is referred to as file:/path or env:NAME",
+        "a password is referred to as file:/path or env:NAME, an OAuth credential as oauth:file:/path",
         hint="a password itself is never written where this was read from",
     )
 
 
-def from_file(path: Path) -> str:
-    """A password file: its whole content, less one final line end. Raises OperatorNeeded."""
+def is_sealed(reference: str) -> bool:
+    """Whether the reference holds the secret itself, a password or a credential, sealed."""
+    return reference.removeprefix(OAUTH).startswith(_SEALED)
+
+
+def from_file(path: Path, what: str = "password") -> str:
+    """A password file: its whole content, less one final line end. Raises OperatorNeeded, naming ``what``."""
     try:
         with path.open("rb") as file:
             octets = file.read(SECRET_OCTETS + 1)
     except OSError as error:
-        raise OperatorNeeded(f"cannot read the password file {path}: {error.strerror}") from error
-    return from_octets(octets, f"the password file {path}")
+        raise OperatorNeeded(f"cannot read the {what} file {path}: {error.strerror}") from error
+    return from_octets(octets, f"the {what} file {path}")
 
 
 def from_octets(octets: bytes, where: str) -> str:
     """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``."""
     if len(octets) > SECRET_OCTETS:
-        raise OperatorNeeded(f"{where} is too large for a password")
+        raise OperatorNeeded(f"{where} is too large: more than {SECRET_OCTETS} octets")
     for ending in (b"\r\n", b"\n"):
         if octets.endswith(ending):
             octets = octets[: -len(ending)]
@@ -90,45 +105,71 @@ class Secrets:
     def seal(self, account_id: str, secret: str) -> str:
         """The reference that holds the secret itself. Raises UsageError without a usable key."""
         sealed = self._fernet().encrypt(json.dumps([account_id, secret]).encode())
-        return f"sealed:{sealed.decode()}"
+        return f"{_SEALED}{sealed.decode()}"
 
-    def resolve(self, account_id: str, account_name: str, reference: str) -> str:
-        """The secret. Raises OperatorNeeded, or UsageError without a usable key."""
+    def resealed(self, account_id: str, account_name: str, reference: str) -> str | None:
+        """A sealed reference, of a password or a credential, sealed anew by the first key.
+
+        None when that key seals it already, and for a reference that holds no
+        secret itself. Raises as ``resolve`` does.
+        """
+        from cryptography.fernet import InvalidToken
+
+        if not is_sealed(reference):
+            return None
+        inner = reference.removeprefix(OAUTH)
+        secret = self._open(account_id, account_name, inner.removeprefix(_SEALED))
+        try:
+            self._fernets()[0].decrypt(inner.removeprefix(_SEALED).encode())
+        except InvalidToken:
+            return reference.removesuffix(inner) + self.seal(account_id, secret)
+        return None
+
+    def resolve(self, account_id: str, account_name: str, reference: str, *, what: str = "password") -> str:
+        """The secret, ``what`` in errors. Raises OperatorNeeded, or UsageError without a usable key."""
         kind, _, rest = reference.partition(":")
         match kind:
             case "file":
-                return from_file(Path(rest))
+                return from_file(Path(rest), what)
             case "env":
                 value = self._environment.get(rest)
                 if not value:
                     raise OperatorNeeded(
-                        f"the password of {account_name} is in the variable {rest}, which is not set"
+                        f"the {what} of {account_name} is in the variable {rest}, which is not set"
                     )
                 return value
             case "sealed":
-                return self._open(account_id, account_name, rest)
+                return self._open(account_id, account_name, rest, what)
+            case "none":
+                return ""
             case _:
                 raise OperatorNeeded(
                     f"account {account_name} has no password that could be used unattended",
                     hint=f"give it one: archiver account edit {account_name} --password-file FILE",
                 )
 
-    def _open(self, account_id: str, account_name: str, token: str) -> str:
+    def _open(self, account_id: str, account_name: str, token: str, what: str = "password") -> str:
         from cryptography.fernet import InvalidToken
 
         try:
             owner, secret = json.loads(self._fernet().decrypt(token.encode()))
         except InvalidToken:
             raise OperatorNeeded(
-                f"the password of {account_name} was sealed with another key than ARCHIVER_SECRET_KEY",
+                f"the {what} of {account_name} was sealed with another key than ARCHIVER_SECRET_KEY",
                 hint=f"set both keys (NEW,OLD), or: archiver account edit {account_name} --password-file F",
             ) from None
         if owner != account_id:
-            raise OperatorNeeded(f"the password kept for {account_name} was sealed for another account")
+            raise OperatorNeeded(f"the {what} kept for {account_name} was sealed for another account")
         return str(secret)
 
     def _fernet(self) -> "MultiFernet":
-        from cryptography.fernet import Fernet, MultiFernet
+        from cryptography.fernet import MultiFernet
+
+        return MultiFernet(self._fernets())
+
+    def _fernets(self) -> "list[Fernet]":
+        """One for each key, the first of which seals. Raises UsageError."""
+        from cryptography.fernet import Fernet
 
         if not self._key:
             raise UsageError(
@@ -136,7 +177,7 @@ class Secrets:
                 hint=KEY_HINT,
             )
         try:
-            return MultiFernet([Fernet(_fernet_key(part)) for part in self._key.split(",")])
+            return [Fernet(_fernet_key(part)) for part in self._key.split(",")]
         except (ValueError, binascii.Error):
             raise UsageError(
                 "ARCHIVER_SECRET_KEY is not a key: 32 random octets in base64 are needed", hint=KEY_HINT

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from archiver.pop3.failures import FailureKind, Pop3Error
 
@@ -351,6 +351,91 @@ class External(Mechanism):
         return self._credentials.user.encode()
 
 
+class Gssapi(Mechanism):
+    """GSSAPI (RFC 4752), which is Kerberos: a ticket proves who it is; the user is named.
+
+    The ticket is that of the process: ``KRB5CCNAME`` names its cache, or
+    ``KRB5_CLIENT_KTNAME`` a keytab by which the library fetches one when it
+    needs it. No security layer is put on: TLS is one.
+    """
+
+    name = "GSSAPI"
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Raises Pop3Error of kind OPERATOR where the library is missing."""
+        super().__init__(credentials)
+        self._context = _kerberos_context(credentials.host)
+
+    @property
+    def hint(self) -> str:
+        return "GSSAPI needs a Kerberos ticket that the server takes for this user"
+
+    def start(self) -> bytes:
+        return self._step(None)
+
+    def respond(self, challenge: bytes, /) -> bytes:
+        if self.complete:
+            return super().respond(challenge)
+        if not self._context.complete:
+            return self._step(challenge)
+        return self._agree(challenge)
+
+    def _step(self, token: bytes | None) -> bytes:
+        from gssapi.exceptions import GSSError
+
+        try:
+            return self._context.step(token) or b""
+        except GSSError as error:
+            raise _kerberos_failure(error, spoke=token is not None) from None
+
+    def _agree(self, challenge: bytes) -> bytes:
+        """The last step (section 3.1): of the layers that the server offers, none; and whose mailbox."""
+        from gssapi.exceptions import GSSError
+
+        try:
+            offer = self._context.unwrap(challenge).message
+            if len(offer) != _LAYER_OFFER_OCTETS or not offer[0] & _NO_LAYER:
+                raise Pop3Error(
+                    FailureKind.OPERATOR,
+                    "the server wants a security layer of GSSAPI, and TLS is one already",
+                )
+            answer = bytes([_NO_LAYER, 0, 0, 0]) + self._credentials.user.encode()
+            wrapped: bytes = self._context.wrap(answer, False).message
+        except GSSError as error:
+            raise _kerberos_failure(error, spoke=True) from None
+        self.complete = True
+        return wrapped
+
+
+_NO_LAYER: Final = 1
+_LAYER_OFFER_OCTETS: Final = 4
+_PASSING_KERBEROS: Final = frozenset({-1765328228 & 0xFFFFFFFF, -1765328230 & 0xFFFFFFFF})
+"""Of MIT's krb5: the key distribution centre of the realm does not answer, or cannot be found now."""
+
+
+def _kerberos_context(host: str) -> Any:
+    try:
+        import gssapi
+    except (ImportError, OSError):
+        raise Pop3Error(
+            FailureKind.OPERATOR, "the library for GSSAPI is not installed: pip install 'archiver[gssapi]'"
+        ) from None
+    # RFC 5034 section 4: the service's name in POP3 is pop.
+    service = gssapi.Name(f"pop@{host}", gssapi.NameType.hostbased_service)
+    flags = (gssapi.RequirementFlag.mutual_authentication, gssapi.RequirementFlag.integrity)
+    return gssapi.SecurityContext(name=service, mech=gssapi.MechType.kerberos, flags=flags, usage="initiate")
+
+
+def _kerberos_failure(error: Any, *, spoke: bool) -> Pop3Error:
+    """What the library says: of our ticket at first, then of the server's proof."""
+    reason = " ".join(str(error).split())
+    if spoke:
+        return Pop3Error(FailureKind.SECURITY, f"the server did not prove itself by Kerberos: {reason}")
+    passing = (error.min_code & 0xFFFFFFFF) in _PASSING_KERBEROS
+    kind = FailureKind.TRANSIENT if passing else FailureKind.OPERATOR
+    return Pop3Error(kind, f"no Kerberos ticket for the server: {reason}")
+
+
 # APOP.
 
 _STAMP: Final = re.compile(rb"<[0-9A-Za-z!#$%&'*+/=?^_`{|}~.-]+@[0-9A-Za-z._:\[\]-]+>")
@@ -386,7 +471,7 @@ SCRAM_MECHANISMS: Final = (
 
 MECHANISMS: Final[Mapping[str, Callable[[Credentials], Mechanism]]] = {
     **{name: partial(Scram, name) for name in SCRAM_MECHANISMS},
-    **{each.name: each for each in (Plain, Login, CramMd5, Xoauth2, OauthBearer, External)},
+    **{each.name: each for each in (Plain, Login, CramMd5, Xoauth2, OauthBearer, External, Gssapi)},
 }
 """Constructors by name. New mechanisms join here."""
 

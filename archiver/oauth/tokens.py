@@ -1,0 +1,281 @@
+"""The access tokens of this process: fetched when a poll needs one, renewed before they end.
+
+Owns what is held in memory, which is all there is: a token is good for an hour
+or so, and is written nowhere. Promises that for one credential one request is
+under way at a time, whatever the number of threads that poll by it; that a
+token given out is good for some minutes more; and that a refresh token which
+the provider replaces is kept before the access token that came with it is
+used. Leaves to the poll when a token was refused, and to the caller where a
+replaced refresh token is kept.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from archiver import observe
+from archiver.errors import OperatorNeeded
+from archiver.model import Account
+from archiver.oauth.credential import Credential
+from archiver.oauth.endpoint import Poster, Refusal
+from archiver.secrets import OAUTH, Secrets, is_sealed
+
+MARGIN_SECONDS: Final = 300.0
+"""So long before its end a token is renewed: a login waits up to three minutes for another session's lock."""
+MARGIN_SHARE: Final = 0.1
+"""The same for tokens that live so shortly that the margin would leave nothing of them."""
+UNTOLD_SECONDS: Final = 600.0
+"""How long a token is taken to live when the provider does not say (RFC 6749 section 5.1 lets it)."""
+LONGEST_SECONDS: Final = 24 * 3600.0
+"""Longer than any provider's; a mistaken figure must not keep a token for ever."""
+YOUNG_SECONDS: Final = 60.0
+"""A token so young is not what a mail server refuses; what it refuses is the mailbox, or the scope."""
+FORGOTTEN_SECONDS: Final = 24 * 3600.0
+"""What no poll asked for in so long is forgotten."""
+KEYS_KEPT: Final = 3
+"""Of the documents that one credential had: the first, the last but one, and the last."""
+
+Keep = Callable[[Account, str, str], str]
+"""Keep a document in place of the one that this reference leads to, sealed; returns the new reference."""
+
+_JWT_SECONDS: Final = 300
+_JWT_GRANT: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+_REMEDIES: Final = {
+    "invalid_grant": "the access was taken back, or ran out",
+    "invalid_client": "the client secret is wrong, or ran out",
+    "unauthorized_client": "the application may not do this: look at its permissions",
+    "invalid_scope": "the application has no right to this scope",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """An access token; times are of the monotonic clock."""
+
+    value: str = field(repr=False)
+    fetched_at: float
+    renew_at: float
+
+
+class _Held:
+    """What is held for one credential, under its lock: its newest form, where that lies, and a token."""
+
+    def __init__(self, credential: Credential, reference: str) -> None:
+        self.lock = threading.Lock()
+        self.credential = credential
+        self.reference = reference
+        self.keys: list[bytes] = []
+        self.unkept = False
+        """Whether the provider replaced its refresh token, and only this process knows."""
+        self.token: _Token | None = None
+        self.used_at = 0.0
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it lies in the database, and not in a file or a variable, which others write."""
+        return is_sealed(self.reference)
+
+
+class AccessTokens:
+    """Access tokens by account. Used by many threads.
+
+    An account is one whose secret ``is_oauth``; ``user`` is the mailbox's user.
+    Each method raises TryLater when the provider is away, OperatorNeeded when it
+    refuses, and what ``Secrets.resolve`` raises.
+    """
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        keep: Keep,
+        *,
+        poster: Poster | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._secrets = secrets
+        self._keep = keep
+        self._poster = poster or Poster()
+        self._monotonic = monotonic
+        self._now = now
+        self._lock = threading.Lock()
+        self._held: dict[bytes, _Held] = {}
+        self._swept_at = monotonic()
+
+    def current(self, account: Account, user: str) -> str:
+        """A token that is good for some minutes more: the one held, or a new one."""
+        held = self._hold(account, user)
+        with held.lock:
+            return self._valid(held, account, user).value
+
+    def instead(self, account: Account, user: str, refused: str) -> str | None:
+        """Another token than that which the mail server refused; None when a new one would not help."""
+        held = self._hold(account, user)
+        with held.lock:
+            token = held.token
+            if token is not None and token.value == refused:
+                if self._monotonic() - token.fetched_at < YOUNG_SECONDS:
+                    return None
+                held.token = None
+            value = self._valid(held, account, user).value
+        return None if value == refused else value
+
+    def _hold(self, account: Account, user: str) -> _Held:
+        inner = account.secret.removeprefix(OAUTH)
+        document = self._secrets.resolve(account.id, account.name, inner, what="OAuth credential")
+        credential = Credential.parse(document, account.name)
+        key = credential.key(account.id, user)
+        now = self._monotonic()
+        with self._lock:
+            self._sweep(now)
+            held = self._held.get(key)
+            if held is None:
+                held = _Held(credential, account.secret)
+                self._know(held, key)
+            held.used_at = now
+            return held
+
+    def _know(self, held: _Held, key: bytes) -> None:
+        """Find it by this key from now on, too.
+
+        Accounts that were read before a replacement come with an older document:
+        the first, where one process polls for long, or the last but one.
+        """
+        self._held[key] = held
+        held.keys.append(key)
+        if len(held.keys) > KEYS_KEPT:
+            del self._held[held.keys.pop(1)]
+
+    def _sweep(self, now: float) -> None:
+        if now - self._swept_at < FORGOTTEN_SECONDS:
+            return
+        self._swept_at = now
+        self._held = {
+            key: held
+            for key, held in self._held.items()
+            if held.unkept or now - held.used_at < FORGOTTEN_SECONDS
+        }
+
+    def _valid(self, held: _Held, account: Account, user: str) -> _Token:
+        self._keep_replaced(held, account)  # what the database could not take before
+        if held.token is None or self._monotonic() >= held.token.renew_at:
+            held.token = None
+            held.token = self._fetch(held, account, user)
+        return held.token
+
+    def _fetch(self, held: _Held, account: Account, user: str) -> _Token:
+        asked_at = self._monotonic()
+        try:
+            answer = request(self._poster, held.credential, user, now=self._now())
+        except Refusal as refusal:
+            observe.TOKEN_REQUESTS.labels("refused").inc()
+            remedy = _REMEDIES.get(refusal.code)
+            raise OperatorNeeded(
+                f"no access token for {account.name}: {refusal}{f' ({remedy})' if remedy else ''}",
+                hint=f"archiver account authorize {account.name}",
+            ) from None
+        except Exception:
+            observe.TOKEN_REQUESTS.labels("failed").inc()
+            raise
+        observe.TOKEN_REQUESTS.labels("ok").inc()
+        replaced = answer.get("refresh_token")
+        if isinstance(replaced, str) and replaced and held.credential.refresh_token not in {None, replaced}:
+            self._replace(held, account, user, replaced)
+        value = access_token(answer, account.name)
+        lives = _seconds(answer.get("expires_in"))
+        margin = min(MARGIN_SECONDS, lives * MARGIN_SHARE)
+        return _Token(value, asked_at, asked_at + lives - margin)
+
+    def _replace(self, held: _Held, account: Account, user: str, refresh_token: str) -> None:
+        """Take over a refresh token that the provider gave in place of the one it was shown.
+
+        In a file, the old one stays: where a provider lets it stand, as Microsoft
+        does until its 90 days are over, a restart goes on with that.
+        """
+        if not held.is_sealed and not held.unkept:
+            observe.get_logger().warning("credential.not_kept", account=account.name)
+        held.credential = replace(held.credential, refresh_token=refresh_token)
+        held.unkept = True
+        with self._lock:
+            self._know(held, held.credential.key(account.id, user))
+        self._keep_replaced(held, account)
+
+    def _keep_replaced(self, held: _Held, account: Account) -> None:
+        if held.unkept and held.is_sealed:
+            held.reference = self._keep(account, held.reference, held.credential.document())
+            held.unkept = False
+
+
+def request(poster: Poster, credential: Credential, user: str, *, now: float) -> dict[str, Any]:
+    """Ask for an access token by the credential's grant. Raises Refusal, TryLater, OperatorNeeded."""
+    if credential.private_key is not None:
+        return poster.ask(
+            credential.token_endpoint,
+            credential.client,
+            grant_type=_JWT_GRANT,
+            assertion=_assertion(credential, user, int(now)),
+        )
+    if credential.refresh_token is not None:
+        return poster.ask(
+            credential.token_endpoint,
+            credential.client,
+            grant_type="refresh_token",
+            refresh_token=credential.refresh_token,
+            scope=credential.scope,
+        )
+    return poster.ask(
+        credential.token_endpoint,
+        credential.client,
+        grant_type="client_credentials",
+        scope=credential.scope,
+    )
+
+
+def access_token(answer: dict[str, Any], account: str) -> str:
+    """The access token in a provider's answer. Raises OperatorNeeded when there is none."""
+    value, kind = answer.get("access_token"), str(answer.get("token_type", "bearer"))
+    if not isinstance(value, str) or not value or kind.lower() != "bearer":
+        raise OperatorNeeded(
+            f"no access token for {account}: the provider answered without a bearer token",
+            hint="check the token endpoint and the scope",
+        )
+    return value
+
+
+def _assertion(credential: Credential, user: str, now: int) -> str:
+    """A service account's word that it acts for ``user`` (RFC 7523 section 3).
+
+    https://developers.google.com/identity/protocols/oauth2/service-account#httprest
+    """
+    from authlib.oauth2.rfc7523 import assertion
+    from joserfc.jwk import RSAKey
+
+    try:
+        signed: str = assertion.sign_jwt_bearer_assertion(
+            RSAKey.import_key(credential.private_key or ""),
+            issuer=credential.client.id,
+            audience=credential.token_endpoint,
+            subject=user,
+            issued_at=now,
+            expires_at=now + _JWT_SECONDS,
+            claims={"scope": credential.scope},
+            alg="RS256",
+        )
+    except ValueError:
+        # The exception is not chained: it may quote the key.
+        raise OperatorNeeded(
+            f"the private key of {credential.client.id} cannot be used",
+            hint="give the key file as the provider made it",
+        ) from None
+    return signed
+
+
+def _seconds(told: object) -> float:
+    """How long a token lives. Some providers write the figure as text."""
+    try:
+        seconds = float(told) if isinstance(told, int | float | str) else UNTOLD_SECONDS
+    except ValueError:
+        return UNTOLD_SECONDS
+    return min(seconds, LONGEST_SECONDS) if seconds > 0 else UNTOLD_SECONDS
