@@ -17,19 +17,22 @@ unless ``Mailbox.quit`` was called.
 """
 
 from archiver.pop3.failures import FailureKind, Pop3Error
-from archiver.pop3.listing import Entry, Listing
-from archiver.pop3.mailbox import Limits, Mailbox, Refused, Retrieved, ServerFacts, Sink
+from archiver.pop3.listing import Entries, Entry, Listing, Stat
+from archiver.pop3.mailbox import AVOIDABLE, Glance, Limits, Mailbox, Refused, Retrieved, ServerFacts, Sink
 from archiver.pop3.pop2 import Pop2Mailbox
 from archiver.pop3.session import Session, connect
 from archiver.pop3.transport import SAFE_TLS_VERSIONS, TLS_VERSIONS, TlsSettings, parse_pin
 from archiver.pop3.url import Endpoint, Tls, UrlError, Version, parse_url
 
 __all__ = [
+    "AVOIDABLE",
     "SAFE_TLS_VERSIONS",
     "TLS_VERSIONS",
     "Endpoint",
+    "Entries",
     "Entry",
     "FailureKind",
+    "Glance",
     "Limits",
     "Listing",
     "Mailbox",
@@ -40,6 +43,7 @@ __all__ = [
     "ServerFacts",
     "Session",
     "Sink",
+    "Stat",
     "Tls",
     "TlsSettings",
     "UrlError",

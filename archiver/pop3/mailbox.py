@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Final, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -38,7 +37,7 @@ from archiver.pop3.failures import (
     printable,
     says_unknown_command,
 )
-from archiver.pop3.listing import Entry, Listing, decimal, join, parse_list, parse_uidl
+from archiver.pop3.listing import LARGEST_NUMBER, Entry, Listing, SizeColumn, Stat, UidlColumn, decimal, join
 from archiver.pop3.sasl import (
     APOP,
     LOGIN_COMMANDS,
@@ -96,8 +95,8 @@ class Limits:
     quit_seconds: float = 300
     """A server rewrites a big mailbox at QUIT before it answers."""
     status_line_octets: int = STATUS_LINE_OCTETS
-    listing_lines: int = 2_000_000
-    listing_octets: int = 256 * 1024 * 1024
+    listing_lines: int = 750_000
+    listing_octets: int = 32 * 1024 * 1024
     message_octets: int = 1024 * 1024 * 1024
     """A larger message is refused."""
     window: int = 32
@@ -108,6 +107,9 @@ class Limits:
 
 
 DEFAULT_LIMITS: Final = Limits()
+
+AVOIDABLE: Final = ("AUTH", "CAPA", "PIPELINING", "STAT", "UIDL", "UIDL-N", "UTF8")
+"""Verbs that servers hang up or hang at, and what a session can do without. UIDL-N is ``UIDL number``."""
 
 
 class _Time(NamedTuple):
@@ -143,6 +145,21 @@ class ServerFacts:
     utf8: bool
     """Whether the session is in UTF8 mode (RFC 6856), in which no message is converted."""
     implementation: str | None
+    avoid: frozenset[str] = frozenset()
+    """What the server was seen to trip over in this session, beyond doubt, as ``connect`` takes it."""
+    suspect: frozenset[str] = frozenset()
+    """At what it hung or hung up, which may have been chance: worth avoiding if it comes again."""
+
+
+class Glance(NamedTuple):
+    """A look at a mailbox that lists nothing. None: the server did not say, or not so that it could be read.
+
+    ``uidl`` is that of the message whose number was given.
+    """
+
+    count: int | None  # type: ignore[assignment]  # nobody counts in this tuple
+    octets: int | None
+    uidl: bytes | None = None
 
 
 class Sink(Protocol):
@@ -153,6 +170,7 @@ class Sink(Protocol):
 
 
 SinkT = TypeVar("SinkT", bound=Sink)
+ColumnT = TypeVar("ColumnT", UidlColumn, SizeColumn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +209,6 @@ class _Refusal:
         return not self.challenged and says_unknown_command(self.reply.text)
 
 
-class _CapaError(Exception):
-    """The server hung or hung up at CAPA."""
-
-
 class Mailbox:
     """A session with one mailbox. Made by ``connect``; a context manager.
 
@@ -208,39 +222,27 @@ class Mailbox:
         *,
         tls_settings: TlsSettings,
         limits: Limits,
-        allow_pipelining: bool,
-        ask_capabilities: bool,
+        avoid: frozenset[str],
         monotonic: Callable[[], float],
     ) -> None:
         """Use ``connect``."""
         self._endpoint = endpoint
+        self._tls_settings = tls_settings
         self._limits = limits
-        self._allow_pipelining = allow_pipelining
-        self._ask_for_capabilities = ask_capabilities
+        self._avoid = avoid
+        self._found: frozenset[str] = frozenset()
+        self._suspect: frozenset[str] = frozenset()
         self._monotonic = monotonic
         self._deadline = _Time(monotonic() + limits.session_seconds, "session_seconds")
         self._idle = _Time(limits.idle_seconds, "idle_seconds")
         self._secrets: tuple[bytes, ...] = ()
         self._failure: Pop3Error | None = None
-        self._receiver = self._new_receiver()
-        self._outstanding: deque[Command] = deque()
-        self._capabilities: Capabilities | None = None
-        self._greeting = ""
-        self._stamp: bytes | None = None
-        self._mechanism: str | None = None
-        self._utf8 = False
-        self._in_transit: Entry | None = None
-        self._listed = False
         self._closed = False
-        with self._named("connect", limit="connect_seconds"):
-            self._transport = Transport.connect(
-                endpoint.host, endpoint.port, timeout_seconds=limits.connect_seconds, monotonic=monotonic
-            )
-        try:
-            self._open(tls_settings)
-        except BaseException:
-            self.close()
-            raise
+        self._mechanism: str | None = None
+        self._in_transit: Entry | None = None
+        self._arrived = 0
+        self._listed = False
+        self._call()
 
     @classmethod
     def connect(
@@ -249,26 +251,22 @@ class Mailbox:
         *,
         tls_settings: TlsSettings = DEFAULT_TLS,
         limits: Limits = DEFAULT_LIMITS,
-        allow_pipelining: bool = True,
+        avoid: Iterable[str] = (),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> Self:
         """Connect, start TLS as the endpoint demands, read the greeting, ask for CAPA.
 
-        A server that hangs, or hangs up, at CAPA is called again without it,
-        once. Raises Pop3Error.
+        A server that hangs, or hangs up, at CAPA (or at UTF8) is called again
+        without it. ``avoid`` are names of ``AVOIDABLE``, as ``facts`` gave them in
+        an earlier session; what is no such name is ignored. Raises Pop3Error.
         """
-        call = partial(
-            cls,
+        return cls(
             endpoint,
             tls_settings=tls_settings,
             limits=limits,
-            allow_pipelining=allow_pipelining,
+            avoid=frozenset(avoid),
             monotonic=monotonic,
         )
-        try:
-            return call(ask_capabilities=True)
-        except _CapaError:
-            return call(ask_capabilities=False)
 
     def __enter__(self) -> Self:
         return self
@@ -299,6 +297,8 @@ class Mailbox:
             expire_days=known.expire_days if known else None,
             utf8=self._utf8,
             implementation=known.implementation if known else None,
+            avoid=self._found,
+            suspect=self._suspect,
         )
 
     @property
@@ -318,7 +318,8 @@ class Mailbox:
         Pop3Error: AUTH when the credentials were refused, TRANSIENT for a lock or
         throttling, OPERATOR when a person is needed, SECURITY when the channel is
         not private or the server lies. Neither the password nor what was made of
-        it is in any error.
+        it is in any error. A server that hangs up between two ways (free.fr,
+        popa3d) is called again, once, for the second.
         """
         if self._mechanism is not None:
             raise RuntimeError("the session is logged in")
@@ -326,49 +327,73 @@ class Mailbox:
             self._secrets = _secrets(self._endpoint.user, password)
             ways = deque(self._ways(password))
         deadline = self._until("login_seconds")
+        refused_before = False
         while True:
             way = ways.popleft()
-            refusal = self._login_by(way, password, deadline)
+            try:
+                refusal = self._login_by(way, password, deadline)
+            except Pop3Error as error:
+                if not refused_before or error.kind is not FailureKind.TRANSIENT or error.limit is not None:
+                    raise
+                refused_before = False
+                ways.appendleft(way)
+                self._call()
+                continue
             if refusal is None:
                 self._mechanism = way
                 break
+            refused_before = True
             if self._keeps_no_scram(way, refusal):
                 ways = deque(each for each in ways if each not in SCRAM_MECHANISMS)
             elif not refusal.unknown:
                 ways.clear()
             if not ways:
                 raise self._refused(refusal.label, refusal.reply, Stage.LOGIN, hint=refusal.hint)
-        if self._ask_for_capabilities:
+        if "CAPA" not in self._avoid:
             self._ask_capabilities(deadline)
 
-    def stat(self) -> tuple[int, int]:
-        """Count and octets of the mailbox by STAT: a hint. Raises Pop3Error (PROTOCOL: it makes no sense)."""
-        reply = self._ask(command("STAT"), Stage.LISTING)
-        match [decimal(field) for field in reply.text.split()[:2]]:
-            case [int(count), int(octets)]:
-                return count, octets
-            case _:
-                raise self._error(FailureKind.PROTOCOL, "STAT", f"the server said {self._show(reply.text)!r}")
+    def glance(self, number: int | None = None) -> Glance:
+        """What STAT says of the mailbox and, with a number, ``UIDL number`` of that message.
 
-    def list(self) -> Listing:
+        What a server answers beside the point, or not at all, is None; some err
+        in STAT, so it is a hint. Raises Pop3Error when the session fails.
+        """
+        self._need_quiet()
+        if "STAT" in self._avoid:
+            return Glance(None, None)
+        asked = [command("STAT")]
+        if number is not None and not self._avoid & {"UIDL", "UIDL-N"}:
+            asked.append(command("UIDL", number))
+        if self._pipelining:
+            self._send(*asked)
+        stat = self._stat(asked[0])
+        uidl = self._uidl_of(number, asked[1]) if number is not None and len(asked) > 1 else None
+        return Glance(None, None, uidl) if stat is None else Glance(stat.count, stat.octets, uidl)
+
+    def list(self, *, stat: bool = False) -> Listing:
         """The one listing of this session, by UIDL and LIST; a second call is a programming error.
 
         After a DELE some servers renumber their listings while RETR and DELE
         keep the old numbers, so a session lists once, before any DELE. UIDL is
-        tried even if CAPA lacks it. Raises Pop3Error when the server has neither.
+        tried even if CAPA lacks it. With ``stat`` STAT is asked beside, for
+        ``Listing.stat``. Raises Pop3Error when the server has neither UIDL nor
+        LIST.
         """
         if self._listed:
             raise RuntimeError("a session lists its mailbox once")
         self._listed = True
-        uidl, sizes = self._listing_blocks(
-            command("UIDL", shape=Shape.BLOCK), command("LIST", shape=Shape.BLOCK)
-        )
+        asked = {"STAT": command("STAT")} if stat else {}
+        asked |= {verb: command(verb, shape=Shape.BLOCK) for verb in ("UIDL", "LIST")}
+        for verb in self._avoid & {"STAT", "UIDL"}:
+            asked.pop(verb, None)
+        if self._pipelining:
+            self._send(*asked.values())
+        said = self._stat(asked["STAT"]) if "STAT" in asked else None
+        uidl = self._column(asked["UIDL"], UidlColumn()) if "UIDL" in asked else None
+        sizes = self._column(asked["LIST"], SizeColumn())
         if uidl is None and sizes is None:
             raise self._error(FailureKind.PROTOCOL, "UIDL and LIST", "the server knows neither")
-        return join(
-            None if uidl is None else parse_uidl(uidl),
-            None if sizes is None else parse_list(sizes),
-        )
+        return join(uidl, sizes, said)
 
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
@@ -403,6 +428,7 @@ class Mailbox:
                 self.close()
                 raise
             self._in_transit = None
+            self._arrived += 1
             with suppress(Pop3Error):  # raised again once this message, which is complete, was handed over
                 self._refill(awaited, supply, _retr)
             yield result
@@ -434,7 +460,7 @@ class Mailbox:
             asked = command("CAPA", shape=Shape.BLOCK)
             self._send(asked)
             if self._reply(self._idle, self._deadline).ok:
-                self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, self._deadline)
+                self._block(asked, _CAPABILITY_OCTETS, self._deadline)
         return self._monotonic() - started
 
     def noop(self) -> None:
@@ -455,7 +481,7 @@ class Mailbox:
         """
         asked = command("TOP", entry.number, lines, shape=Shape.BLOCK)
         self._ask(asked, Stage.RETRIEVE)
-        return self._block(asked, _TOP_OCTETS, _TOP_OCTETS, self._deadline)
+        return self._block(asked, _TOP_OCTETS, self._deadline)
 
     def quit(self) -> None:
         """End the session so that the server deletes what was marked, and close.
@@ -481,6 +507,39 @@ class Mailbox:
 
     # Opening.
 
+    def _call(self) -> None:
+        """Connect, as often as the server trips over a verb at the beginning, each time without the last."""
+        while True:
+            self._forget()
+            with self._named("connect", limit="connect_seconds"):
+                self._transport = Transport.connect(
+                    self._endpoint.host,
+                    self._endpoint.port,
+                    timeout_seconds=self._limits.connect_seconds,
+                    monotonic=self._monotonic,
+                )
+            try:
+                return self._open(self._tls_settings)
+            except Pop3Error:
+                self.close()
+                tripped = (self._suspect & {"CAPA", "UTF8"}) - self._avoid
+                if not tripped:
+                    raise
+                self._avoid |= tripped
+            except BaseException:
+                self.close()
+                raise
+
+    def _forget(self) -> None:
+        """What a connection begins with."""
+        self._failure, self._closed = None, False
+        self._receiver = self._new_receiver()
+        self._outstanding: deque[Command] = deque()
+        self._capabilities: Capabilities | None = None
+        self._greeting = ""
+        self._stamp: bytes | None = None
+        self._utf8 = False
+
     def _open(self, tls_settings: TlsSettings) -> None:
         if self._endpoint.tls is Tls.IMPLICIT:
             self._start_tls(tls_settings)
@@ -492,14 +551,9 @@ class Mailbox:
             raise self._refused(_GREETING.label, greeting, Stage.GREETING)
         if self._endpoint.tls is Tls.STARTTLS:
             self._upgrade(tls_settings)
-        if self._ask_for_capabilities:
-            try:
-                self._ask_capabilities(self._until("capability_seconds"))
-            except Pop3Error as error:
-                if error.kind is FailureKind.TRANSIENT:
-                    raise _CapaError from error
-                raise
-        if self._capabilities is not None and "UTF8" in self._capabilities:
+        if "CAPA" not in self._avoid:
+            self._ask_capabilities(self._until("capability_seconds"))
+        if self._capabilities is not None and "UTF8" in self._capabilities and "UTF8" not in self._avoid:
             self._switch_to_utf8()
 
     def _switch_to_utf8(self) -> None:
@@ -541,7 +595,7 @@ class Mailbox:
         self._send(asked)
         known = None
         if self._reply(self._span("capability_seconds"), deadline).ok:
-            known = parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, _CAPABILITY_OCTETS, deadline))
+            known = parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, deadline))
         self._capabilities = known
 
     # Logging in.
@@ -554,7 +608,10 @@ class Mailbox:
     def _ways(self, password: str) -> tuple[str, ...]:
         """The ways to log in that server, channel, endpoint and password leave, best first."""
         user, fixed = self._endpoint.user, self._endpoint.mechanism
+        login_commands = self._utf8_logins or (user + password).isascii()
         offered = self._offered
+        if "AUTH" in self._avoid and self._auth_is_dispensable and login_commands:
+            offered = frozenset()
         scram = offered.intersection(SCRAM_MECHANISMS)
         if scram and fixed is None and not is_prepared(Credentials(user, password)):
             offered -= scram
@@ -562,9 +619,14 @@ class Mailbox:
             offered,
             fixed,
             private=self._transport.tls is not None or self._endpoint.tls is Tls.NONE,
-            login_commands=self._utf8_logins or (user + password).isascii(),
+            login_commands=login_commands,
             binds=(bool(scram) or fixed in SCRAM_MECHANISMS) and self._transport.server_end_point is not None,
         )
+
+    @property
+    def _auth_is_dispensable(self) -> bool:
+        """Whether USER and PASS will do. Without TLS, who cuts the line must not choose how we log in."""
+        return self._endpoint.mechanism is None and self._transport.tls is not None
 
     def _login_by(self, way: str, password: str, deadline: _Time) -> _Refusal | None:
         """Try one way; None when it worked."""
@@ -681,28 +743,57 @@ class Mailbox:
 
     # Listing and retrieving.
 
-    def _listing_blocks(self, *asked: Command) -> Iterator[bytes | None]:
-        if self._pipelining:
-            self._send(*asked)
-        for each in asked:
-            if not self._pipelining:
-                self._send(each)
-            yield self._listing_block(each)
+    def _stat(self, asked: Command) -> Stat | None:
+        """The answer to STAT, if it makes sense."""
+        reply = self._line(asked)
+        match [decimal(field) for field in reply.text.split()[:2]]:
+            case [int(count), int(octets)] if reply.ok and count <= LARGEST_NUMBER:
+                return Stat(count, octets)
+            case _:
+                return None
 
-    def _listing_block(self, asked: Command) -> bytes | None:
-        """The response to UIDL or LIST; None when the server does not know the command."""
-        reply = self._reply(self._span("listing_seconds"), self._deadline)
+    def _uidl_of(self, number: int, asked: Command) -> bytes | None:
+        """The answer to ``UIDL number``: one line, ``+OK number uid``.
+
+        A server that forgets the number (Twisted) may as well send a listing
+        behind its +OK (Mailpit), which would answer the next command: it is not
+        asked again.
+        """
+        reply = self._line(asked)
+        if not reply.ok:
+            return None
+        column = UidlColumn()
+        column.feed(reply.text)
+        column.finish()
+        if list(column.numbers) == [number] and column.at(0):
+            return column.at(0)
+        self._found |= {"UIDL-N"}
+        return None
+
+    def _line(self, asked: Command) -> Reply:
+        """The reply to a command which, with pipelining, was sent already."""
+        if not self._pipelining:
+            self._send(asked)
+        return self._reply(self._span("listing_seconds"), self._deadline)
+
+    def _column(self, asked: Command, column: ColumnT) -> ColumnT | None:
+        """The response to UIDL or LIST, read into ``column``; None when the server does not know it."""
+        reply = self._line(asked)
         if reply.ok:
             limits = self._limits
-            return self._block(asked, limits.listing_octets, limits.listing_lines, self._deadline)
-        promised = self._capabilities is not None and asked.label in self._capabilities
-        if promised or self._verdict(reply, Stage.LISTING).kind is not FailureKind.PROTOCOL:
+            for chunk in self._bounded(asked, limits.listing_octets, limits.listing_lines, self._deadline):
+                column.feed(chunk)
+            column.finish()
+            return column
+        if (
+            self._promised(asked.label)
+            or self._verdict(reply, Stage.LISTING).kind is not FailureKind.PROTOCOL
+        ):
             raise self._refused(asked.label, reply, Stage.LISTING)
         return None
 
-    def _block(self, asked: Command, most_octets: int, most_lines: int, deadline: _Time) -> bytes:
-        """A whole multi-line response, bounded."""
-        chunks: list[bytes] = []
+    def _bounded(self, asked: Command, most_octets: int, most_lines: int, deadline: _Time) -> Iterator[bytes]:
+        """A multi-line response as it arrives, up to its limits."""
         octets = lines = 0
         for chunk in self._content(deadline):
             octets += len(chunk)
@@ -714,8 +805,11 @@ class Mailbox:
                     raise Pop3Error(
                         FailureKind.PROTOCOL, reason, limit=limit if asked.label in _LISTINGS else None
                     )
-            chunks.append(chunk)
-        return b"".join(chunks)
+            yield chunk
+
+    def _block(self, asked: Command, most_octets: int, deadline: _Time) -> bytes:
+        """A whole multi-line response, bounded."""
+        return b"".join(self._bounded(asked, most_octets, most_octets, deadline))
 
     def _receive_message(
         self, entry: Entry, open_sink: Callable[[Entry], SinkT]
@@ -744,9 +838,11 @@ class Mailbox:
 
     @property
     def _pipelining(self) -> bool:
-        return (
-            self._allow_pipelining and self._capabilities is not None and "PIPELINING" in self._capabilities
-        )
+        known = self._capabilities
+        return known is not None and "PIPELINING" in known and "PIPELINING" not in self._avoid
+
+    def _promised(self, tag: str) -> bool:
+        return self._capabilities is not None and tag in self._capabilities
 
     @property
     def _utf8_logins(self) -> bool:
@@ -830,24 +926,49 @@ class Mailbox:
         """The next event of the reply that is due. An error here ends the session."""
         due = self._outstanding[0]
         with self._named(due.label, fatal=True):
-            while (event := self._receiver.next_event()) is None:
-                octets = self._receive(idle, deadline)
-                if not octets:
-                    where = " in the middle of a reply" if self._receiver.in_reply else ""
-                    raise Pop3Error(FailureKind.TRANSIENT, f"the server closed the connection{where}")
-                self._receiver.feed(octets)
+            try:
+                while (event := self._receiver.next_event()) is None:
+                    self._receiver.feed(self._receive(idle, deadline))
+            except Pop3Error as error:
+                self._note_what_broke(error, due)
+                raise
         if isinstance(event, BlockEnd) or (
             isinstance(event, Reply) and not (event.ok and due.shape is Shape.BLOCK)
         ):
             self._outstanding.popleft()
         return event
 
+    def _note_what_broke(self, error: Pop3Error, due: Command) -> None:
+        """Tell what the server may have tripped over, when it failed at the reply that is due."""
+        many = len(self._outstanding) > 1
+        if error.kind is FailureKind.PROTOCOL and self._pipelining and (many or due.shape is Shape.BLOCK):
+            self._found |= {"PIPELINING"}
+        if error.kind is not FailureKind.TRANSIENT or error.limit == self._deadline.limit:
+            return
+        # Who kept up with a whole window of commands knows how to; then it was the line.
+        if many and self._pipelining and self._arrived < self._limits.window:
+            self._suspect |= {"PIPELINING"}
+        verb, *arguments = due.octets.decode("ascii", "replace").split() or [""]
+        match verb, arguments:
+            case (("CAPA" | "UTF8" | "STAT"), []):
+                self._suspect |= {verb}
+            case "UIDL", [_]:
+                self._suspect |= {"UIDL-N"}
+            case "UIDL", [] if not self._receiver.in_reply and not self._promised("UIDL"):
+                self._suspect |= {"UIDL"}
+            case "AUTH", [_, *_] if self._auth_is_dispensable:
+                self._suspect |= {"AUTH"}
+
     def _receive(self, idle: _Time, deadline: _Time) -> bytes:
         try:
-            return self._transport.receive(idle_seconds=idle.seconds, deadline=deadline.seconds)
+            octets = self._transport.receive(idle_seconds=idle.seconds, deadline=deadline.seconds)
         except TimedOut as error:
             error.limit = (deadline if error.at_deadline else idle).limit
             raise
+        if not octets:
+            where = " in the middle of a reply" if self._receiver.in_reply else ""
+            raise Pop3Error(FailureKind.TRANSIENT, f"the server closed the connection{where}")
+        return octets
 
     def _reply(self, idle: _Time, deadline: _Time) -> Reply:
         event = self._next(idle, deadline)

@@ -14,7 +14,8 @@ message whose number was just read, but whether that is the one that was
 archived nobody can prove beforehand: this client never says it.
 
 The password crosses in clear, in HELO: ``url`` lets nobody do that unasked.
-POP2 is lock-step, so nothing is pipelined; one mailbox is open, that of HELO.
+POP2 is lock-step, so nothing is pipelined; one mailbox is open: that of HELO, or
+the one that FOLD opens in its place.
 """
 
 import builtins
@@ -27,8 +28,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from archiver.pop3.failures import FailureKind, Pop3Error, Stage, classify, printable
-from archiver.pop3.listing import LARGEST_NUMBER, LARGEST_SIZE, Column, Entry, Listing, decimal, join
-from archiver.pop3.mailbox import DEFAULT_LIMITS, Limits, Refused, Retrieved, ServerFacts, SinkT
+from archiver.pop3.listing import LARGEST_NUMBER, LARGEST_SIZE, Entry, Listing, SizeColumn, decimal, join
+from archiver.pop3.mailbox import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
 from archiver.pop3.transport import DEFAULT_TLS, TimedOut, TlsSettings, Transport
 from archiver.pop3.url import Endpoint, Tls
 from archiver.pop3.wire import STATUS_LINE_OCTETS, Command, command
@@ -205,7 +206,9 @@ class Pop2Mailbox:
         return self._in_transit
 
     def login(self, password: str) -> None:
-        """HELO, which opens the mailbox. Raises Pop3Error: AUTH, TRANSIENT, OPERATOR by the server's words.
+        """HELO, which opens the mailbox, and FOLD where a folder is named.
+
+        Raises Pop3Error: AUTH, TRANSIENT, OPERATOR by the server's words.
 
         The password is the rest of the line; a backslash in it is doubled, since
         the one server whose source is known (the University of Washington's)
@@ -215,7 +218,12 @@ class Pop2Mailbox:
             raise RuntimeError("the session is logged in")
         with self._named("login"):
             asked = self._helo(password)
-        self._count = self._number(asked, Mark.COUNT, Stage.LOGIN, "login_seconds")
+        count = self._number(asked, Mark.COUNT, Stage.LOGIN, "login_seconds")
+        if self._endpoint.folder is not None:
+            # A folder that is not there counts as an empty one (RFC 937).
+            fold = command("FOLD", self._endpoint.folder)
+            count = self._number(fold, Mark.COUNT, Stage.LOGIN, "login_seconds")
+        self._count = count
 
     def _helo(self, password: str) -> Command:
         user = self._endpoint.user
@@ -227,7 +235,12 @@ class Pop2Mailbox:
         self._password = password.encode("ascii")
         return command("HELO", user, password.replace("\\", "\\\\"), label="HELO")
 
-    def list(self) -> Listing:
+    def glance(self, number: int | None = None) -> Glance:  # noqa: ARG002 - nothing is known by number
+        """The count that the server told at the login. It tells no sum of octets, and has no uids."""
+        self._need_life()
+        return Glance(self._count, None)
+
+    def list(self, *, stat: bool = False) -> Listing:  # noqa: ARG002 - there is no STAT
         """Numbers and sizes, by a READ for each message; a second call is a programming error.
 
         A number that holds no message (or an empty one, which POP2 cannot tell
@@ -241,12 +254,11 @@ class Pop2Mailbox:
                 f"the mailbox has {self._count} messages, more than the limit of {self._limits.listing_lines}"
             )
             raise self._error(FailureKind.PROTOCOL, "HELO", reason, limit="listing_lines")
-        sizes: dict[int, int | None] = {}
-        for number in range(1, self._count + 1):
-            size = self._number(command("READ", number), Mark.LENGTH, Stage.LISTING, "listing_seconds")
-            if size:
-                sizes[number] = size
-        return join(None, Column(sizes, skipped_lines=0))
+        sizes = (
+            (number, self._number(command("READ", number), Mark.LENGTH, Stage.LISTING, "listing_seconds"))
+            for number in range(1, self._count + 1)
+        )
+        return join(None, SizeColumn.of((number, size) for number, size in sizes if size))
 
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]

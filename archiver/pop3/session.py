@@ -11,7 +11,16 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from archiver.pop3.listing import Entry, Listing
-from archiver.pop3.mailbox import DEFAULT_LIMITS, Limits, Mailbox, Refused, Retrieved, ServerFacts, SinkT
+from archiver.pop3.mailbox import (
+    DEFAULT_LIMITS,
+    Glance,
+    Limits,
+    Mailbox,
+    Refused,
+    Retrieved,
+    ServerFacts,
+    SinkT,
+)
 from archiver.pop3.pop2 import Pop2Mailbox
 from archiver.pop3.transport import DEFAULT_TLS, TlsSettings
 from archiver.pop3.url import Endpoint, Version
@@ -40,8 +49,11 @@ class Session(Protocol):
     def login(self, password: str) -> None:
         """Log in as the endpoint's user."""
 
-    def list(self) -> Listing:
-        """The one listing of this session."""
+    def glance(self, number: int | None = None) -> Glance:
+        """How many messages there are, and of how many octets; with a number, that message's uid too."""
+
+    def list(self, *, stat: bool = False) -> Listing:
+        """The one listing of this session; with ``stat``, along with what STAT says."""
 
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
@@ -66,12 +78,13 @@ def connect(
     *,
     tls_settings: TlsSettings = DEFAULT_TLS,
     limits: Limits = DEFAULT_LIMITS,
-    allow_pipelining: bool = True,
+    avoid: Iterable[str] = (),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Session:
     """A session with the endpoint's server, in the version of the protocol that the endpoint names.
 
-    Not yet logged in. Raises Pop3Error.
+    Not yet logged in. ``avoid`` names what the server was seen to trip over, as
+    ``facts`` told in an earlier session. Raises Pop3Error.
     """
     if endpoint.version is Version.POP2:
         return Pop2Mailbox(endpoint, tls_settings=tls_settings, limits=limits, monotonic=monotonic)
@@ -79,6 +92,6 @@ def connect(
         endpoint,
         tls_settings=tls_settings,
         limits=limits,
-        allow_pipelining=allow_pipelining,
+        avoid=avoid,
         monotonic=monotonic,
     )

@@ -47,7 +47,8 @@ class Endpoint:
     ``host`` is a name in A-labels, an IPv4 address, or an IPv6 address without
     brackets. ``mechanism`` is what the URL fixes after ``;AUTH=`` in upper case
     (a SASL name, or ``+APOP`` and the like), None where any will do. ``version``
-    is that of the protocol.
+    is that of the protocol. ``folder`` is the mailbox to open beside the user's
+    own, which only POP2 can (FOLD).
     """
 
     host: str
@@ -56,6 +57,7 @@ class Endpoint:
     user: str
     mechanism: str | None = None
     version: Version = Version.POP3
+    folder: str | None = None
 
     @property
     def address(self) -> str:
@@ -72,7 +74,8 @@ class Endpoint:
         scheme = _POP2 if self.version is Version.POP2 else "pop3s" if self.tls is Tls.IMPLICIT else "pop3"
         auth = f";AUTH={self.mechanism}" if self.mechanism else ""
         port = "" if self.port == _default_port(self.version, self.tls) else f":{self.port}"
-        return f"{scheme}://{quote(self.user, safe='')}{auth}@{self._bracketed_host}{port}"
+        path = f"/{quote(self.folder, safe='')}" if self.folder else ""
+        return f"{scheme}://{quote(self.user, safe='')}{auth}@{self._bracketed_host}{port}{path}"
 
     @property
     def _bracketed_host(self) -> str:
@@ -85,6 +88,7 @@ _POP2_PORT: Final = 109
 _SCHEMES: Final = {"pop3s": Tls.IMPLICIT, "pops": Tls.IMPLICIT, "pop3": Tls.STARTTLS, "pop": Tls.STARTTLS}
 _USER_OCTETS = 1024  # far over the 255 octets that a command line holds; SASL lines may be longer
 
+_FOLDER_OCTETS = 200  # what a command line of 255 octets holds beside FOLD, with room to spare
 _HOST_NAME_OCTETS = 253  # RFC 1035 section 2.3.4, without the root
 _LARGEST_PORT = 65535
 
@@ -100,7 +104,7 @@ def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
     ``pop3s`` means TLS from the first octet, port 995. ``pop3`` and ``pop``
     mean STLS demanded, port 110, unless ``tls`` says otherwise. ``pop2``, port
     109, has no TLS of its own: ``tls`` must say NONE, or IMPLICIT where something
-    before the server (stunnel) adds it. Raises UrlError.
+    before the server (stunnel) adds it; its path names a folder. Raises UrlError.
     """
     if any(c.isspace() or not c.isprintable() for c in url):
         raise UrlError("the URL holds a space or a control character; in a user name write it as %XX")
@@ -112,7 +116,7 @@ def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
     if "?" in rest or "#" in rest:
         raise UrlError("a POP URL has no query and no fragment; in a user name write ? as %3F and # as %23")
     authority, _, path = rest.partition("/")
-    if path:
+    if path and scheme != _POP2:
         raise UrlError("a POP URL has no path; in a user name write / as %2F")
     userinfo, at, hostport = authority.rpartition("@")
     if "@" in userinfo:
@@ -124,7 +128,7 @@ def parse_url(url: str, tls: Tls | None = None) -> Endpoint:
     else:
         version, channel = Version.POP3, _channel(_SCHEMES[scheme], tls)
     port = _default_port(version, channel) if port is None else port
-    return Endpoint(host, port, channel, user, mechanism, version)
+    return Endpoint(host, port, channel, user, mechanism, version, _folder(path))
 
 
 def _refuse_password(rest: str) -> None:
@@ -176,15 +180,23 @@ def _parse_userinfo(userinfo: str) -> tuple[str, str | None]:
     return user, None if auth_type == "*" else auth_type
 
 
+def _folder(path: str) -> str | None:
+    """A folder's name, which FOLD carries as the rest of its line."""
+    folder = _percent_decoded(path)
+    if len(folder) > _FOLDER_OCTETS or not folder.isascii() or folder != folder.strip():
+        raise UrlError(f"a folder of pop2:// is ASCII of at most {_FOLDER_OCTETS} octets; a / in it is %2F")
+    return folder or None
+
+
 def _percent_decoded(text: str) -> str:
     if _BAD_PERCENT.search(text):
         raise UrlError("a % in the URL must be followed by two hexadecimal digits; a % itself is %25")
     try:
         decoded = unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
-        raise UrlError("the user name is not UTF-8 after percent-decoding") from None
+        raise UrlError("what is percent-encoded is not UTF-8") from None
     if any(unicodedata.category(c) == "Cc" for c in decoded):
-        raise UrlError("the user name holds a control character, which no POP3 command can carry")
+        raise UrlError("the URL holds a control character, which no command can carry")
     return decoded
 
 

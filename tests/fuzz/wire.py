@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from archiver.pop3 import Pop3Error
-from archiver.pop3.listing import LARGEST_NUMBER, LARGEST_SIZE, UIDL_OCTETS, join, parse_list, parse_uidl
 from archiver.pop3.wire import BlockEnd, Receiver, Reply, Shape
+from tests.harness.listings import listed, slowly_listed
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 
@@ -40,6 +40,31 @@ _PIECES: Final = (
     *(b"1 a\r\n", b"2 b c\r\n", b"0 z\r\n", b"-1 5\r\n", b"9" * 20, b" ", b"\t", b"\0", b"\xff", b"x" * 70),
 )
 
+_FIELDS: Final = (
+    b"1",
+    b"2",
+    b"3",
+    b"03",
+    b"0",
+    b"-1",
+    b"2147483647",
+    b"2147483648",
+    b"9" * 41,
+    b"a",
+    b"b c",
+    b"\xff",
+)
+_ENDS: Final = (b"\r\n", b"\r\n", b"\n", b" \r\n", b"\r\r\n")
+
+lines = st.lists(
+    st.tuples(
+        st.sampled_from(_FIELDS),
+        st.sampled_from((b" ", b"  ", b"\t", b"")),
+        st.sampled_from(_FIELDS),
+        st.sampled_from(_ENDS),
+    ).map(b"".join),
+    max_size=30,
+).map(b"".join)
 streams = st.lists(st.one_of(st.sampled_from(_PIECES), st.binary(max_size=8)), max_size=40).map(b"".join)
 
 
@@ -83,6 +108,12 @@ def block(octets: bytes) -> bytes | None:
 
 def check(octets: bytes) -> None:
     """Everything that must hold for any octets at all."""
+    check_wire(octets)
+    check_listing(octets)
+
+
+def check_wire(octets: bytes) -> None:
+    """However the octets are cut, they mean the same, and what the standard says."""
     whole = events(octets, ())
     singly = events(octets, tuple(range(1, len(octets))))
     # An error may be seen before the octets behind it, and its words may quote fewer of them.
@@ -95,17 +126,27 @@ def check(octets: bytes) -> None:
     else:
         assert answer[2:4] == [meant, BlockEnd()]
 
-    listing = join(parse_uidl(octets), parse_list(octets))
-    numbers = [entry.number for entry in listing.entries]
-    assert numbers == sorted(set(numbers))
-    assert all(1 <= number <= LARGEST_NUMBER for number in numbers)
-    for entry in listing.entries:
-        assert entry.size is None or 0 <= entry.size <= LARGEST_SIZE
-        assert entry.uidl is None or 0 < len(entry.uidl) <= UIDL_OCTETS
+
+def check_listing(octets: bytes) -> None:
+    """Any octets are a listing, the same one however they are cut."""
+    for uidl, sizes in ((octets, octets), (octets, None), (None, octets)):
+        due = slowly_listed(uidl, sizes)
+        for piece_octets in (0, 1, 7):
+            listing = listed(uidl, sizes, piece_octets)
+            assert (list(listing.entries), listing.skipped_lines, listing.digest) == due
+            uids = [listing.entries[index].uidl or b"" for index in listing.by_uidl()]
+            assert uids == sorted(entry.uidl or b"" for entry in listing.entries)
 
 
-def fuzz(seconds: float, first_seed: int = 0) -> int:
-    """Try random octets for so long; how many. Raises what ``check`` raises; the example is kept."""
+TARGETS: Final = {
+    "wire": (check_wire, streams),
+    "listing": (check_listing, st.one_of(lines, streams)),
+}
+
+
+def fuzz(seconds: float, first_seed: int = 0, *, target: str = "wire") -> int:
+    """Try random octets for so long; how many. Raises what the check raises; the example is kept."""
+    holds, octets_of = TARGETS[target]
     ends_at = time.monotonic() + seconds
     tried = 0
     number = first_seed
@@ -119,12 +160,12 @@ def fuzz(seconds: float, first_seed: int = 0) -> int:
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
-        @given(streams)
+        @given(octets_of)
         def one_round(octets: bytes) -> None:
             nonlocal tried, failing
             tried += 1
             failing = octets
-            check(octets)
+            holds(octets)
 
         try:
             one_round()
@@ -137,13 +178,14 @@ def fuzz(seconds: float, first_seed: int = 0) -> int:
 
 
 def main() -> int:
-    """Fuzz until the time is over, or something fails."""
+    """Fuzz until the time is over, shared by the targets, or something fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     arguments = parser.parse_args()
-    tried = fuzz(arguments.seconds, arguments.seed)
-    sys.stdout.write(f"{tried} streams, from seed {arguments.seed} on: nothing found\n")
+    for target in TARGETS:
+        tried = fuzz(arguments.seconds / len(TARGETS), arguments.seed, target=target)
+        sys.stdout.write(f"{target}: {tried} streams, from seed {arguments.seed} on: nothing found\n")
     return 0
 
 

@@ -19,7 +19,7 @@ class Pop2Play:
     ``faults`` maps a whole command line (``READ 2``) or a verb to the octets
     sent in place of the right answer, after which the server hangs up if they
     begin with ``-``, or are empty. ``cuts`` maps a number to the octets after
-    which the server hangs up in that message.
+    which the server hangs up in that message. ``folders`` are what FOLD opens.
     """
 
     messages: list[bytes]
@@ -28,6 +28,7 @@ class Pop2Play:
     greeting: bytes = b"+ POP2 scripted server ready\r\n"
     faults: Mapping[str, bytes] = field(default_factory=dict)
     cuts: Mapping[int, int] = field(default_factory=dict)
+    folders: Mapping[str, list[bytes]] = field(default_factory=dict)
 
     def talk(self, channel: Channel) -> None:
         """One session."""
@@ -56,8 +57,8 @@ class _Session:
     def answer(self, line: str) -> bytes:
         verb, _, argument = line.partition(" ")
         match self._state, verb:
-            case "AUTH", "HELO":
-                return self._helo(argument)
+            case ("AUTH", "HELO") | (("MBOX" | "ITEM"), "FOLD"):
+                return self._helo(argument) if verb == "HELO" else self._fold(argument)
             case (("MBOX" | "ITEM"), "READ"):
                 self._current = int(argument or self._current)
                 return self._read()
@@ -77,6 +78,11 @@ class _Session:
             return self._end(b"- Bad login\r\n")
         self._state = "MBOX"
         return b"#%d messages in your mailbox\r\n" % len(self._messages)
+
+    def _fold(self, folder: str) -> bytes:
+        self._messages = list(self._play.folders.get(folder, []))
+        self._state, self._current = "MBOX", 1
+        return b"#%d messages in %b\r\n" % (len(self._messages), folder.encode())
 
     def _read(self) -> bytes:
         within = 1 <= self._current <= len(self._messages)

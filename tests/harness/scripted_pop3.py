@@ -377,7 +377,7 @@ class _MailboxSession:
             "AUTH": self._auth,
             "NOOP": lambda _: b"+OK\r\n",
             "STAT": self._stat,
-            "UIDL": lambda _: self._list([uidl for uidl, _ in self._messages]),
+            "UIDL": self._uidl,
             "LIST": lambda _: self._list([b"%d" % len(content) for _, content in self._messages]),
             "RETR": lambda number: b"+OK\r\n" + stuffed(self._messages[int(number) - 1][1]),
             "DELE": self._dele,
@@ -413,6 +413,13 @@ class _MailboxSession:
 
     def _stat(self, _: str) -> bytes:
         return b"+OK %d %d\r\n" % (len(self._messages), sum(len(content) for _, content in self._messages))
+
+    def _uidl(self, number: str) -> bytes:
+        if number and int(number) > len(self._messages):
+            return b"-ERR no such message\r\n"
+        if number:
+            return b"+OK %b %b\r\n" % (number.encode(), self._messages[int(number) - 1][0])
+        return self._list([uidl for uidl, _ in self._messages])
 
     def _list(self, values: Sequence[bytes]) -> bytes:
         lines = [

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from archiver.pop3 import Endpoint, Tls, parse_url
 from archiver.pop3.failures import FailureKind, Pop3Error, Stage, classify
-from archiver.pop3.listing import join, parse_list, parse_uidl
 from archiver.pop3.wire import BlockEnd, Receiver, Reply, Shape, Status
+from tests.harness.listings import listed, slowly_listed
 from tests.harness.scripted_pop3 import stuffed
 
 SHAPES = st.lists(st.sampled_from(Shape), min_size=1, max_size=6)
@@ -115,9 +115,10 @@ LINES = st.lists(
 ).map(b"".join)
 
 
-@given(LINES, LINES)
-def test_any_listing_is_read(uidl: bytes, sizes: bytes) -> None:
-    listing = join(parse_uidl(uidl), parse_list(sizes))
+@given(LINES, LINES, st.integers(1, 50))
+def test_any_listing_is_read(uidl: bytes, sizes: bytes, piece_octets: int) -> None:
+    listing = listed(uidl, sizes, piece_octets)
+    assert (list(listing.entries), listing.skipped_lines, listing.digest) == slowly_listed(uidl, sizes)
     numbers = [entry.number for entry in listing.entries]
     assert numbers == sorted(set(numbers))
     assert all(number >= 1 for number in numbers)
@@ -132,7 +133,7 @@ UIDS = st.lists(st.integers(0x21, 0x7E), min_size=1, max_size=70).map(bytes)
 def test_a_lawful_listing_is_read_whole(messages: dict[int, tuple[bytes, int]]) -> None:
     uidl = b"".join(b"%d %b\r\n" % (number, uid) for number, (uid, _) in messages.items())
     sizes = b"".join(b"%d %d\r\n" % (number, size) for number, (_, size) in messages.items())
-    listing = join(parse_uidl(uidl), parse_list(sizes))
+    listing = listed(uidl, sizes)
     assert {entry.number: (entry.uidl, entry.size) for entry in listing.entries} == messages
     assert listing.skipped_lines == 0
 

@@ -184,6 +184,8 @@ def _system_users(directory: Path, _ports: dict[str, int]) -> None:
         "mailbox { mailbox-type mbox; }\n"
         "auth { authentication generic:system:pam; authorization system; }\n"
         "pam { service pop3d; }\n"
+        "tls { ssl-certificate-file /media/cert.pem; ssl-key-file /media/key.pem; }\n"
+        "tls-mode ondemand;\n"
     )
 
 
@@ -332,6 +334,7 @@ wait
         program="usr/sbin/pop3d",
         prepare=_system_users,
         store=_Mbox,
+        ports=(Tls.STARTTLS, Tls.NONE),
         script=_SYSTEM_USERS
         + "daemon=/mnt/usr/sbin/pop3d\n"
         + f'{_LISTEN} "EXEC:$daemon --no-site-config --config-file=/media/pop3d.conf --inetd,nofork"\n',

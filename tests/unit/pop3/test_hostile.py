@@ -165,8 +165,7 @@ def test_a_count_reserves_no_memory(claim: bytes) -> None:
     play = MailboxPlay([], faults={"STAT": Send(claim)})
     with ScriptedPop3(play) as server, bounded(), Mailbox.connect(server.endpoint) as mailbox:
         mailbox.login("secret")
-        count, _ = mailbox.stat()
-    assert count > 10**9
+        assert mailbox.glance().count in {None, 2**31 - 1}
 
 
 def test_an_answer_in_the_wrong_order_is_no_listing() -> None:

@@ -468,3 +468,47 @@ def test_connect_calls_in_the_version_that_the_endpoint_names() -> None:
         assert isinstance(session, Pop2Mailbox)
     with pytest.raises(Pop3Error, match="no STARTTLS"):
         connect(replace(parse_url("pop2://me@127.0.0.1", Tls.NONE), tls=Tls.STARTTLS))
+
+
+# Folders.
+
+
+def test_a_folder_of_the_url_is_opened_in_place_of_the_mailbox() -> None:
+    play = Pop2Play([b"of the mailbox\r\n"], folders={"OLD MAIL": list(MESSAGES)})
+    with pop2_server(play) as server:
+        endpoint = replace(pop2_endpoint(server), folder="OLD MAIL")
+        with connect(endpoint) as session:
+            session.login("secret")
+            assert session.glance() == (len(MESSAGES), None, None)
+            assert contents(fetch(session, list(session.list().entries))) == MESSAGES
+            session.quit()
+        assert b"FOLD OLD MAIL" in [line for line, _ in server.received]
+
+
+def test_a_folder_that_is_not_there_is_empty() -> None:
+    with pop2_server(Pop2Play(list(MESSAGES))) as server:
+        session = connect(replace(pop2_endpoint(server), folder="NONE"))
+        session.login("secret")
+        assert session.list().entries == ()
+        session.quit()
+
+
+@pytest.mark.parametrize(
+    ("url", "folder"),
+    [
+        ("pop2://me@host/OLD", "OLD"),
+        ("pop2://me@host:1109/a%2Fb%20c", "a/b c"),
+        ("pop2://me@host/", None),
+        ("pop2://me@host", None),
+    ],
+)
+def test_the_path_of_a_pop2_url_is_a_folder(url: str, folder: str | None) -> None:
+    endpoint = parse_url(url, Tls.NONE)
+    assert endpoint.folder == folder
+    assert parse_url(endpoint.url, Tls.NONE) == endpoint
+
+
+@pytest.mark.parametrize("path", ["a%0D%0AQUIT", "%20a", "\u00fc", "x" * 300])
+def test_what_cannot_be_a_folder(path: str) -> None:
+    with pytest.raises(UrlError):
+        parse_url(f"pop2://me@host/{path}", Tls.NONE)

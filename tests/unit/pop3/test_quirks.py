@@ -285,3 +285,126 @@ def test_5_19_quit_is_a_whole_line() -> None:
     with server() as at:
         fetched(at)
         assert at.received[-1][0] == b"QUIT"
+
+
+# Others, one by one.
+
+
+def test_gr1_dots_that_were_not_stuffed_cost_a_dot_and_never_the_framing() -> None:
+    """GreenMail left dots alone: ``.x`` comes out as ``x``, and a lone dot ends the message too early."""
+    message = Send(b"+OK\r\nSubject: x\r\n\r\n.x\r\n.\r\n")
+    with server({"RETR 1": message}) as at:
+        assert contents(fetched(at))[0] == b"Subject: x\r\n\r\nx\r\n"
+    early = Send(b"+OK\r\nSubject: x\r\n\r\nbefore\r\n.\r\nafter\r\n.\r\n")
+    with server({"RETR 1": early}) as at:
+        assert failure_of(lambda: fetched(at)).kind is FailureKind.PROTOCOL
+        assert at.commands["QUIT"] == 0
+
+
+def test_j1_and_d1_uids_that_are_all_new_are_another_listing() -> None:
+    """James and Dovecot rename every message when their settings change: the digest tells."""
+    renamed = [(b"new-" + uid, content) for uid, content in MESSAGES]
+    digests = []
+    for messages in (MESSAGES, renamed):
+        with ScriptedPop3(MailboxPlay(list(messages))) as at, logged_in(at) as mailbox:
+            digests.append(mailbox.list().digest)
+    assert digests[0] != digests[1]
+
+
+def test_cy1_a_uid_that_is_given_again_with_another_size_is_another_listing() -> None:
+    again = [(MESSAGES[0][0], b"a message of another size\r\n"), *MESSAGES[1:]]
+    digests = []
+    for messages in (MESSAGES, again):
+        with ScriptedPop3(MailboxPlay(list(messages))) as at, logged_in(at) as mailbox:
+            digests.append(mailbox.list().digest)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("verb", ["AUTH", "PASS"], ids=["y7 OVH, too early", "c4 Courier crashed"])
+def test_a_login_that_is_cut_off_proves_nothing(verb: str) -> None:
+    offered = CAPABILITIES if verb == "AUTH" else None
+    with server({verb: HangUp()}, capabilities=offered) as at:
+        assert failure_of(lambda: logged_in(at)).kind is FailureKind.TRANSIENT
+        assert at.connections == 1
+
+
+def test_g3_and_m15_a_user_name_is_passed_on_as_it_is() -> None:
+    for user in ("recent:me@gmail.com", "DOMAIN/me/alias"):
+        with server(user=user, capabilities=None) as at:
+            logged_in(at).close()
+            assert f"USER {user}".encode() in [line for line, _ in at.received]
+
+
+def test_g14_pipelining_that_is_not_listed_is_not_used() -> None:
+    with server(capabilities=WITHOUT_PIPELINING) as at, logged_in(at) as mailbox:
+        assert not mailbox.facts.pipelining
+
+
+def test_w6_pipelined_messages_that_interleave_end_the_session() -> None:
+    with server({"RETR 1": Send(b"+OK\r\nSubject: one\r\n+OK\r\nSubject: two\r\n.\r\nfirst\r\n.\r\n")}) as at:
+        assert failure_of(lambda: fetched(at)).kind is FailureKind.PROTOCOL
+        assert at.commands["QUIT"] == 0
+
+
+def test_w3_a_session_that_waits_can_show_that_it_lives() -> None:
+    with server() as at, logged_in(at) as mailbox:
+        mailbox.noop()
+        assert at.commands["NOOP"] == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Send(b"-ERR unknown command\r\n"), HangUp()],
+    ids=["5.26 unsupported", "y12, y15, o1 never used"],
+)
+def test_top_is_never_needed(fault: Fault) -> None:
+    with server({"TOP": fault}) as at:
+        assert contents(fetched(at)) == [content for _, content in MESSAGES]
+        assert at.commands["TOP"] == 0
+
+
+def test_d6_an_empty_message_may_come_as_an_empty_line() -> None:
+    with server(
+        {"RETR 1": Send(b"+OK\r\n\r\n.\r\n"), "LIST": Send(b"+OK\r\n1 0\r\n2 5\r\n3 6\r\n.\r\n")}
+    ) as at:
+        assert contents(fetched(at))[0] == b"\r\n"
+
+
+def test_gm1_and_q1_a_message_may_be_larger_than_was_said() -> None:
+    """GNU mailutils adds X-UIDL to what RETR gives, and counts it in no listing."""
+    longer = b"X-UIDL: abc\r\nSubject: one\r\n\r\nfirst\r\n"
+    with server({"RETR 1": Send(b"+OK\r\n" + longer + b".\r\n")}) as at:
+        assert contents(fetched(at))[0] == longer
+
+
+@pytest.mark.parametrize("said", [b"-ERR busy, try later\r\n", b""], ids=["5.24 -ERR", "5.24 hangs up, m12"])
+def test_a_server_that_does_not_greet_is_busy(said: bytes) -> None:
+    with ScriptedPop3([[Send(said)]]) as at:
+        assert failure_of(lambda: Mailbox.connect(at.endpoint)).kind is FailureKind.TRANSIENT
+
+
+def test_5_13_no_command_can_be_smuggled_in_by_a_password() -> None:
+    with server(capabilities=None) as at, Mailbox.connect(at.endpoint) as mailbox:
+        assert failure_of(lambda: mailbox.login("a\r\nDELE 1")).kind is FailureKind.OPERATOR
+        assert at.commands["PASS"] == at.commands["DELE"] == 0
+
+
+def test_5_12_what_poplib_gets_wrong() -> None:
+    """Lines that begin with one dot, 8-bit and empty lines of CAPA, messages that end in bare LF."""
+    with server(
+        {
+            "CAPA": Send(b"+OK\r\n\xff\xfe\r\n\r\nUIDL\r\n.\r\n"),
+            "RETR 1": Send(b"+OK\r\n\rone\n.\ntwo\r\n.three\r\n.\r\n"),
+        }
+    ) as at:
+        assert contents(fetched(at))[0] == b"\rone\n.\ntwo\r\nthree\r\n"
+
+
+def test_m10_and_y6_ok_to_quit_is_all_that_is_known_of_a_deletion() -> None:
+    with server({"DELE": Send(b"+OK\r\n")}) as at:
+        for _ in range(2):
+            with logged_in(at) as mailbox:
+                entries = mailbox.list().entries
+                assert len(entries) == 3, "it acknowledges, and deletes nothing"
+                assert mailbox.delete(entries) == list(entries)
+                mailbox.quit()
