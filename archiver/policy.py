@@ -4,13 +4,14 @@ Nothing here reads a clock, draws a random number or touches the world; time
 and chance come in as arguments.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from datetime import UTC, date, datetime, time, timedelta
+from enum import StrEnum
+from typing import NamedTuple
 
-from archiver.model import UNKNOWN_SIZE, DeletePolicy, PollReport, SightingKey
+from archiver.model import NEVER_DELETE, Account, DeletePolicy, PollReport
+from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable
 
 BACKOFF_BASE_SECONDS = 30.0
 BACKOFF_CAP_SECONDS = 3600.0
@@ -26,8 +27,18 @@ QUARANTINE_CAP_SECONDS = 7 * 86400.0
 FATAL_ATTEMPTS = 3
 """How often the connection may die over one message before that message is set aside."""
 
-LONGEST_WAIT_SECONDS = 31 * 86400.0
-"""However long an interval was asked for: an account is looked at once a month."""
+HOST_FAILURES = 5
+"""Polls in a row that could not even begin, before a host is closed to all its accounts. Fewer are chance."""
+
+HOST_BACKOFF_CAP_SECONDS = 900.0
+"""A host that is back after a night is found out within a quarter of an hour, by one poll."""
+
+HOST_LEAST_SECONDS = 5.0
+"""A host that was just found dead is not asked again in the same breath."""
+
+MIDNIGHT_SPREAD_SECONDS = 600.0
+BLACKOUT_SPREAD_SECONDS = 60.0
+"""Over which the accounts are spread that waited for the same moment."""
 
 LOGIN_DELAY_MARGIN_SECONDS = 5.0
 """Beyond the LOGIN-DELAY of a server (RFC 2449 section 6.5), which counts whole seconds by its own clock."""
@@ -36,49 +47,127 @@ INTERVAL_JITTER = 0.1
 """Share of the interval by which due times are spread, so that accounts added together drift apart."""
 
 
-class ListedMessage(Protocol):
-    """The part of a listing entry that decisions need."""
+class Verdict(StrEnum):
+    """What becomes at the next poll of a message that the server still shows, and why."""
 
-    @property
-    def uidl(self) -> bytes | None: ...
-    @property
-    def size(self) -> int | None: ...
-
-
-E = TypeVar("E", bound=ListedMessage)
-
-
-@dataclass(frozen=True, slots=True)
-class Identified(Generic[E]):
-    """A listing entry with the key of its sighting. ``certain`` is false where only content can tell."""
-
-    entry: E
-    sighting: SightingKey
-    certain: bool
+    GOES = "goes"
+    NEVER = "never"
+    FORBIDDEN = "forbidden"
+    ON_HOLD = "on_hold"
+    TOO_YOUNG = "too_young"
+    QUARANTINED = "quarantined"
+    TO_COME = "to_come"
+    NO_ID = "no_id"
 
 
-def identify(entries: Iterable[E]) -> list[Identified[E]]:
-    """Give every entry of one listing its identity.
+def delete_in_force(policy: DeletePolicy, *, hold: str | None, forbidden: bool) -> DeletePolicy:
+    """The deletion policy that counts: a hold of the account, or a ban for all, goes before its own."""
+    return NEVER_DELETE if forbidden or hold is not None else policy
 
-    RFC 1939 section 7 lets a server give equal ids to equal messages, and some
-    give them to different ones: an id that stands twice in a listing
-    identifies nothing, and neither does a missing one.
-    """
-    entries = list(entries)
-    times = Counter(entry.uidl for entry in entries)
-    return [
-        Identified(
-            entry,
-            SightingKey(entry.uidl or b"", UNKNOWN_SIZE if entry.size is None else entry.size),
-            certain=entry.uidl is not None and times[entry.uidl] == 1,
-        )
-        for entry in entries
-    ]
+
+def delete_verdict(
+    delete: DeletePolicy,
+    *,
+    state: str,
+    by_content: bool,
+    captured_at: datetime,
+    hold: str | None,
+    forbidden: bool,
+    now: datetime,
+) -> Verdict:
+    """Whether a message goes at the next poll, or the first reason why it stays."""
+    if state != "captured":
+        return Verdict.QUARANTINED if state == "quarantined" else Verdict.TO_COME
+    if delete.after_days is None:
+        return Verdict.NEVER
+    if forbidden:
+        return Verdict.FORBIDDEN
+    if hold is not None:
+        return Verdict.ON_HOLD
+    if by_content:
+        return Verdict.NO_ID
+    return Verdict.GOES if may_delete(delete, captured_at, now) else Verdict.TOO_YOUNG
 
 
 def may_delete(policy: DeletePolicy, captured_at: datetime, now: datetime) -> bool:
     """Whether the account's policy lets a message go that was captured then."""
     return policy.after_days is not None and (now - captured_at) / timedelta(days=1) >= policy.after_days
+
+
+def deletable_at(policy: DeletePolicy, captured_at: datetime) -> datetime | None:
+    """When the policy lets a message go that was captured then; None for never, and for the far future."""
+    if policy.after_days is None:
+        return None
+    try:
+        return captured_at + timedelta(days=policy.after_days)
+    except OverflowError:
+        return None
+
+
+RENUMBERED_HELD = 10
+"""Fewer ids than these vanish together in a usual day, and prove nothing."""
+
+RENUMBERED_FOUND = 0.02
+"""Share of the ids before that may still be found: a server may have kept some, or give some again."""
+
+RENUMBERED_OTHERS = 0.5
+"""At least so many strange ids for each one held before. Few new ones come while a mailbox is emptied."""
+
+RENUMBERED_KNOWN = 0.5
+"""Share of the messages behind strange ids whose content must be in the archive already."""
+
+
+def may_be_renumbered(*, held: int, found: int, strange: int) -> bool:
+    """Whether a complete listing looks as if the server had given all messages other ids.
+
+    ``held`` ids were shown before and are not expected to be gone, ``found`` of
+    them are shown still, ``strange`` are those shown that nobody knows. That
+    alone proves nothing: a provider that shows a window of the mailbox (Gmail)
+    looks the same. So it is only a suspicion, of which ``is_renumbered`` judges.
+    """
+    return (
+        held >= RENUMBERED_HELD and found <= held * RENUMBERED_FOUND and strange >= held * RENUMBERED_OTHERS
+    )
+
+
+def is_renumbered(*, fetched: int, known: int) -> bool:
+    """Whether the suspicion is right: most of the first messages fetched are held under other ids."""
+    return fetched > 0 and known >= fetched * RENUMBERED_KNOWN
+
+
+def why_held(epoch: int, began_at: datetime) -> str:
+    """Why nothing of an account is deleted, in words for its operator."""
+    return f"the server gave its messages other ids: epoch {epoch} began at {began_at:%Y-%m-%d %H:%M} UTC"
+
+
+FULL_LISTING_JITTER = 0.25
+"""Share of the time by which full listings are spread."""
+
+
+def trusted_until(
+    now: datetime,
+    full_listing_seconds: float,
+    due_at: Iterable[datetime | None],
+    uniform: Callable[[float, float], float],
+) -> datetime | None:
+    """Until when a mailbox that looks unchanged need not be listed; None when it must be, the next time.
+
+    Never beyond what is due of its messages: a quarantined one's next try, the
+    moment from which one may be deleted.
+    """
+    seconds = min(full_listing_seconds, LONGEST_WAIT_SECONDS)
+    latest = now + timedelta(seconds=seconds - uniform(0.0, seconds * FULL_LISTING_JITTER))
+    until = min([latest, *(due for due in due_at if due is not None)])
+    return until if until > now else None
+
+
+LATE_LEAST_SECONDS = 600.0
+"""However often a mailbox is polled: ten minutes without a look are not told as a gap."""
+
+
+def late_after_seconds(after_seconds: float | None) -> float:
+    """How long nobody may look into a mailbox until that is a gap: twice the wait that was planned."""
+    return max(LATE_LEAST_SECONDS, 2.0 * (after_seconds or 0.0))
 
 
 def quarantine_retry_seconds(attempts: int) -> float:
@@ -104,11 +193,17 @@ class Setbacks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NextPoll:
-    """When an account is due again; None when it waits for an operator, who is told ``pause_reason``."""
+    """When an account is due again; None when it waits for an operator, who is told ``pause_reason``.
+
+    Not even somebody who asks for a poll gets one before ``least_seconds``.
+    ``interval_seconds`` is where an adaptive interval stands from now on.
+    """
 
     after_seconds: float | None
     setbacks: Setbacks
     pause_reason: str | None = None
+    least_seconds: float = 0.0
+    interval_seconds: float | None = None
 
 
 def is_too_early(report: PollReport) -> bool:
@@ -121,10 +216,15 @@ def next_poll(
     report: PollReport,
     *,
     setbacks: Setbacks,
-    interval_seconds: float,
+    timetable: Timetable,
+    now: datetime,
     uniform: Callable[[float, float], float],
+    stands_at: float | None = None,
 ) -> NextPoll:
     """Decide when to poll again, by the class of what happened.
+
+    ``stands_at`` is the adaptive interval up to here. A blackout puts off
+    whatever is decided until it is over.
 
     An operator who is needed once the mailbox was listed (or while the journal
     is caught up with) is needed for the store, the spool or the database. No
@@ -138,26 +238,147 @@ def next_poll(
     spreads accounts that failed together:
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
-    asked = report.wait_seconds or 0.0
+    least = report.wait_seconds or 0.0
     if report.login_delay_seconds:
-        asked = max(asked, report.login_delay_seconds + LOGIN_DELAY_MARGIN_SECONDS)
+        least = max(least, report.login_delay_seconds + LOGIN_DELAY_MARGIN_SECONDS)
     failures, refusals = setbacks
-    interval_seconds = min(interval_seconds, LONGEST_WAIT_SECONDS)
     outcome = report.outcome
     if outcome == "operator_needed" and (report.listed is not None or report.journal_uncertain):
         outcome = "try_later"
     match outcome:
-        case "ok" if report.to_come:
-            return NextPoll(asked, Setbacks())
         case "ok":
-            spread = interval_seconds * INTERVAL_JITTER
-            return NextPoll(max(asked, interval_seconds + uniform(-spread, spread)), Setbacks())
+            stands_at = timetable.adapted_seconds(stands_at, news=report.new > 0)
+            after, again = _after_success(report, timetable, stands_at, now, uniform), Setbacks()
         case "try_later" | "lease_lost":
             bound = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2.0 ** min(failures, 10))
-            return NextPoll(max(asked, uniform(0.0, bound)), Setbacks(failures + 1, refusals))
+            after, again = uniform(0.0, bound), Setbacks(failures + 1, refusals)
         case "operator_needed" if refusals < len(OPERATOR_BACKOFF_SECONDS):
             wait = OPERATOR_BACKOFF_SECONDS[refusals]
+            after = wait + uniform(0.0, wait * INTERVAL_JITTER)
             again = Setbacks(failures, refusals + 1)
-            return NextPoll(max(asked, wait + uniform(0.0, wait * INTERVAL_JITTER)), again)
         case _:
-            return NextPoll(None, Setbacks(failures, refusals + 1), report.error or report.outcome)
+            reason = report.error or report.outcome
+            return NextPoll(None, Setbacks(failures, refusals + 1), reason, least, stands_at)
+    allowed = _allowed_seconds(max(least, after), timetable, now, uniform)
+    return NextPoll(allowed, again, None, least, stands_at)
+
+
+def _after_success(
+    report: PollReport,
+    timetable: Timetable,
+    stands_at: float | None,
+    now: datetime,
+    uniform: Callable[[float, float], float],
+) -> float:
+    """What is still to come is fetched at once, behind all that is due; but no more than the day may have."""
+    day_is_spent = report.held_back == "day"
+    if report.to_come and not day_is_spent:
+        return 0.0
+    interval_seconds = timetable.interval_seconds if stands_at is None else stands_at
+    wait, may_spread = timetable.wait_seconds(now, interval_seconds)
+    if may_spread:
+        wait += uniform(-wait * INTERVAL_JITTER, wait * INTERVAL_JITTER)
+    if day_is_spent:
+        tomorrow = datetime.combine(now.astimezone(UTC).date() + timedelta(days=1), time(), UTC)
+        # Not on the stroke of midnight, by whoever's clock.
+        wait = min(wait, (tomorrow - now).total_seconds() + 60.0 + uniform(0.0, MIDNIGHT_SPREAD_SECONDS))
+    return wait
+
+
+def _allowed_seconds(
+    after_seconds: float, timetable: Timetable, now: datetime, uniform: Callable[[float, float], float]
+) -> float:
+    """The same, or if that moment is in a blackout, soon after its end."""
+    ends_at = timetable.blackout_ends(now + timedelta(seconds=after_seconds))
+    if ends_at is None:
+        return after_seconds
+    return (ends_at - now).total_seconds() + uniform(0.0, BLACKOUT_SPREAD_SECONDS)
+
+
+def host_retry_seconds(failures: int, chance: float) -> float | None:
+    """How long a host stays closed after so many polls in a row that could not begin; None: not at all.
+
+    Full jitter, as for accounts; ``chance`` is drawn evenly between 0 and 1.
+    """
+    if failures < HOST_FAILURES:
+        return None
+    doubled = BACKOFF_BASE_SECONDS * 2.0 ** min(failures - HOST_FAILURES, 10)
+    return max(HOST_LEAST_SECONDS, chance * min(HOST_BACKOFF_CAP_SECONDS, doubled))
+
+
+def threads_for_failing(workers: int) -> int:
+    """Of a process's threads, how many may be with accounts whose last poll failed.
+
+    Servers that hang hold a thread for minutes; the other half goes on.
+    """
+    return max(1, workers // 2)
+
+
+def ramped_up(workers: int, running_seconds: float, ramp_seconds: float) -> int:
+    """Polls at once, so long after the start: from one to all, so that a restart is no storm of logins."""
+    if running_seconds >= ramp_seconds:
+        return workers
+    return max(1, int(workers * running_seconds / ramp_seconds))
+
+
+AVOID_DAYS = 30
+"""So long a server is spared what it tripped over. Then it is asked again: servers are mended."""
+
+
+class Quirk(NamedTuple):
+    """What an account's server trips over. ``certain``: beyond chance, in which connections end too."""
+
+    name: str
+    since: date
+    certain: bool
+
+    @property
+    def until(self) -> date:
+        """When it is tried again."""
+        return self.since + timedelta(days=AVOID_DAYS)
+
+    @property
+    def reason(self) -> str:
+        """Why it is avoided, for people."""
+        return _REASONS.get(self.name, f"the server hung, or hung up, at {self.name}")
+
+
+_REASONS = {
+    "AUTH": "the server hung up at AUTH twice in a row; the login is by USER and PASS, within TLS",
+    "PIPELINING": "the server lost its place, or hung up, while several commands were under way",
+    "UIDL": "the server hung up at UIDL, which it does not offer; messages are told apart by content",
+    "UIDL-N": "the server answered UIDL for one message in another form than RFC 1939 says",
+}
+
+
+def quirks(avoids: Iterable[str]) -> list[Quirk]:
+    """Read ``Account.avoids``: ``CAPA@2026-01-31``, or ``CAPA?@2026-01-31`` for a suspicion."""
+    found = []
+    for text in avoids:
+        name, _, since = text.partition("@")
+        found.append(Quirk(name.removesuffix("?"), date.fromisoformat(since), not name.endswith("?")))
+    return found
+
+
+def avoided(account: Account, now: datetime) -> frozenset[str]:
+    """What is not asked of the account's server."""
+    names = {quirk.name for quirk in quirks(account.avoids) if quirk.certain and now.date() < quirk.until}
+    return frozenset(names if account.pipelining else names | {"PIPELINING"})
+
+
+def remembered(avoids: Iterable[str], report: PollReport, now: datetime) -> tuple[str, ...]:
+    """``Account.avoids`` after a poll.
+
+    A connection that ends at a command may end there by chance. That it ends
+    at the same one again, with no poll in between that went well, is no chance.
+    """
+    before = {quirk.name: quirk for quirk in quirks(avoids) if now.date() < quirk.until}
+    suspects = {name: quirk for name, quirk in before.items() if not quirk.certain}
+    certain = {*report.avoid, *(name for name in report.suspect if name in suspects)}
+    after = {name: quirk for name, quirk in before.items() if quirk.certain or report.outcome != "ok"}
+    after |= {name: Quirk(name, now.date(), certain=False) for name in report.suspect if name not in before}
+    after |= {name: Quirk(name, now.date(), certain=True) for name in certain}
+    return tuple(
+        f"{quirk.name}{'' if quirk.certain else '?'}@{quirk.since.isoformat()}"
+        for _, quirk in sorted(after.items())
+    )

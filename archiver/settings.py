@@ -59,8 +59,32 @@ class Settings(BaseSettings):
     interval_seconds: Positive = Field(
         default=300.0, description="between polls of an account that names no interval"
     )
+    ramp_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=10.0, description="after the start, until this process polls as much at once as it may"
+    )
+    host_sessions: Count = Field(
+        default=20, description="sessions with one mail host at once, over all processes"
+    )
+    host_sessions_of: dict[str, Count] = Field(
+        default={}, description="the same for single hosts, as JSON or a TOML table"
+    )
+    session_messages: Count | None = Field(default=None, description="that one poll fetches at most")
+    session_octets: Count | None = Field(default=None, description="that one poll fetches at most")
+    day_octets: Count | None = Field(
+        default=None, description="fetched for an account in a day (UTC), where it names no budget of its own"
+    )
+    slice_seconds: Positive = Field(
+        default=60.0, description="after which a poll makes room for accounts that are due and find none"
+    )
     session_seconds: Positive = Field(
         default=1800.0, description="after which a poll of a large mailbox makes room for others"
+    )
+    full_listing_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=4 * 3600.0,
+        description="at most, for which a mailbox that looks unchanged is not listed; 0 lists at every poll",
+    )
+    forbid_deletion: bool = Field(
+        default=False, description="delete nothing from any mail server, whatever the accounts say"
     )
     batch_messages: Annotated[int, Field(gt=0, le=5_000)] = Field(
         default=100, description="messages after which a batch is recorded"
@@ -72,9 +96,9 @@ class Settings(BaseSettings):
     message_octets: Count = Field(
         default=1024 * 1024 * 1024, description="a larger message is quarantined, not fetched"
     )
-    listing_lines: Count = Field(default=1_000_000, description="messages that a mailbox may list")
+    listing_lines: Count = Field(default=750_000, description="messages that a mailbox may list")
     listing_octets: Count = Field(
-        default=256 * 1024 * 1024, description="octets that each of a mailbox's two listings may have"
+        default=32 * 1024 * 1024, description="octets that each of a mailbox's two listings may have"
     )
     status_line_octets: Annotated[int, Field(ge=512, le=1024 * 1024)] = Field(
         default=8192, description="octets that a mail server's status line may have; RFC 1939 allows 512"
@@ -105,6 +129,9 @@ class Settings(BaseSettings):
     )
     drain_seconds: Positive = Field(
         default=30.0, description="after SIGTERM, until run ends whatever happens"
+    )
+    history_days: Count = Field(
+        default=30, description="days for which each poll is kept; after that, what each day adds up to"
     )
     http_listen: str | None = Field(
         default=None, description="host:port of /livez, /readyz, /metrics and /v1; unset serves none"

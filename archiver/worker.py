@@ -11,25 +11,27 @@ What a poll does is ``poll.py``'s; when an account is due again is decided in
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from archiver import observe, policy, process
-from archiver.db import Database, accounts, record, schedule
-from archiver.errors import ArchiverError, LeaseLost, TryLater
-from archiver.model import Account, Claim, PollReport
+from archiver.db import Database, accounts, history, reads, schedule
+from archiver.db.endings import Ending, Endings, Standing
+from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
+from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
+from archiver.model import PAUSED_BY_HAND, Account, Claim, PollReport, mail_host
 from archiver.poll import Tools, Watch, poll
+from archiver.timetable import Timetable
 
 TICK_SECONDS = 1.0
+LINE_UP_SECONDS = 2.0
+TIDY_SECONDS = 3600.0
 STILL_SECONDS = 60.0
 """A clock that stands still for so long will not go on by itself."""
-
-PAUSED_BY_HAND = "paused by hand"
-"""An account paused so goes on when somebody says so, not when a poll of it happens to work."""
 
 
 class HeldLease:
@@ -39,6 +41,8 @@ class HeldLease:
         self, claim: Claim, lease_seconds: float, monotonic: Callable[[], float], asked_at: float
     ) -> None:
         self.claim = claim
+        self.began_at = asked_at
+        self.makes_room = False
         self._lease_seconds = lease_seconds
         self._monotonic = monotonic
         self._renewed_at = asked_at
@@ -56,6 +60,14 @@ class HeldLease:
         """Raises LeaseLost once two thirds have gone by unrenewed: the rest is for what is under way."""
         if self._lost or self._monotonic() - self._renewed_at > self._lease_seconds * 2 / 3:
             raise LeaseLost(f"the lease of account {self.claim.account_id} could not be renewed in time")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits while all are busy: accounts for a thread, and at hosts those in line."""
+
+    accounts: int = 0
+    hosts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +90,29 @@ class Worker:
         chance: Chance,
         stopping: threading.Event,
         owner: str | None = None,
+        history_days: int = 30,
+        sessions: HostSessions = DEFAULT_SESSIONS,
+        ramp_seconds: float = 0.0,
     ) -> None:
         self.tools = tools
         self.database: Database = tools.database
+        self._endings = Endings(tools.database)
         self.owner = owner or process.name_owner()
         self.lease_seconds = lease_seconds
         self.workers = workers
+        self.history_days = history_days
+        self.sessions = sessions
+        self.ramp_seconds = ramp_seconds
         self.chance = chance
         self.stopping = stopping
         self.log = observe.get_logger()
         self._held: dict[Claim, HeldLease] = {}
         self._claiming = threading.Lock()
+        self._wanted = threading.Event()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="poll")
         self._clock = BackgroundScheduler(timezone="UTC")
-        self._beat_at = tools.monotonic()
+        self._beat_at = self._made_at = tools.monotonic()
+        self._waiting = Waiting()
 
     # The clock
 
@@ -102,6 +123,16 @@ class Worker:
         self._clock.add_job(self._heartbeat, seconds=self.lease_seconds / 4, **every)
         if claim:
             self._clock.add_job(self._tick, seconds=TICK_SECONDS, **every)
+            self._clock.add_job(self._line_up, seconds=LINE_UP_SECONDS, **every)
+            self._clock.add_job(
+                self._tidy,
+                seconds=TIDY_SECONDS,
+                jitter=TIDY_SECONDS / 10,
+                # Processes that were started together do not all try at once.
+                next_run_time=self.tools.now()
+                + timedelta(seconds=self.chance.uniform(TICK_SECONDS, TIDY_SECONDS / 10)),
+                **every,
+            )
         self._clock.start()
 
     def close(self) -> None:
@@ -137,29 +168,118 @@ class Worker:
             else:
                 lease.lost()
 
-    def _tick(self) -> None:
-        """Fill the free threads with accounts that are due."""
-        if not self._claiming.acquire(blocking=False):
-            return
+    def _tidy(self) -> None:
+        """Add polls to their days, and remove old ones: one process at a time, whoever comes first."""
         try:
-            free = self.workers - len(self._held)
-            if self.stopping.is_set() or free <= 0:
-                return
-            for lease in self._claim_due(free):
-                self._pool.submit(self._poll_due, lease)
+            done = history.tidy(
+                self.database,
+                now=self.tools.now(),
+                keep_days=self.history_days,
+                stopping=self.stopping.is_set,
+            )
         except ArchiverError as error:
-            self.log.warning("claim.failed", error=str(error))
-        finally:
-            self._claiming.release()
+            self.log.warning("history.not_tidied", error=str(error))
+        else:
+            self.log.info("history.tidied", counted=done.counted, removed=done.removed, whole=done.whole)
+
+    def _tick(self) -> None:
+        """Have free threads filled. Whoever comes while that goes on has it done once more."""
+        self._wanted.set()
+        while self._wanted.is_set() and self._claiming.acquire(blocking=False):
+            try:
+                self._wanted.clear()
+                self._fill_threads()
+            except ArchiverError as error:
+                self.log.warning("claim.failed", error=str(error))
+            finally:
+                self._claiming.release()
+
+    def _fill_threads(self) -> None:
+        """Claim accounts that are due for the free threads; with none free, look who waits for one."""
+        if self.stopping.is_set():
+            return
+        free = self._may_poll() - len(self._held)
+        if free > 0:
+            self._begin(self._claim_due(free))
+        self._waiting = self._look_who_waits(free)
+
+    def _may_poll(self) -> int:
+        running_seconds = self.tools.monotonic() - self._made_at
+        return policy.ramped_up(self.workers, running_seconds, self.ramp_seconds)
+
+    def _may_fail(self) -> int:
+        """How many more accounts whose last poll failed may be taken."""
+        failing = sum(claim.failing for claim in tuple(self._held))
+        return max(0, policy.threads_for_failing(self.workers) - failing)
 
     def _claim_due(self, free: int) -> list[HeldLease]:
         asked_at = self.tools.monotonic()
+        failing_limit = self._may_fail()
         claims = self.database.transact(
             lambda connection: schedule.claim_due(
-                connection, owner=self.owner, lease_seconds=self.lease_seconds, limit=free
+                connection,
+                owner=self.owner,
+                lease_seconds=self.lease_seconds,
+                limit=free,
+                failing_limit=failing_limit,
+                sessions=self.sessions,
             )
         )
         return [self._hold(claim, asked_at) for claim in claims]
+
+    def _begin(self, leases: list[HeldLease]) -> list[Future[None]]:
+        """Read what these polls begin with, in one go, and have each polled by a thread."""
+        if not leases:
+            return []
+        ids = [lease.claim.account_id for lease in leases]
+        try:
+            with self.database.reading() as connection:
+                chosen = accounts.by_ids(connection, ids)
+                before = reads.before_polls(connection, ids)
+        except Exception:
+            if len(leases) > 1:
+                # One that cannot be read must not take the others along.
+                return [future for lease in leases for future in self._begin([lease])]
+            # The lease runs out by itself. Held on to, it would be renewed for ever.
+            self._let_go(leases[0])
+            self.log.exception("poll.not_started", account=ids[0])
+            return []
+        return [
+            self._pool.submit(self._poll_due, chosen[account_id], lease, before[account_id])
+            for account_id, lease in zip(ids, leases, strict=True)
+        ]
+
+    def _line_up(self) -> None:
+        try:
+            self.database.transact(lambda connection: schedule.tidy(connection, sessions=self.sessions))
+        except ArchiverError as error:
+            self.log.warning("claim.failed", error=str(error))
+
+    def _look_who_waits(self, free: int) -> Waiting:
+        """Asked only when a poll has gone on for so long that it could make room for whoever waits."""
+        ending_before = self.tools.monotonic() - self.tools.budget.slice_seconds
+        long_ones = [lease for lease in tuple(self._held.values()) if lease.began_at <= ending_before]
+        if not long_ones:
+            return Waiting()
+        hosts = {lease.claim.host for lease in long_ones}
+        failing_limit = self._may_fail()
+        with self.database.reading() as connection:
+            lined = schedule.hosts_with_lines(connection, hosts)
+            due = 0
+            if free <= 0:
+                due = schedule.count_due(
+                    connection, limit=self.workers, failing_limit=failing_limit, sessions=self.sessions
+                )
+        return Waiting(due, frozenset(lined))
+
+    def _make_room(self, lease: HeldLease) -> bool:
+        """Whether this poll, which has gone on for long, is to end now: one for each account that waits."""
+        waiting, others = self._waiting, [other for other in tuple(self._held.values()) if other.makes_room]
+        at_host = sum(other.claim.host == lease.claim.host for other in others)
+        lease.makes_room = lease.makes_room or (
+            len(others) < waiting.accounts or (lease.claim.host in waiting.hosts and not at_host)
+        )
+        return lease.makes_room
 
     def _hold(self, claim: Claim, asked_at: float) -> HeldLease:
         # By claim, not by account: one that was released a moment ago may be
@@ -193,16 +313,34 @@ class Worker:
         self.log.info("service.stopped", unfinished=left)
         return left == 0
 
-    def _poll_due(self, lease: HeldLease) -> None:
+    def _poll_due(self, account: Account, lease: HeldLease, before: reads.BeforePoll) -> None:
         try:
-            with self.database.reading() as connection:
-                account = accounts.by_id(connection, lease.claim.account_id)
-            self._poll_held(account, lease, None, disprove=False)
+            if not self._put_off(account, lease):
+                self._poll_held(account, lease, None, before=before, disprove=False)
         except Exception:
             # The lease runs out by itself. Held on to, it would be renewed for ever.
             self._let_go(lease)
             self.log.exception("poll.not_started", account=lease.claim.account_id)
         self._tick()
+
+    def _put_off(self, account: Account, lease: HeldLease) -> bool:
+        """Give an account back that fell due in its blackout: it was asked for, or its worker died."""
+        now = self.tools.now()
+        try:
+            ends_at = Timetable.of(account).blackout_ends(now)
+        except ValueError:
+            return False
+        if ends_at is None:
+            return False
+        try:
+            self.database.transact(
+                lambda connection: schedule.put_off(connection, lease.claim, (ends_at - now).total_seconds())
+            )
+        except LeaseLost:
+            self.log.info("lease.lost", account=account.name)
+        finally:
+            self._let_go(lease)
+        return True
 
     # The command
 
@@ -221,7 +359,7 @@ class Worker:
         while True:
             report = self._poll_by_name(account, watch)
             total = report if total is None else _sum(total, report)
-            more = report.outcome == "ok" and report.to_come and report.new
+            more = report.outcome == "ok" and report.to_come and report.new and report.held_back != "day"
             if not more or self.stopping.is_set() or policy.is_too_early(report):
                 return total
 
@@ -233,7 +371,7 @@ class Worker:
         return self._poll_held(account, lease, watch, disprove=True)
 
     def _wait_for(self, account: Account) -> HeldLease:
-        ends_at = self.tools.monotonic() + self.lease_seconds + TICK_SECONDS
+        ends_at = self._give_up_at()
         while True:
             with self.database.reading() as connection:
                 holder = schedule.holder(connection, account.id)
@@ -245,16 +383,35 @@ class Worker:
                     owner=self.owner,
                     lease_seconds=self.lease_seconds,
                     take_over=holder if self._is_left_behind(holder, account.id) else None,
+                    sessions=self.sessions,
                 )
             )
             if claim is not None:
                 return self._hold(claim, asked_at)
+            if holder is None and self._is_at(mail_host(account.url)):
+                # The host's sessions are our own: they end, however long they take.
+                ends_at = self._give_up_at()
             if self.tools.monotonic() > ends_at or self.stopping.is_set():
-                raise TryLater(
-                    f"{account.name} is being polled by {holder}",
-                    hint="it goes on there; look at: archiver status",
-                )
+                raise self._why_not(account, holder)
             self.chance.sleep(0.2)
+
+    def _give_up_at(self) -> float:
+        return self.tools.monotonic() + self.lease_seconds + TICK_SECONDS
+
+    def _is_at(self, host: str) -> bool:
+        return any(claim.host == host for claim in tuple(self._held))
+
+    def _why_not(self, account: Account, holder: str | None) -> TryLater:
+        if holder is not None:
+            return TryLater(
+                f"{account.name} is being polled by {holder}",
+                hint="it goes on there; look at: archiver status",
+            )
+        host = mail_host(account.url)
+        return TryLater(
+            f"{account.name}: {host} has as many sessions as it may have at once, {self.sessions.of(host)}",
+            hint="try later, or raise ARCHIVER_HOST_SESSIONS if its operator does not mind",
+        )
 
     def _is_left_behind(self, holder: str | None, account_id: str) -> bool:
         """Whether nobody polls under this lease: its process died, or our own claim's answer was lost."""
@@ -265,11 +422,20 @@ class Worker:
     # One poll, for both
 
     def _poll_held(
-        self, account: Account, lease: HeldLease, watch: Watch | None, *, disprove: bool
+        self,
+        account: Account,
+        lease: HeldLease,
+        watch: Watch | None,
+        *,
+        before: reads.BeforePoll | None = None,
+        disprove: bool,
     ) -> PollReport:
         """Poll and release. Whatever goes wrong ends in the report, the log and the schedule."""
         try:
-            report = poll(account, lease, self.tools, watch)
+            tools = self._tools_for(account, lease, in_person=disprove)
+            report = poll(account, lease, tools, watch, before=before, may_glance=not disprove)
+        except OperatorNeeded as error:
+            report = PollReport(account.name, error.outcome, error=str(error), hint=error.hint)
         except Exception as error:
             # A mistake of ours must not end the thread with the lease in its
             # hand, nor any other account's poll.
@@ -297,24 +463,52 @@ class Worker:
         if disprove and report.outcome == "ok" and account.paused_reason != PAUSED_BY_HAND:
             disproved = account.paused_reason
 
-        def release(connection: Any) -> None:
-            following = policy.next_poll(
-                report,
-                setbacks=schedule.setbacks(connection, account.id),
-                interval_seconds=account.interval_seconds,
-                uniform=self.chance.uniform,
-            )
-            record.poll_ended(
-                connection,
+        now = self.tools.now()
+        ended = self._endings.write(
+            Ending(
                 lease.claim,
                 report,
-                following,
-                ended_at=self.tools.now(),
-                pipelining_broke=report.pipelining_broke,
+                now,
+                following=partial(self._following, report, _timetable(account, fall_back=True), now),
+                avoids=policy.remembered(account.avoids, report, now),
                 disproved=disproved,
+                chance=self.chance.uniform(0.0, 1.0),
             )
+        )
+        if ended.lease_lost:
+            raise LeaseLost(f"account {account.name} is polled by another worker now")
+        if isinstance(ended.host, schedule.Trouble):
+            self.log.warning(
+                "host.closed",
+                host=ended.host.host,
+                failures=ended.host.failures,
+                failing_since=ended.host.failing_since,
+                retry_at=ended.host.retry_at,
+                error=ended.host.error,
+            )
+        elif ended.host:
+            self.log.info("host.reached", host=lease.claim.host)
 
-        self.database.transact(release)
+    def _following(
+        self, report: PollReport, timetable: Timetable, now: datetime, stood: Standing
+    ) -> policy.NextPoll:
+        return policy.next_poll(
+            report,
+            setbacks=stood.setbacks,
+            timetable=timetable,
+            now=now,
+            uniform=self.chance.uniform,
+            stands_at=stood.interval_seconds,
+        )
+
+    def _tools_for(self, account: Account, lease: HeldLease, *, in_person: bool) -> Tools:
+        """What this one poll works with. Whoever asks in person has the poll, blackout or not, to its end."""
+        timetable = _timetable(account)
+        if in_person:
+            return self.tools
+        ends_at = timetable.blackout_begins(self.tools.now())
+        budget = replace(self.tools.budget, ends_at=ends_at)
+        return replace(self.tools, budget=budget, make_room=partial(self._make_room, lease))
 
     def _tell(self, report: PollReport, lease: HeldLease) -> None:
         observe.POLLS.labels(report.outcome).inc()
@@ -322,6 +516,7 @@ class Worker:
         observe.CAPTURED.inc(report.new)
         observe.CAPTURED_OCTETS.inc(report.octets)
         observe.DELETE_REQUESTED.inc(report.delete_requested)
+        observe.LOST.inc(report.lost)
         say = self.log.info if report.outcome == "ok" and not report.warnings else self.log.warning
         if report.outcome == "integrity":
             say = self.log.error
@@ -337,6 +532,10 @@ class Worker:
             quarantined=report.quarantined,
             to_come=report.to_come,
             delete_requested=report.delete_requested,
+            deleted=report.deleted,
+            gone=report.gone,
+            lost=report.lost,
+            glanced=report.glanced,
             octets=report.octets,
             segments=report.segments,
             seconds=round(report.seconds, 3),
@@ -345,6 +544,18 @@ class Worker:
             error=report.error,
             hint=report.hint,
         )
+
+
+def _timetable(account: Account, *, fall_back: bool = False) -> Timetable:
+    """Raises OperatorNeeded for settings that make no sense here; or falls back on the interval alone."""
+    try:
+        return Timetable.of(account)
+    except ValueError as error:
+        if fall_back:
+            return Timetable(account.interval_seconds)
+        raise OperatorNeeded(
+            f"{account.name}: {error}", hint=f"mend it: archiver account edit {account.name}"
+        ) from None
 
 
 def _sum(first: PollReport, second: PollReport) -> PollReport:
@@ -357,4 +568,7 @@ def _sum(first: PollReport, second: PollReport) -> PollReport:
         seconds=first.seconds + second.seconds,
         segments=first.segments + second.segments,
         delete_requested=first.delete_requested + second.delete_requested,
+        deleted=first.deleted + second.deleted,
+        gone=first.gone + second.gone,
+        lost=first.lost + second.lost,
     )

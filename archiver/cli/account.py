@@ -6,11 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archiver.cli import lookup, options
+from archiver.cli.authorize import BY_TOKEN, authorize
+from archiver.cli.calendar import ScheduleShown
 from archiver.cli.check import check
+from archiver.cli.deletion import allow_deletion, deletable
 from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
+from archiver.cli.reseal import reseal
+from archiver.cli.status import LONGEST_DAYS, tell_days
+from archiver.secrets import NONE, OAUTH, PROMPT
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from archiver.bootstrap import Archiver
+    from archiver.completeness import Ledger
     from archiver.model import Account
 
 app = typer.Typer(
@@ -19,8 +28,11 @@ app = typer.Typer(
 
 POLLS_SHOWN = 10
 
+WITHOUT_PASSWORD = {"EXTERNAL": NONE, "GSSAPI": NONE} | dict.fromkeys(BY_TOKEN, PROMPT)
+"""What is kept of an account that logs in so, where no password is named."""
+DAYS_SHOWN = 7
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
-Interval = Annotated[float | None, typer.Option(metavar="SECONDS", help="Between two polls.", min=1)]
 
 
 @app.command()
@@ -41,14 +53,20 @@ def add(
     tls_server_name: options.TlsServerName = None,
     client_certificate: options.ClientCertificate = None,
     client_key: options.ClientKey = None,
-    interval: Interval = None,
+    interval: options.Interval = None,
+    interval_max: options.IntervalMax = None,
+    cron: options.Cron = None,
+    time_zone: options.TimeZone = None,
+    blackout: options.Blackout = None,
+    day_octets: options.DayOctets = None,
     json: Json = False,
 ) -> None:
     """Add a mailbox to those that `archiver run` polls.
 
     The password is read at each poll from the file or the variable that you
     name. One that is typed in, or given on standard input, is sealed in the
-    database with the key in ARCHIVER_SECRET_KEY.
+    database with the key in ARCHIVER_SECRET_KEY. None is asked for where the
+    URL fixes a way to log in that needs none.
     """
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
@@ -70,6 +88,7 @@ def add(
         client_certificate=client_certificate,
         client_key=client_key,
     )
+    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_octets)
     endpoint = given.endpoint(url)
     if not name.isprintable() or "://" in name or not name.strip():
         raise UsageError(f"{name!r} cannot be an account's name", hint="use a word, or the mail address")
@@ -81,17 +100,22 @@ def add(
             url=endpoint.url,
             tls=endpoint.tls.value,
             secret="",
-            interval_seconds=interval or archiver.settings.interval_seconds,
+            interval_seconds=archiver.settings.interval_seconds,
         )
-        new = given.applied_to(new)
-        new = replace(new, secret=_secret(archiver, new, given))
+        new = calendar.applied_to(given.applied_to(new))
+        if endpoint.mechanism in WITHOUT_PASSWORD and not given.names_password:
+            new = replace(new, secret=WITHOUT_PASSWORD[endpoint.mechanism])
+        else:
+            new = replace(new, secret=_secret(archiver, new, given))
         archiver.make_database()
         kept = archiver.database.transact(lambda connection: accounts.add(connection, new, archiver.now()))
     if json:
         emit({"account": kept.name, "id": kept.id, "url": kept.url})
     else:
         say(f"{kept.name} will be archived from {kept.url}")
-        note(f"see that it works: archiver account check {kept.name}")
+        next_step = "authorize" if kept.secret == PROMPT else "check"
+        wanted = "give it access" if kept.secret == PROMPT else "see that it works"
+        note(f"{wanted}: archiver account {next_step} {kept.name}")
 
 
 @app.command()
@@ -112,7 +136,15 @@ def edit(
     tls_server_name: options.TlsServerName = None,
     client_certificate: options.ClientCertificate = None,
     client_key: options.ClientKey = None,
-    interval: Interval = None,
+    interval: options.Interval = None,
+    interval_max: options.IntervalMax = None,
+    cron: options.Cron = None,
+    time_zone: options.TimeZone = None,
+    blackout: options.Blackout = None,
+    day_octets: options.DayOctets = None,
+    forget_quirks: Annotated[
+        bool, typer.Option("--forget-quirks", help="Ask the server again for what it tripped over.")
+    ] = False,
 ) -> None:
     """Change how a mailbox is archived. What is not named stays as it is."""
     from archiver.bootstrap import Archiver
@@ -133,17 +165,18 @@ def edit(
         client_certificate=client_certificate,
         client_key=client_key,
     )
+    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_octets)
     given.check_password()
     with Archiver(load()) as archiver:
-        account = given.applied_to(lookup.active_account(archiver, name))
+        account = calendar.applied_to(given.applied_to(lookup.active_account(archiver, name)))
         if url is not None or tls is not None:
             endpoint = given.endpoint(url or account.url)
             account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
-        if interval is not None:
-            account = replace(account, interval_seconds=interval)
         if given.reference() is not None or given.password_stdin:
             account = replace(account, secret=_secret(archiver, account, given))
-        archiver.database.transact(lambda connection: accounts.change(connection, account))
+        if forget_quirks:
+            account = replace(account, avoids=(), pipelining=True)
+        archiver.database.transact(lambda connection: accounts.change(connection, account, archiver.now()))
     say(f"{name} is changed")
 
 
@@ -178,11 +211,24 @@ def list_accounts(json: Json = False) -> None:
 
 
 @app.command("show")
-def show_account(name: Name, json: Json = False) -> None:
-    """Show one account: settings, state, last polls, and what is in quarantine and why."""
+def show_account(
+    name: Name,
+    days: Annotated[
+        int, typer.Option(metavar="N", min=1, max=LONGEST_DAYS, help="The last N days (UTC), and their gaps.")
+    ] = DAYS_SHOWN,
+    json: Json = False,
+) -> None:
+    """Show one account: settings, state, days, last polls, and what is in quarantine and why.
+
+    Of each day: what the last listing showed, what of it was archived by then,
+    and what went: deleted by us, gone by another's hand, or lost before we had
+    it. And when nobody looked for longer than planned.
+    """
+    from archiver import completeness
     from archiver.bootstrap import Archiver
     from archiver.db import reads
     from archiver.model import uidl_text
+    from archiver.policy import quirks
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
@@ -191,7 +237,10 @@ def show_account(name: Name, json: Json = False) -> None:
             state = reads.account_states(connection, [account.id])[0]
             polls = reads.polls(connection, account.id, POLLS_SHOWN)
             aside = reads.quarantined(connection, account.id)
-        now = archiver.now()
+            now = archiver.now()
+            standing = ScheduleShown.of(connection, account, now, archiver.settings.day_octets)
+            ledger = completeness.ledger(connection, account.id, now, days=days)
+        forbidden = archiver.settings.forbid_deletion
     if json:
         emit(
             _state_json(state)
@@ -203,7 +252,16 @@ def show_account(name: Name, json: Json = False) -> None:
                 "client_certificate": account.client_certificate,
                 "secret": _secret_kind(account),
                 "delete": str(account.delete),
+                "deletion_hold": account.deletion_hold,
+                "deletion_forbidden": forbidden,
+                "epoch": account.epoch,
                 "interval_seconds": account.interval_seconds,
+                "avoids": [
+                    {"name": quirk.name, "since": quirk.since, "until": quirk.until, "reason": quirk.reason}
+                    for quirk in quirks(account.avoids)
+                    if quirk.certain
+                ],
+                "schedule": standing.as_json(),
                 "polls": [_poll_json(poll) for poll in polls],
                 "quarantine": [
                     {
@@ -217,14 +275,26 @@ def show_account(name: Name, json: Json = False) -> None:
                     for row in aside
                 ],
             }
+            | completeness.ledger_json(ledger)
         )
         return
     say(f"{account.name}  {account.url}  ({_word(state)})")
     say(f"  id {account.id}, tls {_tls(account)}, password {_secret_kind(account)}, delete {account.delete}")
-    say(f"  polled every {account.interval_seconds:g} s; {state.captures} messages, {size(state.octets)}")
+    for line in standing.lines():
+        say(f"  {line}")
+    say(f"  {state.captures} messages, {size(state.octets)}")
     if account.paused_reason:
         say(f"  paused: {one_line(account.paused_reason)}")
         say(f"  to go on: archiver account resume {account.name}")
+    for quirk in quirks(account.avoids):
+        if quirk.certain:
+            say(f"  avoids {quirk.name} until {quirk.until}: {quirk.reason}")
+    if forbidden:
+        say("  nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")
+    if account.deletion_hold is not None:
+        say(f"  deletion is on hold: {account.deletion_hold}")
+        say(f"  to lift it: archiver account allow-deletion {account.name}")
+    _tell_completeness(state, ledger)
     made = table(
         "poll", "ended", "outcome", "listed", "new", "known", "quarantined", "to come", "seconds", "error"
     )
@@ -242,7 +312,7 @@ def show_account(name: Name, json: Json = False) -> None:
         )
     show(made)
     for row in aside:
-        again = f"again {ago(row.retry_at, now)}" if row.absent_at is None else "no longer on the server"
+        again = f"again {ago(row.retry_at, now)}" if row.absent_at is None else "not shown any more"
         say(
             f"  in quarantine: UIDL {uidl_text(row.uidl)!a}, {row.size} octets, tried {row.attempts} times, "
             f"{again}: {one_line(row.reason or '')}"
@@ -254,8 +324,8 @@ def pause(name: Name) -> None:
     """Stop polling an account until it is resumed. A poll under way is finished."""
     from archiver.bootstrap import Archiver
     from archiver.db import schedule
+    from archiver.model import PAUSED_BY_HAND
     from archiver.settings import load
-    from archiver.worker import PAUSED_BY_HAND
 
     with Archiver(load()) as archiver:
         account = lookup.active_account(archiver, name)
@@ -277,6 +347,36 @@ def resume(name: Name) -> None:
 
 
 @app.command()
+def poll(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Accounts.", show_default=False)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every account that is not paused.")] = False,
+) -> None:
+    """Have the running service poll accounts now, whatever their schedule or backoff say.
+
+    Nothing is waited for. One that is being polled is polled again right after
+    it. A blackout, a host that is left alone, and the limits of sessions hold
+    still; `archiver sync` polls here and now.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.db import schedule
+    from archiver.errors import UsageError
+    from archiver.settings import load
+
+    if bool(names) == every:
+        raise UsageError("name the accounts to poll, or say --all")
+    with Archiver(load()) as archiver:
+        chosen = None if every else [lookup.active_account(archiver, name) for name in names or []]
+        paused = [account.name for account in chosen or [] if account.paused_reason is not None]
+        if paused:
+            raise UsageError(f"{paused[0]} is paused", hint=f"archiver account resume {paused[0]}")
+        ids = None if chosen is None else [account.id for account in chosen]
+        asked = archiver.database.transact(lambda connection: schedule.ask(connection, ids))
+    say(f"{asked} accounts are due now")
+
+
+@app.command()
 def remove(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -295,6 +395,10 @@ def remove(
 
 
 app.command()(check)
+app.command()(authorize)
+app.command()(reseal)
+app.command()(deletable)
+app.command()(allow_deletion)
 
 
 def _id_for(archiver: "Archiver", name: str) -> str:
@@ -334,13 +438,16 @@ def _tls(account: "Account") -> str:
 
 
 def _secret_kind(account: "Account") -> str:
-    kind, _, rest = account.secret.partition(":")
-    return {
+    inner = account.secret.removeprefix(OAUTH)
+    kind, _, rest = inner.partition(":")
+    words = {
         "file": f"in file {rest}",
         "env": f"in variable {rest}",
         "sealed": "sealed",
         "prompt": "asked for",
+        "none": "not needed",
     }.get(kind, "forgotten")
+    return words if inner == account.secret else f"by OAuth, credential {words}"
 
 
 def _states(archiver: "Archiver") -> list[Any]:
@@ -348,6 +455,23 @@ def _states(archiver: "Archiver") -> list[Any]:
 
     with archiver.database.reading() as connection:
         return [state for state in reads.account_states(connection) if state.removed_at is None]
+
+
+def _tell_completeness(state: Any, ledger: "Ledger") -> None:
+    say(
+        f"  {state.to_come} still to come, {state.quarantined} in quarantine; "
+        f"{ledger.lost_ever} lost since it was added"
+    )
+    if state.deletion_hold:
+        say(f"  nothing is deleted: {one_line(state.deletion_hold)}")
+    for gap in ledger.gaps:
+        until = f"until {_minute(gap.until)}" if gap.until is not None else "and still nobody does"
+        say(f"  nobody looked from {_minute(gap.since)} {until}")
+    tell_days(ledger.days, [ledger.gap_seconds(day.day) for day in ledger.days])
+
+
+def _minute(at: "datetime") -> str:
+    return f"{at:%Y-%m-%d %H:%M} UTC"
 
 
 def _word(state: Any) -> str:
@@ -372,6 +496,10 @@ def _state_json(state: Any) -> dict[str, Any]:
         "listed": state.listed,
         "to_come": state.to_come,
         "quarantined": state.quarantined,
+        "listed_at": state.listed_at,
+        "looked_at": state.looked_at,
+        "late_at": state.late_at,
+        "deletion_hold": state.deletion_hold,
         "last_outcome": state.outcome,
         "last_error": state.error,
         "last_poll_at": state.ended_at,
@@ -390,6 +518,10 @@ def _poll_json(poll: Any) -> dict[str, Any]:
         "quarantined": poll.quarantined,
         "to_come": poll.to_come,
         "delete_requested": poll.delete_requested,
+        "deleted": poll.deleted,
+        "gone": poll.gone,
+        "lost": poll.lost,
+        "glanced": poll.glanced,
         "bytes": poll.octets,
         "seconds": poll.seconds,
         "error": poll.error,

@@ -1,8 +1,10 @@
 """Accounts from a file, as a cluster's configuration has them.
 
 TOML, a table ``[[account]]`` for each: ``name`` and ``url``, and where wanted
-``password`` (``file:/path`` or ``env:NAME``, never the password), ``tls``,
-``ca_file``, ``delete``, ``interval_seconds``, ``timeout_seconds``,
+``password`` (``file:/path`` or ``env:NAME``, never the password;
+``oauth:file:/path`` for an OAuth credential), ``tls``,
+``ca_file``, ``delete``, ``interval_seconds``, ``interval_max_seconds``,
+``cron``, ``time_zone``, ``blackout``, ``day_octets``, ``timeout_seconds``,
 ``tls_pins``, ``tls_minimum``, ``tls_server_name``, ``client_certificate``,
 ``client_key``. Accounts are added and changed to what the file says. One that
 is no longer in it goes on: an archive must not stop because a line was lost.
@@ -22,6 +24,7 @@ from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import NEVER_DELETE, Account, DeletePolicy, new_account_id
 from archiver.pop3 import Tls, UrlError, parse_pin, parse_url
+from archiver.timetable import Timetable
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -45,6 +48,11 @@ class _Entry(BaseModel):
     ca_file: str | None = None
     delete: str = str(NEVER_DELETE)
     interval_seconds: Annotated[float, Field(ge=1)] | None = None
+    interval_max_seconds: Annotated[float, Field(ge=1)] | None = None
+    cron: str | None = None
+    time_zone: str = "UTC"
+    blackout: str = ""
+    day_octets: Annotated[int, Field(gt=0)] | None = None
     timeout_seconds: Annotated[float, Field(ge=1)] | None = None
     tls_pins: list[str] = []
     tls_minimum: str = "1.2"
@@ -84,9 +92,11 @@ def take_in(archiver: "Archiver", path: Path) -> int:
                 epoch=found.epoch,
                 pipelining=found.pipelining,
                 paused_reason=found.paused_reason,
+                avoids=found.avoids,
+                deletion_hold=found.deletion_hold,
             )
             if same != found:
-                accounts.change(connection, same)
+                accounts.change(connection, same, archiver.now())
                 changed += 1
         return changed
 
@@ -125,6 +135,11 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
         ca_file=entry.ca_file,
         delete=delete,
         interval_seconds=entry.interval_seconds or archiver.settings.interval_seconds,
+        interval_max_seconds=entry.interval_max_seconds,
+        cron=entry.cron,
+        time_zone=entry.time_zone,
+        blackout=entry.blackout,
+        day_octets=entry.day_octets,
         timeout_seconds=entry.timeout_seconds,
         tls_pins=pins,
         tls_minimum=entry.tls_minimum,
@@ -134,6 +149,9 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
     )
     try:
         tls_settings(account)
+        Timetable.of(account)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: account {entry.name}: {error}") from None
     return account

@@ -78,6 +78,37 @@ Timeout = Annotated[
     typer.Option(metavar="SECONDS", help="How long to wait for the mail server at each step.", min=1),
 ]
 
+Interval = Annotated[float | None, typer.Option(metavar="SECONDS", help="Between two polls.", min=1)]
+IntervalMax = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Up to which the interval grows while no mail comes. none: it does not.",
+    ),
+]
+Cron = Annotated[
+    str | None,
+    typer.Option(
+        metavar="EXPRESSION",
+        help="Poll at these moments in place of the interval: minute hour day month weekday. none: not so.",
+    ),
+]
+TimeZone = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of --cron and --blackout, such as Europe/Berlin. UTC unless given."),
+]
+Blackout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WINDOWS",
+        help='When not to poll, such as "Mon-Fri 08:00-18:00, Sat 22:00-02:00". none: never.',
+    ),
+]
+DayOctets = Annotated[
+    str | None,
+    typer.Option(metavar="OCTETS", help="To fetch in one day (UTC) at most. none: as the settings say."),
+]
+
 
 NONE = "none"
 """Takes away what an account has."""
@@ -197,6 +228,11 @@ class Given:
         return None
 
     @property
+    def names_password(self) -> bool:
+        """Whether it was told where the password is."""
+        return self.password_stdin or self.reference() is not None
+
+    @property
     def changes(self) -> str | None:
         """The first option given that would change an account, None when there is none."""
         options = {
@@ -221,6 +257,51 @@ class Given:
         reference = self.reference()
         if reference is not None:
             Secrets(None).resolve("", "this account", reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """The options that say when an account is polled, and how much. None where one was not given."""
+
+    interval: float | None
+    interval_max: str | None
+    cron: str | None
+    time_zone: str | None
+    blackout: str | None
+    day_octets: str | None
+
+    def applied_to(self, account: "Account") -> "Account":
+        """The account with what was given. Raises UsageError for what makes no sense."""
+        from archiver.errors import UsageError
+        from archiver.timetable import Timetable
+
+        changed = replace(
+            account,
+            interval_seconds=self.interval or account.interval_seconds,
+            interval_max_seconds=_number("--interval-max", self.interval_max, account.interval_max_seconds),
+            cron=_kept(account.cron, self.cron),
+            time_zone=self.time_zone or account.time_zone,
+            blackout=_kept(account.blackout, self.blackout) or "",
+        )
+        day_octets = _number("--day-octets", self.day_octets, account.day_octets)
+        changed = replace(changed, day_octets=None if day_octets is None else int(day_octets))
+        try:
+            Timetable.of(changed)
+        except ValueError as error:
+            raise UsageError(f"account {account.name}: {error}") from None
+        return changed
+
+
+def _number(option: str, given: str | None, before: float | None) -> float | None:
+    from archiver.errors import UsageError
+
+    if given is None:
+        return before
+    if given == NONE:
+        return None
+    if not (given.isascii() and given.isdigit() and int(given)):
+        raise UsageError(f"{option} {given!r} is neither a whole number above 0 nor none")
+    return float(given)
 
 
 def _pins(given: list[str] | None) -> tuple[str, ...] | None:

@@ -100,6 +100,9 @@ def as_json(report: "PollReport") -> dict[str, Any]:
         "quarantined": report.quarantined,
         "to_come": report.to_come or 0,
         "delete_requested": report.delete_requested,
+        "deleted": report.deleted,
+        "gone": report.gone,
+        "lost": report.lost,
         "bytes": report.octets,
         "seconds": round(report.seconds, 3),
         "error": report.error,
@@ -193,7 +196,7 @@ def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given
         return archiver.database.transact(
             lambda connection: accounts.add(connection, account, archiver.now())
         )
-    archiver.database.transact(lambda connection: accounts.change(connection, account))
+    archiver.database.transact(lambda connection: accounts.change(connection, account, archiver.now()))
     return account
 
 
@@ -224,6 +227,12 @@ def _tell(report: "PollReport") -> None:
         counts.append(f"{report.to_come} still to come")
     if report.delete_requested:
         counts.append(f"{report.delete_requested} asked to be deleted")
+    if report.deleted:
+        counts.append(f"{report.deleted} deleted as we had asked")
+    if report.gone:
+        counts.append(f"{report.gone} not shown any more")
+    if report.lost:
+        counts.append(f"{report.lost} lost: gone before they were archived")
     if report.listed is not None:
         rate = f", {report.new / report.seconds:.0f}/s" if report.new and report.seconds else ""
         say(

@@ -41,6 +41,8 @@ https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 _LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "XX"})
 """Refused login, no such database, insufficient privilege, corruption."""
 
+_OF_THE_DISK = ("SQLITE_FULL", "SQLITE_IOERR")
+
 _NO_TABLE = "42P01"
 """Undefined table: there is no schema yet."""
 
@@ -133,18 +135,26 @@ def now(connection: Connection) -> sa.ColumnElement[Any]:
 
 def later(connection: Connection, seconds: float) -> sa.ColumnElement[Any]:
     """The database's own time, so many seconds on."""
-    if connection.dialect.name == "sqlite":
-        return sa.func.strftime("%Y-%m-%d %H:%M:%f000", "now", f"{seconds:+.3f} seconds")
+    return seconds_on(connection.dialect.name, seconds)
+
+
+def seconds_on(dialect: str, seconds: float | sa.BindParameter[float]) -> sa.ColumnElement[Any]:
+    """The same for a statement that is worded before there is a connection, for databases of this dialect."""
+    if dialect == "sqlite":
+        return sa.func.strftime(
+            "%Y-%m-%d %H:%M:%f000", "now", sa.func.printf("%+.3f seconds", seconds, type_=sa.Text())
+        )
     return sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
 
 def _parse(text: str) -> URL:
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: of a port that is no number, as in host:1,other:2
         raise UsageError(
             "the database URL cannot be read",
-            hint="ARCHIVER_DATABASE_URL is sqlite:///path or postgresql://user@host/name",
+            hint="ARCHIVER_DATABASE_URL is sqlite:///path or postgresql://user@host/name; of several hosts, "
+            "postgresql://user@/name?host=one,other&port=5432,5432&target_session_attrs=read-write",
         ) from None
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite" if url.database in (None, "", ":memory:"):
@@ -191,7 +201,7 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
     try:
-        return sa.create_engine(
+        engine = sa.create_engine(
             url,
             pool_size=pool_size,
             max_overflow=0,
@@ -205,6 +215,15 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
         raise UsageError(
             "the driver for PostgreSQL is not installed", hint="pip install 'archiver[postgres]'"
         ) from error
+    sa.event.listen(engine, "checkin", _let_server_decide)
+    return engine
+
+
+def _let_server_decide(connection: Any, _record: object) -> None:
+    # After a reader SQLAlchemy would begin every transaction by READ WRITE. That goes over the head of an
+    # operator who made the server read-only, and a standby refuses it as if it were a mistake of ours.
+    if connection is not None and not connection.closed:
+        connection.read_only = None
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
@@ -256,7 +275,13 @@ def _classified(error: DBAPIError, name: str) -> ArchiverError | None:
         return OperatorNeeded(message, hint="run: archiver db upgrade")
     if lasting:
         return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL, and what this user may do there")
-    return TryLater(message) if passing or error.connection_invalidated else None
+    return TryLater(message, hint=_disk_hint(error)) if passing or error.connection_invalidated else None
+
+
+def _disk_hint(error: DBAPIError) -> str | None:
+    """SQLite says of a full disk that it is full, or no more than "disk I/O error"."""
+    found = str(getattr(error.orig, "sqlite_errorname", ""))
+    return "look at the disk below it: it may be full" if found.startswith(_OF_THE_DISK) else None
 
 
 def _one_line(error: DBAPIError) -> str:

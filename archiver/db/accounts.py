@@ -1,23 +1,28 @@
 """Accounts: added, changed, found, removed. Few rows, so this speaks the ORM."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
 from archiver.db import schedule
-from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account, lease
+from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account, mailbox
 from archiver.errors import UsageError
 from archiver.model import NO_DIGEST, Account, DeletePolicy, mail_host
+from archiver.policy import late_after_seconds
+from archiver.timetable import Timetable
+
+_BY_IDS = sa.select(account).where(account.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 REMOVED = "removed"
 """The reason that a removed account is paused for. What it captured stays."""
 
 
 def add(connection: Connection, new: Account, at: datetime) -> Account:
-    """Add an account, due at once, and return it as it is kept.
+    """Add an account, due at once or as its cron expression says, and return it as it is kept.
 
     A removed account comes back, with the id under which its archive lies,
     when name and URL are those it had. Raises UsageError when the name or the
@@ -35,24 +40,29 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
             )
         if row is not None:
             again = replace(new, id=row.id, epoch=row.epoch)
-            change(connection, again)
+            change(connection, again, at)
             schedule.resume(connection, again.id)
+            schedule.reconsider(connection, again.id, again.url, _first_due(again, at))
             return again
         _refuse_second(connection, new)
         session.add(_row(new, at))
         session.flush()
-        session.add(LeaseRow(account_id=new.id, due_at=None, host=mail_host(new.url)))
+        late_at = at + timedelta(seconds=late_after_seconds(None))
+        session.add(LeaseRow(account_id=new.id, due_at=None, host=mail_host(new.url), late_at=late_at))
         session.add(MailboxRow(account_id=new.id))
         session.add(JournalRow(account_id=new.id, sequence=0, digest=NO_DIGEST, written_at=at))
         session.flush()
     schedule.resume(connection, new.id)
+    if new.cron is not None:
+        schedule.reconsider(connection, new.id, new.url, _first_due(new, at))
     return new
 
 
-def change(connection: Connection, changed: Account) -> None:
+def change(connection: Connection, changed: Account, at: datetime) -> None:
     """Give an account other settings. Its id, and so its objects and its journal, stays.
 
-    Raises UsageError when another account has the URL.
+    It is due at once, or as its cron expression says. Raises UsageError when
+    another account has the URL.
     """
     _refuse_second(connection, changed)
     connection.execute(
@@ -67,6 +77,7 @@ def change(connection: Connection, changed: Account) -> None:
             interval_seconds=changed.interval_seconds,
             timeout_seconds=changed.timeout_seconds,
             pipelining=changed.pipelining,
+            avoids=" ".join(changed.avoids),
             tls_pins=" ".join(changed.tls_pins),
             tls_minimum=changed.tls_minimum,
             tls_server_name=changed.tls_server_name,
@@ -80,9 +91,32 @@ def change(connection: Connection, changed: Account) -> None:
             removed_at=None,
         )
     )
+    # Another address may be another mailbox, and another policy lets other messages go.
     connection.execute(
-        sa.update(lease).where(lease.c.account_id == changed.id).values(host=mail_host(changed.url))
+        sa.update(mailbox).where(mailbox.c.account_id == changed.id).values(trusted_until=None)
     )
+    schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
+
+
+def exchange_secret(connection: Connection, account_id: str, old: str, new: str) -> bool:
+    """Put one reference to a secret in the place of another; false when another stands there by now."""
+    exchanged = connection.execute(
+        sa.update(account)
+        .where(account.c.id == account_id, account.c.secret.in_([old, new]))
+        .values(secret=new)
+    )
+    return bool(exchanged.rowcount)
+
+
+def page(connection: Connection, after: str, limit: int) -> list[Account]:
+    """Accounts that were not removed, by name, behind the one of that name."""
+    rows = connection.execute(
+        sa.select(account)
+        .where(account.c.removed_at.is_(None), account.c.name > after)
+        .order_by(account.c.name)
+        .limit(limit)
+    )
+    return [_account(row) for row in rows]
 
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
@@ -103,10 +137,12 @@ def by_url(connection: Connection, url: str) -> Account | None:
 
 def by_id(connection: Connection, account_id: str) -> Account:
     """The account behind a claim."""
-    found = _one(connection, account.c.id == account_id)
-    if found is None:
-        raise LookupError(account_id)
-    return found
+    return by_ids(connection, [account_id])[account_id]
+
+
+def by_ids(connection: Connection, account_ids: Sequence[str]) -> dict[str, Account]:
+    """The accounts behind claims, by their id."""
+    return {row.id: _account(row) for row in connection.execute(_BY_IDS, {"ids": account_ids})}
 
 
 def all_active(connection: Connection) -> list[Account]:
@@ -120,6 +156,12 @@ def all_active(connection: Connection) -> list[Account]:
 def every(connection: Connection) -> list[Account]:
     """Every account that ever was, removed ones too: their archives are still to be proved."""
     return [_account(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+
+
+def _first_due(wanted: Account, at: datetime) -> datetime | None:
+    """The cron expression's next moment; None without one: at once."""
+    timetable = Timetable.of(wanted)
+    return None if timetable.cron is None else timetable.next_cron(at)
 
 
 def _refuse_second(connection: Connection, wanted: Account) -> None:

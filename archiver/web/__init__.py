@@ -2,8 +2,9 @@
 
 ``/livez`` says that the clock ticks, ``/readyz`` that the store was seen to work
 and that the database answers with the schema of this release.
-``/v1/events?after=&limit=`` tells who wrote to whose mailbox and when, so it
-wants a bearer token, except on a loopback address.
+``/v1/events?after=&limit=`` tells who wrote to whose mailbox and when, and
+``/v1/status`` and ``/v1/accounts/{name}/days`` tell of accounts; so these want
+a bearer token, except on a loopback address.
 """
 
 import hmac
@@ -14,20 +15,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy.engine import Connection
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from archiver import feed, observe
-from archiver.db import Database, reads
+from archiver import completeness, feed, observe
+from archiver.db import Database, accounts, reads, schedule
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 
 EVENTS_AT_MOST = 5_000
+DAYS_AT_MOST = 3_660
+ACCOUNTS_AT_MOST = 1_000
 START_SECONDS = 10.0
 HIGHEST_PORT = 65535
 
@@ -43,30 +48,6 @@ class Health:
 
 def application(database: Database, health: Health, *, token: str | None, on_loopback: bool) -> Starlette:
     """The routes. Handlers are plain functions: Starlette runs them in threads, as the database blocks."""
-
-    def livez(_: Request) -> Response:
-        alive = health.alive()
-        return PlainTextResponse("ok\n" if alive else "the clock stands still\n", 200 if alive else 503)
-
-    def readyz(_: Request) -> Response:
-        try:
-            health.ready()
-        except ArchiverError as error:
-            return PlainTextResponse(f"{error}\n", 503)
-        return PlainTextResponse("ok\n")
-
-    def metrics(_: Request) -> Response:
-        try:
-            found = health.standing()
-        except ArchiverError:
-            # The process's own figures matter most when the database is away.
-            observe.OVERDUE_SECONDS.set(float("nan"))
-        else:
-            observe.OVERDUE_SECONDS.set(found.overdue_seconds)
-            observe.QUARANTINED.set(found.quarantined)
-            for state, count in found.accounts.items():
-                observe.ACCOUNTS.labels(state).set(count)
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     def events(request: Request) -> Response:
         refusal = _refusal(request, token, on_loopback=on_loopback)
@@ -85,12 +66,26 @@ def application(database: Database, health: Health, *, token: str | None, on_loo
 
     return Starlette(
         routes=[
-            Route("/livez", livez),
-            Route("/readyz", readyz),
-            Route("/metrics", metrics),
+            *_of_process(health),
             Route("/v1/events", events),
+            *_of_accounts(database, token, on_loopback=on_loopback),
         ]
     )
+
+
+def _ask(database: Database, name: str) -> Response:
+    """Have an account polled now, as ``archiver account poll`` does."""
+
+    def ask(connection: Connection) -> Response:
+        found = accounts.by_name(connection, name)
+        if found is None or found.paused_reason == accounts.REMOVED:
+            return _problem(404, f"there is no account named {name}")
+        if found.paused_reason is not None:
+            return _problem(409, f"{name} is paused: {found.paused_reason}")
+        schedule.ask(connection, [found.id])
+        return JSONResponse({"account": name, "asked": True}, 202)
+
+    return database.transact(ask)
 
 
 @contextmanager
@@ -134,6 +129,92 @@ def serving(listen: str, make: Callable[[bool], Starlette]) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(timeout=5)
+
+
+def _of_process(health: Health) -> list[Route]:
+    """The routes that tell how this process is."""
+
+    def livez(_: Request) -> Response:
+        alive = health.alive()
+        return PlainTextResponse("ok\n" if alive else "the clock stands still\n", 200 if alive else 503)
+
+    def readyz(_: Request) -> Response:
+        try:
+            health.ready()
+        except ArchiverError as error:
+            return PlainTextResponse(f"{error}\n", 503)
+        return PlainTextResponse("ok\n")
+
+    def metrics(_: Request) -> Response:
+        try:
+            found = health.standing()
+        except ArchiverError:
+            # The process's own figures matter most when the database is away.
+            observe.OVERDUE_SECONDS.set(float("nan"))
+        else:
+            observe.OVERDUE_SECONDS.set(found.overdue_seconds)
+            observe.QUARANTINED.set(found.quarantined)
+            observe.LATE.set(found.late)
+            observe.DELETION_HELD.set(found.held)
+            observe.HOSTS_FAILING.set(found.hosts)
+            for state, count in found.accounts.items():
+                observe.ACCOUNTS.labels(state).set(count)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+
+
+def _of_accounts(database: Database, token: str | None, *, on_loopback: bool) -> list[Route]:
+    """The routes about accounts: how they stand, by one look at the database each, and polls asked for."""
+
+    def told(request: Request, answer: Callable[[Connection, Request], dict[str, Any] | None]) -> Response:
+        """What one look at the database gives, to whoever may read it."""
+        refusal = _refusal(request, token, on_loopback=on_loopback)
+        if refusal is not None:
+            return refusal
+        try:
+            with database.reading() as connection:
+                found = answer(connection, request)
+        except ValueError as error:
+            return _problem(400, str(error))
+        except ArchiverError as error:
+            return _problem(503, str(error))
+        return _problem(404, "there is no account of that name") if found is None else JSONResponse(found)
+
+    def poll(request: Request) -> Response:
+        refusal = _refusal(request, token, on_loopback=on_loopback)
+        if refusal is None and not token and "origin" in request.headers:
+            # Any page that somebody on this machine looks at could have its browser say this.
+            refusal = _problem(403, "set ARCHIVER_API_TOKEN to ask for polls from a browser")
+        if refusal is not None:
+            return refusal
+        try:
+            return _ask(database, request.path_params["name"])
+        except ArchiverError as error:
+            return _problem(503, str(error))
+
+    return [
+        Route("/v1/status", lambda request: told(request, _status)),
+        Route("/v1/accounts/{name:path}/poll", poll, methods=["POST"]),
+        # A name may be anything that can be printed: slashes, too.
+        Route("/v1/accounts/{name:path}/days", lambda request: told(request, _account_days)),
+    ]
+
+
+def _status(connection: Connection, request: Request) -> dict[str, Any]:
+    days = _number(request, "days", 0, DAYS_AT_MOST)
+    limit = _number(request, "limit", completeness.SHOWN, ACCOUNTS_AT_MOST)
+    found = completeness.overview(connection, datetime.now(UTC), days=days or None, limit=limit)
+    return completeness.overview_json(found)
+
+
+def _account_days(connection: Connection, request: Request) -> dict[str, Any] | None:
+    days = max(1, _number(request, "days", completeness.LOOK_BACK_DAYS, DAYS_AT_MOST))
+    account = accounts.by_name(connection, request.path_params["name"])
+    if account is None:
+        return None
+    found = completeness.ledger(connection, account.id, datetime.now(UTC), days=days)
+    return {"account": account.name, "id": account.id} | completeness.ledger_json(found)
 
 
 def _refusal(request: Request, token: str | None, *, on_loopback: bool) -> Response | None:

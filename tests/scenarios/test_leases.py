@@ -13,20 +13,31 @@ import pytest
 import sqlalchemy as sa
 
 from archiver.db import Database, accounts, reads, schedule
+from archiver.db.schedule import HostSessions
 from archiver.db.tables import account as account_table
 from archiver.db.tables import capture as capture_table
 from archiver.db.tables import journal as journal_table
 from archiver.db.tables import lease as lease_table
+from archiver.db.tables import mailbox as mailbox_table
 from archiver.db.tables import poll as poll_table
 from archiver.db.tables import sighting as sighting_table
 from archiver.errors import IntegrityError, LeaseLost, TryLater
 from archiver.evidence import journal
-from archiver.model import NO_DIGEST, Account, Claim, DeletePolicy, MailServer, Segment, segment_key
+from archiver.model import (
+    NO_DIGEST,
+    PAUSED_BY_HAND,
+    Account,
+    Claim,
+    DeletePolicy,
+    MailServer,
+    Segment,
+    segment_key,
+)
 from archiver.poll import Tools, Unwatched
 from archiver.poll import poll as tell_poll
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
-from archiver.worker import PAUSED_BY_HAND, Chance, HeldLease, Worker
+from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import (
     LEASE_SECONDS,
@@ -46,10 +57,17 @@ def mailbox(*names: str, **settings: Any) -> MailboxPlay:
     return MailboxPlay([(name.encode(), message(name)) for name in names], **settings)
 
 
-def claim_due(archive: Archive, owner: str = "another", limit: int = 100) -> list[Claim]:
+def claim_due(
+    archive: Archive, owner: str = "another", limit: int = 100, *, sessions: int = 1000, **others: Any
+) -> list[Claim]:
     return archive.database.transact(
         lambda connection: schedule.claim_due(
-            connection, owner=owner, lease_seconds=LEASE_SECONDS, limit=limit
+            connection,
+            owner=owner,
+            lease_seconds=LEASE_SECONDS,
+            limit=limit,
+            sessions=HostSessions(sessions),
+            **others,
         )
     )
 
@@ -267,6 +285,7 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     for table, values in (
         (lease_table, {"token": 0}),
         (journal_table, {"sequence": 0, "digest": NO_DIGEST}),
+        (mailbox_table, {"captures": 0, "octets": 0}),
     ):
         archive.execute(sa.update(table).where(table.c.account_id == account.id).values(**values))
     for table in (capture_table, sighting_table, poll_table):
@@ -364,7 +383,7 @@ def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archi
     database = Eager(archive.database.engine.url.render_as_string(hide_password=False))
     worker = archive.worker(archive.tools(database=database))
     (first,) = worker._claim_due(1)
-    worker._poll_due(first)
+    wait(worker._begin([first]))
     assert [lease.claim.token for lease in again] == [2]
     archive.clock.advance(LEASE_SECONDS * 0.6)
     worker._heartbeat()
@@ -379,7 +398,7 @@ def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archi
     worker = archive.worker()
     (held,) = worker._claim_due(1)
     archive.execute(sa.update(account_table).values(delete_policy="of a newer release"))
-    worker._poll_due(held)
+    wait(worker._begin([held]))
     archive.run_out(account)
     worker._heartbeat()
     assert [claim.token for claim in claim_due(archive)] == [2]
@@ -489,6 +508,7 @@ def test_a_database_whose_answers_are_lost_counts_nothing_twice(archive: Archive
     kept = database.transact(lambda connection: accounts.add(connection, new, archive.clock.now()))
     assert kept == new
     archive.execute(sa.text("DELETE FROM lease WHERE account_id = '0123456789abcdef'"))
+    archive.execute(sa.text("DELETE FROM mailbox WHERE account_id = '0123456789abcdef'"))
     archive.execute(sa.text("DELETE FROM journal WHERE account_id = '0123456789abcdef'"))
     archive.execute(sa.delete(account_table).where(account_table.c.id == new.id))
     database.close()

@@ -1,23 +1,15 @@
 """Decisions: identity, deletion, waiting."""
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from archiver import policy
-from archiver.model import UNKNOWN_SIZE, DeletePolicy, PollReport, SightingKey
+from archiver.model import DeletePolicy, PollReport
 from archiver.policy import NextPoll, Setbacks
+from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable, parse_blackout, parse_cron
 
 NOW = datetime(2024, 2, 29, 12, tzinfo=UTC)
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    uidl: bytes | None
-    size: int | None
 
 
 def lowest(low: float, _high: float) -> float:
@@ -30,28 +22,6 @@ def highest(_low: float, high: float) -> float:
 
 def report(outcome: str = "ok", **others: object) -> PollReport:
     return PollReport("a", outcome, **others)
-
-
-# Identity.
-
-
-def test_an_id_that_stands_once_identifies_and_another_does_not() -> None:
-    entries = [Listed(b"a", 1), Listed(b"twice", 2), Listed(b"twice", 3), Listed(None, 4), Listed(b"b", None)]
-    found = policy.identify(entries)
-    assert [item.certain for item in found] == [True, False, False, False, True]
-    assert found[0].sighting == SightingKey(b"a", 1, b"")
-    assert found[3].sighting == SightingKey(b"", 4, b"")
-    assert found[4].sighting.size == UNKNOWN_SIZE
-    assert [item.entry for item in found] == entries
-
-
-@given(st.lists(st.tuples(st.none() | st.binary(max_size=2), st.none() | st.integers(0, 3))))
-def test_certain_sightings_are_never_shared(pairs: list[tuple[bytes | None, int | None]]) -> None:
-    found = policy.identify([Listed(uidl, size) for uidl, size in pairs])
-    certain = [item.sighting.uidl for item in found if item.certain]
-    assert len(set(certain)) == len(certain)
-    others = {item.entry.uidl for item in found if not item.certain}
-    assert not others & set(certain)
 
 
 # Deletion.
@@ -106,14 +76,18 @@ def test_the_third_connection_is_the_last() -> None:
 def test_an_interval_is_spread_by_a_tenth() -> None:
     for uniform, seconds in ((lowest, 270.0), (highest, 330.0)):
         following = policy.next_poll(
-            report(listed=3, known=3), setbacks=Setbacks(4, 2), interval_seconds=300.0, uniform=uniform
+            report(listed=3, known=3),
+            setbacks=Setbacks(4, 2),
+            timetable=Timetable(300.0),
+            now=NOW,
+            uniform=uniform,
         )
         assert following == NextPoll(pytest.approx(seconds), Setbacks())
 
 
 def test_what_is_left_is_fetched_at_once() -> None:
     following = policy.next_poll(
-        report(listed=9, new=3), setbacks=Setbacks(), interval_seconds=300.0, uniform=highest
+        report(listed=9, new=3), setbacks=Setbacks(), timetable=Timetable(300.0), now=NOW, uniform=highest
     )
     assert following.after_seconds == 0.0
 
@@ -121,9 +95,9 @@ def test_what_is_left_is_fetched_at_once() -> None:
 @pytest.mark.parametrize("interval_seconds", [1e12, float("inf")])
 def test_no_interval_is_longer_than_a_month(interval_seconds: float) -> None:
     following = policy.next_poll(
-        report(), setbacks=Setbacks(), interval_seconds=interval_seconds, uniform=highest
+        report(), setbacks=Setbacks(), timetable=Timetable(interval_seconds), now=NOW, uniform=highest
     )
-    assert following.after_seconds == pytest.approx(1.1 * policy.LONGEST_WAIT_SECONDS)
+    assert following.after_seconds == pytest.approx(1.1 * LONGEST_WAIT_SECONDS)
 
 
 def test_passing_trouble_is_backed_off_with_full_jitter_up_to_an_hour() -> None:
@@ -131,14 +105,14 @@ def test_passing_trouble_is_backed_off_with_full_jitter_up_to_an_hour() -> None:
     setbacks = Setbacks()
     for _ in range(9):
         following = policy.next_poll(
-            report("try_later"), setbacks=setbacks, interval_seconds=300.0, uniform=highest
+            report("try_later"), setbacks=setbacks, timetable=Timetable(300.0), now=NOW, uniform=highest
         )
         waits.append(following.after_seconds)
         setbacks = following.setbacks
     assert waits == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
     assert setbacks == Setbacks(failures=9)
     following = policy.next_poll(
-        report("try_later"), setbacks=Setbacks(10_000), interval_seconds=300.0, uniform=lowest
+        report("try_later"), setbacks=Setbacks(10_000), timetable=Timetable(300.0), now=NOW, uniform=lowest
     )
     assert following.after_seconds == 0.0
 
@@ -146,7 +120,11 @@ def test_passing_trouble_is_backed_off_with_full_jitter_up_to_an_hour() -> None:
 @pytest.mark.parametrize("outcome", ["ok", "try_later", "operator_needed"])
 def test_what_the_server_asked_for_is_kept(outcome: str) -> None:
     following = policy.next_poll(
-        report(outcome, wait_seconds=9000.0), setbacks=Setbacks(), interval_seconds=300.0, uniform=lowest
+        report(outcome, wait_seconds=9000.0),
+        setbacks=Setbacks(),
+        timetable=Timetable(300.0),
+        now=NOW,
+        uniform=lowest,
     )
     assert following.after_seconds == 9000.0
 
@@ -158,7 +136,8 @@ def test_the_fourth_refusal_waits_for_an_operator() -> None:
         following = policy.next_poll(
             report("operator_needed", error="wrong password"),
             setbacks=setbacks,
-            interval_seconds=300.0,
+            timetable=Timetable(300.0),
+            now=NOW,
             uniform=lowest,
         )
         waits.append(following.after_seconds)
@@ -173,7 +152,8 @@ def test_damage_stops_at_once() -> None:
     following = policy.next_poll(
         report("integrity", listed=5, error="it differs"),
         setbacks=Setbacks(),
-        interval_seconds=300.0,
+        timetable=Timetable(300.0),
+        now=NOW,
         uniform=lowest,
     )
     assert (following.after_seconds, following.pause_reason) == (None, "it differs")
@@ -184,7 +164,8 @@ def test_an_operator_needed_for_the_service_pauses_no_account(others: dict[str, 
     following = policy.next_poll(
         report("operator_needed", error="access denied", **others),
         setbacks=Setbacks(refusals=3),
-        interval_seconds=300.0,
+        timetable=Timetable(300.0),
+        now=NOW,
         uniform=highest,
     )
     assert following == NextPoll(30.0, Setbacks(1, 3))
@@ -198,7 +179,8 @@ def test_a_login_delay_is_a_lower_bound_whatever_happened(outcome: str) -> None:
     following = policy.next_poll(
         report(outcome, login_delay_seconds=9000.0, listed=3, new=1),
         setbacks=Setbacks(),
-        interval_seconds=300.0,
+        timetable=Timetable(300.0),
+        now=NOW,
         uniform=lowest,
     )
     assert following.after_seconds == 9000.0 + policy.LOGIN_DELAY_MARGIN_SECONDS
@@ -209,7 +191,8 @@ def test_a_login_delay_shorter_than_the_interval_changes_nothing(login_delay_sec
     following = policy.next_poll(
         report(login_delay_seconds=login_delay_seconds),
         setbacks=Setbacks(),
-        interval_seconds=300.0,
+        timetable=Timetable(300.0),
+        now=NOW,
         uniform=lowest,
     )
     assert following.after_seconds == pytest.approx(270.0)
@@ -224,3 +207,144 @@ def test_when_another_login_would_be_refused(
 ) -> None:
     found = policy.is_too_early(report(login_delay_seconds=login_delay_seconds, seconds=seconds))
     assert found is too_early
+
+
+# Calendars and budgets.
+
+
+def test_a_cron_expression_goes_before_the_interval_and_is_not_spread() -> None:
+    noon = Timetable(300.0, cron=parse_cron("30 13 * * *", UTC))
+    following = policy.next_poll(report(), setbacks=Setbacks(), timetable=noon, now=NOW, uniform=highest)
+    assert following.after_seconds == 90 * 60.0
+    # After trouble it is not the next day that is waited for.
+    following = policy.next_poll(
+        report("try_later"), setbacks=Setbacks(), timetable=noon, now=NOW, uniform=highest
+    )
+    assert following.after_seconds == 30.0
+
+
+@pytest.mark.parametrize("outcome", ["ok", "try_later", "operator_needed"])
+def test_a_blackout_puts_off_whatever_is_decided(outcome: str) -> None:
+    office = Timetable(300.0, blackout=parse_blackout("12:00-18:00"))
+    following = policy.next_poll(
+        report(outcome, error="no"), setbacks=Setbacks(), timetable=office, now=NOW, uniform=lowest
+    )
+    assert following.after_seconds == 6 * 3600.0
+
+
+def test_what_is_left_when_the_day_is_spent_waits_for_the_next() -> None:
+    left = report(listed=9, new=3, held_back="day")
+    evening = NOW.replace(hour=23, minute=50)
+    # Until then the mailbox is listed at its interval, so that what waits is known.
+    for moment, seconds in ((NOW, 330.0), (evening, 330.0)):
+        following = policy.next_poll(
+            left, setbacks=Setbacks(), timetable=Timetable(300.0), now=moment, uniform=highest
+        )
+        assert following.after_seconds == pytest.approx(seconds)
+    following = policy.next_poll(
+        left, setbacks=Setbacks(), timetable=Timetable(86400.0), now=evening, uniform=highest
+    )
+    assert following.after_seconds == 600.0 + 60.0 + policy.MIDNIGHT_SPREAD_SECONDS
+
+
+@pytest.mark.parametrize("held_back", ["session", "room", None])
+def test_what_is_left_for_another_reason_is_fetched_at_once(held_back: str | None) -> None:
+    left = report(listed=9, new=3, held_back=held_back)
+    following = policy.next_poll(
+        left, setbacks=Setbacks(), timetable=Timetable(300.0), now=NOW, uniform=highest
+    )
+    assert following.after_seconds == 0.0
+
+
+def test_an_adaptive_interval_is_remembered_through_trouble() -> None:
+    adaptive = Timetable(60.0, interval_max_seconds=600.0)
+    following = policy.next_poll(
+        report(), setbacks=Setbacks(), timetable=adaptive, now=NOW, uniform=lowest, stands_at=100.0
+    )
+    assert following.interval_seconds == 150.0
+    assert following.after_seconds == pytest.approx(135.0)
+    following = policy.next_poll(
+        report("try_later"), setbacks=Setbacks(), timetable=adaptive, now=NOW, uniform=lowest, stands_at=150.0
+    )
+    assert following.interval_seconds == 150.0
+
+
+def test_not_even_who_asks_may_be_too_early() -> None:
+    following = policy.next_poll(
+        report(login_delay_seconds=900.0),
+        setbacks=Setbacks(),
+        timetable=Timetable(3600.0),
+        now=NOW,
+        uniform=lowest,
+    )
+    assert following.least_seconds == 905.0
+
+
+# Hosts and threads.
+
+
+def test_a_host_is_closed_after_five_and_for_a_quarter_of_an_hour_at_most() -> None:
+    assert [policy.host_retry_seconds(failures, 1.0) for failures in (1, 4, 5, 6, 9, 10, 9999)] == [
+        *(None, None, 30.0, 60.0),
+        *(480.0, 900.0, 900.0),
+    ]
+    assert policy.host_retry_seconds(9999, 0.0) == policy.HOST_LEAST_SECONDS
+
+
+def test_half_of_the_threads_stay_for_those_that_work() -> None:
+    assert [policy.threads_for_failing(workers) for workers in (1, 2, 3, 16)] == [1, 1, 1, 8]
+
+
+def test_polls_begin_with_one_and_grow_to_all() -> None:
+    assert [policy.ramped_up(16, seconds, 8.0) for seconds in (0.0, 0.4, 1.0, 4.0, 7.9, 8.0, 99.0)] == [
+        *(1, 1, 2, 8, 15, 16, 16),
+    ]
+    assert policy.ramped_up(16, 0.0, 0.0) == 16
+
+
+# Renumbering, and trust.
+
+
+@pytest.mark.parametrize(
+    ("held", "found", "strange", "suspicious"),
+    [
+        (1000, 0, 1000, True),
+        (1000, 20, 500, True),
+        (10, 0, 5, True),
+        (9, 0, 9, False),  # a small mailbox, emptied and filled within a day
+        (1000, 21, 1000, False),
+        (1000, 0, 499, False),  # emptied, with new mail
+        (1000, 1000, 5000, False),
+        (0, 0, 100, False),
+    ],
+)
+def test_a_renumbering_is_suspected(held: int, found: int, strange: int, suspicious: bool) -> None:
+    assert policy.may_be_renumbered(held=held, found=found, strange=strange) is suspicious
+
+
+@pytest.mark.parametrize(("fetched", "known", "sure"), [(0, 0, False), (4, 2, True), (4, 1, False)])
+def test_a_suspicion_is_judged_by_contents(fetched: int, known: int, sure: bool) -> None:
+    assert policy.is_renumbered(fetched=fetched, known=known) is sure
+
+
+def test_trust_ends_with_the_first_thing_that_is_due() -> None:
+    hour = timedelta(hours=1)
+    assert policy.trusted_until(NOW, 14_400, [None, None], lowest) == NOW + 4 * hour
+    assert policy.trusted_until(NOW, 14_400, [], highest) == NOW + 3 * hour
+    assert policy.trusted_until(NOW, 14_400, [NOW + 9 * hour, NOW + hour], lowest) == NOW + hour
+    assert policy.trusted_until(NOW, 14_400, [NOW], lowest) is None
+    assert policy.trusted_until(NOW, 0, [], lowest) is None
+    assert policy.trusted_until(NOW, 1e300, [], lowest) is not None
+
+
+def test_a_message_falls_due_when_its_days_are_over() -> None:
+    assert policy.deletable_at(DeletePolicy(2.0), NOW) == NOW + timedelta(days=2)
+    assert policy.deletable_at(DeletePolicy(None), NOW) is None
+    assert policy.deletable_at(DeletePolicy(1e30), NOW) is None
+
+
+def test_a_hold_and_a_ban_go_before_the_policy() -> None:
+    wanted = DeletePolicy(0.0)
+    assert policy.delete_in_force(wanted, hold=None, forbidden=False) == wanted
+    assert policy.delete_in_force(wanted, hold="renumbered", forbidden=False) == DeletePolicy(None)
+    assert policy.delete_in_force(wanted, hold=None, forbidden=True) == DeletePolicy(None)
