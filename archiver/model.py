@@ -8,13 +8,16 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from archiver.errors import Outcome
 
 UNKNOWN_SIZE = -1
 """The size of a listing entry for which the server gave none."""
+
+PAUSED_BY_HAND = "paused by hand"
+"""An account paused so goes on when somebody says so, not when a poll of it happens to work."""
 
 NO_DIGEST = bytes(32)
 """What the first segment of a journal names as its predecessor."""
@@ -101,7 +104,8 @@ class Account:
     ``cron``, read in ``time_zone``, goes before the interval; with an
     ``interval_max_seconds`` the interval adapts itself between the two.
     ``day_octets`` is what may be fetched in one day (UTC). ``avoids`` are
-    commands and capabilities that its server was seen to trip over.
+    commands and capabilities that its server was seen to trip over, as
+    ``policy.remembered`` writes them.
     ``deletion_hold`` is why nothing is deleted, whatever the policy, until an
     operator has looked.
     """
@@ -138,12 +142,15 @@ class Claim:
 
     ``token`` only grows: whoever writes with an older one is refused.
     ``recover`` tells that an earlier holder may have written a journal segment
-    that the database has not seen.
+    that the database has not seen. ``host`` is where the session counts, and
+    ``failing`` tells that the last poll failed.
     """
 
     account_id: str
     token: int
     recover: bool
+    host: str = field(default="", compare=False)
+    failing: bool = field(default=False, compare=False)
 
 
 class SightingKey(NamedTuple):
@@ -225,14 +232,41 @@ class Segment:
     lines: tuple[Resolved, ...]
 
 
+HeldBack = Literal["session", "room", "blackout", "day"]
+"""What ends a poll before all is fetched: the budget of its session, others that wait for its thread or its
+host, a window in which its account may not be polled, or the budget of its day."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLook:
+    """What a mailbox looked like when it was listed last, by which it is recognised as unchanged.
+
+    ``stat_count`` and ``stat_octets`` are what STAT said in that session,
+    ``last_number`` and ``last_uidl`` are of the last message. Nobody relies on
+    it after ``trusted_until``.
+    """
+
+    stat_count: int
+    stat_octets: int
+    last_number: int | None
+    last_uidl: bytes | None
+    trusted_until: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class PollReport:
     """What one poll did. ``listed`` is None when it ended before a listing was had.
 
     Of the listed messages, ``new`` were captured, ``known`` were held before,
     ``quarantined`` are set aside with a reason, and the rest is ``to_come``.
+    Of those that are listed no more, ``deleted`` went by our hand and ``gone``
+    by another's, both archived; ``lost`` went before they were. ``glanced``:
+    there was no listing, as the mailbox was seen to be unchanged; else
+    ``last_look`` is by what the next poll may see that.
     ``login_delay_seconds`` is the least time that the server wants between two
-    logins; ``warnings`` are sentences for whoever runs this.
+    logins; ``warnings`` are sentences for whoever runs this. ``reached`` is
+    false where the session could not even begin, and None where none was tried;
+    ``held_back`` tells why no more was fetched although there was more.
     """
 
     account: str
@@ -242,17 +276,25 @@ class PollReport:
     known: int = 0
     quarantined: int = 0
     delete_requested: int = 0
+    deleted: int = 0
+    gone: int = 0
+    lost: int = 0
     octets: int = 0
     seconds: float = 0.0
+    glanced: bool = False
+    last_look: LastLook | None = None
     error: str | None = None
     hint: str | None = None
     segments: int = 0
     wait_seconds: float | None = None
     journal_uncertain: bool = False
-    pipelining_broke: bool = False
+    avoid: tuple[str, ...] = ()
+    suspect: tuple[str, ...] = ()
     login_delay_seconds: float | None = None
     implementation: str | None = None
     warnings: tuple[str, ...] = ()
+    reached: bool | None = None
+    held_back: HeldBack | None = None
 
     @property
     def to_come(self) -> int | None:

@@ -11,11 +11,11 @@ repeated in place; the schedule does that.
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 from archiver import policy, pop3
 from archiver.db import Database, reads, record
@@ -32,7 +32,9 @@ from archiver.evidence import journal
 from archiver.model import (
     Account,
     Claim,
+    HeldBack,
     JournalHead,
+    LastLook,
     MailServer,
     PollReport,
     Resolved,
@@ -42,15 +44,12 @@ from archiver.model import (
     message_key,
     segment_key,
 )
-from archiver.policy import Identified
+from archiver.plan import ABSENCES_AT_ONCE, Item, Plan
 from archiver.store import ObjectDiffers, PutResult, Store
 from archiver.store.spool import BytesBody, Spool, SpooledMessage
 
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
-
-LINES_AT_ONCE = 5_000
-"""Absences that go into one segment: a mailbox that was emptied at once makes several of bounded size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,23 @@ class BatchLimits:
     messages: int = 100
     octets: int = 32 * 1024 * 1024
     seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one poll may fetch, and what one account may in a day (UTC) unless it says so itself.
+
+    A poll that went on for ``slice_seconds`` ends when others wait for its
+    thread or its host. ``ends_at`` is when the account's next blackout begins.
+    One message is fetched at least, however large: a budget slows down, and
+    does not stop.
+    """
+
+    messages: int | None = None
+    octets: int | None = None
+    day_octets: int | None = None
+    slice_seconds: float = 60.0
+    ends_at: datetime | None = None
 
 
 class Watch(Protocol):
@@ -93,9 +109,15 @@ class Lease(Protocol):
 class Tools:
     """What a poll works with. ``connect`` opens a session with an account's server, not yet logged in.
 
+    ``another_password`` is asked for one in place of that which the server
+    refused; None where there is no other: an access token can be had anew, a
+    password cannot.
     ``stopping`` tells that the process wants to end: what is under way is
     finished, nothing more is asked for. ``session_seconds`` is when a poll of a
-    large mailbox makes room for others.
+    large mailbox makes room for others. ``full_listing_seconds`` is how long a
+    mailbox that looks unchanged is not listed. With ``forbid_deletion`` nothing
+    is deleted from any server, whatever the accounts say. ``make_room`` asks
+    whether others wait; a poll that is told so ends.
     """
 
     connect: Callable[[Account], pop3.Session]
@@ -109,37 +131,38 @@ class Tools:
     stopping: Callable[[], bool]
     batch: BatchLimits = BatchLimits()
     session_seconds: float = 1800.0
+    full_listing_seconds: float = 4 * 3600.0
+    forbid_deletion: bool = False
+    uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
+    another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None
+    budget: Budget = Budget()
+    make_room: Callable[[], bool] = lambda: False
 
 
-def poll(account: Account, lease: Lease, tools: Tools, watch: Watch | None = None) -> PollReport:
-    """Poll one account and report. Errors that are ours or the server's end up in the report."""
+def poll(
+    account: Account,
+    lease: Lease,
+    tools: Tools,
+    watch: Watch | None = None,
+    *,
+    before: reads.BeforePoll | None = None,
+    may_glance: bool = False,
+) -> PollReport:
+    """Poll one account and report. Errors that are ours or the server's end up in the report.
+
+    ``before`` is what the database said after the claim, where that was asked.
+    With ``may_glance`` a mailbox that looks as it did is not listed. Whoever
+    asks for a poll in person wants certainty, and does not say that.
+    """
     with _Poll(account, lease, tools, watch or Unwatched()) as story:
-        return story.tell()
-
-
-class _Deletable(NamedTuple):
-    """A message on the server that the account's policy lets go, once its capture is proved."""
-
-    entry: pop3.Entry
-    sighting: SightingKey
-    sha256: bytes
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What one listing asks for, set against what the database holds."""
-
-    fetch: list[Identified[pop3.Entry]] = field(default_factory=list)
-    present_again: list[SightingKey] = field(default_factory=list)
-    absent: list[Resolved] = field(default_factory=list)
-    deletable: list[_Deletable] = field(default_factory=list)
+        return story.tell(before, may_glance=may_glance)
 
 
 @dataclass(slots=True)
 class _Fetched:
     """A message that was read from the server and is on its way to the store."""
 
-    item: Identified[pop3.Entry]
+    item: Item
     attempts: int
     at: datetime
     sha256: bytes
@@ -178,15 +201,19 @@ class _Poll:
         self.mailbox: pop3.Session | None = None
         self.server: MailServer | None = None
         self.listing: pop3.Listing | None = None
-        self.attempts: dict[SightingKey, int] = {}
-        self.known_contents: set[SightingKey] = set()
-        self.seen_contents: Counter[SightingKey] = Counter()
-        self.untold: Counter[SightingKey] = Counter()
+        self.asked: dict[int, Item] = {}
+        self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
-        self.pipelining_broke = False
         self.new = self.known = self.quarantined = 0
         self.delete_requested = self.octets = self.segments = 0
+        self.deleted = self.gone = self.lost = 0
+        self.calling = False
+        self.spent_today = 0
+        self.held_back: HeldBack | None = None
+        self.glanced = False
+        self.last_look: LastLook | None = None
+        self.store_failed = False
 
     def __enter__(self) -> Self:
         return self
@@ -197,29 +224,30 @@ class _Poll:
         for spooled in self.spooled.values():
             spooled.close()
 
-    def tell(self) -> PollReport:
+    def tell(self, before: reads.BeforePoll | None, *, may_glance: bool) -> PollReport:
         """The poll, from the journal's end to QUIT."""
         try:
-            self._catch_up_with_journal()
-            with translated(), self.tools.connect(self.account) as mailbox:
-                self.mailbox = mailbox
-                mailbox.login(self.tools.password(self.account))
+            before = self._catch_up_with_journal(before)
+            with translated(), self._log_in() as mailbox:
                 self.server = _server(mailbox.facts)
+                if may_glance and self._is_unchanged(mailbox, before):
+                    self._quit(mailbox)
+                    return self._report_unchanged(before)
                 self.listing = mailbox.list()
                 plan = self._plan(self.listing)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
+                self._look_back(mailbox, plan)
                 self._quit(mailbox)
         except ArchiverError as error:
             return self._report(error.outcome, error)
         return self._report("ok", None)
 
-    def _catch_up_with_journal(self) -> None:
+    def _catch_up_with_journal(self, read: reads.BeforePoll | None) -> reads.BeforePoll:
         """Take in the segments that an earlier holder of the lease wrote and could not record."""
-        with self.tools.database.reading() as connection:
-            self.head = reads.journal_head(connection, self.account.id)
+        before = self._begin_from(read or self._read_before())
         if not self.lease.claim.recover:
-            return
+            return before
         while (found := journal.read(self.tools.store, self.account.id, self.head.sequence + 1)) is not None:
             # A later token than ours is no reason to stop: where the claim still
             # stands, the database is an older one, restored, and learns it here.
@@ -232,95 +260,97 @@ class _Poll:
                 )
             self._record_segment(segment, digest)
         self.journal_uncertain = False
+        return self._begin_from(self._read_before())
 
-    def _plan(self, listing: pop3.Listing) -> _Plan:
-        """Set the listing against what is known: a set difference of ids, never of dates or numbers."""
-        plan = _Plan()
-        items = policy.identify(listing.entries)
-        unseen = {item.sighting: item for item in items if item.certain}
-        uncertain = [item for item in items if not item.certain]
-        ambiguous = {item.sighting for item in uncertain}
-        before: dict[SightingKey, reads.Known] = {}
-        complete = listing.skipped_lines == 0
-        # A message without a UIDL may be any of those that are not shown by theirs.
-        all_named = all(entry.uidl is not None for entry in listing.entries)
-        now = self.tools.now()
+    def _read_before(self) -> reads.BeforePoll:
         with self.tools.database.reading() as connection:
-            for sighting, known in reads.present_sightings(connection, self.account.id, self.account.epoch):
-                if sighting.content:
-                    self.known_contents.add(sighting)
-                elif (item := unseen.pop(sighting, None)) is not None:
-                    self._place(plan, item, known, now)
-                elif sighting in ambiguous:
-                    before[sighting] = known
-                elif complete and (all_named or not sighting.uidl):
-                    what = What.DELETED if known.delete_requested else What.GONE
-                    plan.absent.append(Resolved(what, sighting, now, sha256=known.sha256))
-            returned = reads.absent_sightings(
-                connection, self.account.id, self.account.epoch, [sighting.uidl for sighting in unseen]
+            return reads.before_poll(connection, self.account.id)
+
+    def _begin_from(self, before: reads.BeforePoll) -> reads.BeforePoll:
+        self.head = before.head
+        self.spent_today = before.day_octets if before.day == self.tools.now().date() else 0
+        # The account was read before it was claimed: another may have begun an epoch since.
+        self.account = replace(self.account, epoch=before.epoch, deletion_hold=before.deletion_hold)
+        return before
+
+    def _log_in(self) -> pop3.Session:
+        """A session that is logged in. What the server refuses and can be had anew is tried once more."""
+        password = self.tools.password(self.account)
+        try:
+            return self._log_in_by(password)
+        except pop3.Pop3Error as error:
+            another = None
+            if error.kind is pop3.FailureKind.AUTH:
+                another = self.tools.another_password(self.account, password)
+            if another is None:
+                raise
+        return self._log_in_by(another)
+
+    def _log_in_by(self, password: str) -> pop3.Session:
+        self.calling = True
+        mailbox = self.mailbox = self.tools.connect(self.account)
+        try:
+            mailbox.login(password)
+        except BaseException:
+            mailbox.close()
+            raise
+        return mailbox
+
+    def _is_unchanged(self, mailbox: pop3.Session, before: reads.BeforePoll) -> bool:
+        """Whether STAT and the last message's UIDL are what they were, while that is to be trusted.
+
+        A message that is new or gone changes the count, or the last UIDL, or
+        the octets; what slips through all three waits for the next listing.
+        """
+        last = before.last_look
+        if last is None or last.trusted_until <= self.tools.now():
+            return False
+        self.glanced = True
+        seen = mailbox.glance(last.last_number)
+        self.glanced = (seen.count, seen.octets, seen.uidl) == (
+            last.stat_count,
+            last.stat_octets,
+            last.last_uidl,
+        )
+        return self.glanced
+
+    def _plan(self, listing: pop3.Listing) -> Plan:
+        """Set the listing against what is known, and note what is there although it was to go."""
+        account = self.account
+        delete = policy.delete_in_force(
+            account.delete, hold=account.deletion_hold, forbidden=self.tools.forbid_deletion
+        )
+        with self.tools.database.reading() as connection:
+            plan = Plan.of(
+                listing,
+                reads.present_sightings(connection, account.id, account.epoch),
+                reads.absent_quarantined(connection, account.id, account.epoch),
+                delete=delete,
+                now=self.tools.now(),
             )
-        for sighting, known in returned.items():
-            if self.account.delete.after_days is not None and known.state == "captured":
-                # Some servers give an id again, to another message. Where we delete, only
-                # the content tells; until it was read, the row stays that of an absent one.
-                continue
-            if (item := unseen.pop(sighting, None)) is not None:
-                plan.present_again.append(sighting)
-                self._place(plan, item, known, now)
-        plan.fetch += unseen.values()
-        for item in uncertain:
-            self._place_uncertain(plan, item, before.get(item.sighting), now)
-        # In the order of the mailbox, which is that of arrival; but what cost a
-        # connection before holds nothing else up.
-        plan.fetch.sort(key=lambda item: (item.sighting in self.attempts, item.entry.number))
-        sizes = [item.entry.size for item in plan.fetch]
-        octets = None if None in sizes else sum(size for size in sizes if size is not None)
-        self.watch.listed(len(listing.entries), len(plan.fetch), octets)
+        self.known, self.quarantined = plan.known, plan.quarantined
+        if plan.still_there:
+            claim = self.lease.claim
+            self.tools.database.transact(
+                lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there)
+            )
+        self.watch.listed(len(listing.entries), len(plan.fetch), plan.octets_to_fetch())
         return plan
 
-    def _place(self, plan: _Plan, item: Identified[pop3.Entry], known: reads.Known, now: datetime) -> None:
-        self.attempts[item.sighting] = known.attempts
-        match known.state:
-            case "captured" if known.sha256 is not None:
-                self.known += 1
-                if policy.may_delete(self.account.delete, known.first_seen_at, now):
-                    plan.deletable.append(_Deletable(item.entry, item.sighting, known.sha256))
-            case "quarantined" if known.retry_at is None or known.retry_at > now:
-                self.quarantined += 1
-            case _:
-                plan.fetch.append(item)
-
-    def _place_uncertain(
-        self, plan: _Plan, item: Identified[pop3.Entry], known: reads.Known | None, now: datetime
-    ) -> None:
-        """Only its content can tell which message this is, so it is fetched; unless that failed of late."""
-        if known is None or known.state == "captured":
-            plan.fetch.append(item)
-        else:
-            self.untold[item.sighting] += 1
-            self._place(plan, item, known, now)
-
-    def _archive(self, mailbox: pop3.Session, plan: _Plan) -> None:
+    def _archive(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
-        claim, epoch = self.lease.claim, self.account.epoch
-        if plan.present_again:
-            self.tools.database.transact(
-                lambda connection: record.present_again(connection, claim, epoch, plan.present_again)
-            )
-        while len(plan.absent) > LINES_AT_ONCE:
-            self._write_segment(plan.absent[:LINES_AT_ONCE])
-            del plan.absent[:LINES_AT_ONCE]
-        items = {item.entry.number: item for item in plan.fetch}
-        batch = _Batch(self.tools.monotonic(), resolved=plan.absent)
+        if not plan.suspect and plan.overflows:
+            self._tell_absences(plan)
+        batch = _Batch(self.tools.monotonic(), resolved=[] if plan.suspect else plan.take_absent())
         try:
-            for outcome in mailbox.retrieve(self._supply(plan.fetch), self._open_spool):
-                item = items[outcome.entry.number]
+            for outcome in mailbox.retrieve(self._supply(plan), self._open_spool):
+                item = self.asked.pop(outcome.entry.number)
                 match outcome:
                     case pop3.Retrieved(sink=spooled):
-                        self._send_to_store(item, spooled, batch)
+                        self._send_to_store(item, spooled, batch, plan)
                     case pop3.Refused(error=error):
-                        self._set_aside(item, str(error), batch)
-                if batch.is_full(self.tools.batch, self.tools.monotonic()):
+                        self._set_aside(item, str(error), batch, plan)
+                if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
                     full, batch = batch, _Batch(self.tools.monotonic())
                     self._record(full, plan)
         except (TryLater, OperatorNeeded):
@@ -328,95 +358,156 @@ class _Poll:
             self._record(batch, plan)
             raise
         except pop3.Pop3Error as error:
-            self.pipelining_broke = mailbox.facts.pipelining and error.kind is pop3.FailureKind.PROTOCOL
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
-                self._blame(items[mailbox.in_transit.number], str(error), batch)
+                self._blame(self.asked[mailbox.in_transit.number], str(error), batch, plan)
             self._record(batch, plan)
             raise
         self._record(batch, plan)
-        vanished = self._vanished_contents()
-        for start in range(0, len(vanished), LINES_AT_ONCE):
-            self._write_segment(vanished[start : start + LINES_AT_ONCE])
+        if not plan.suspect:
+            self._tell_absences(plan)
+            self._tell_vanished_contents(plan)
 
-    def _vanished_contents(self) -> list[Resolved]:
-        """Messages known by content alone that are on the server no more.
-
-        Proved only where every message of a listing that was read whole was
-        fetched and told apart: one that was set aside, that is still to come, or
-        that shows an id today may be any of those that are not seen.
-        """
-        listing = self.listing
-        if listing is None or listing.skipped_lines or self.seen_contents.total() < len(listing.entries):
-            return []
-        now = self.tools.now()
-        vanished = sorted(self.known_contents - self.seen_contents.keys())
-        return [Resolved(What.GONE, sighting, now, sha256=sighting.content) for sighting in vanished]
-
-    def _supply(self, fetch: Iterable[Identified[pop3.Entry]]) -> Iterator[pop3.Entry]:
-        """The entries to ask for, until time is up. The client takes them as its window moves on."""
-        ends_at = self.started_at + self.tools.session_seconds
-        for item in fetch:
-            if self.tools.stopping() or self.tools.monotonic() >= ends_at:
+    def _tell_absences(self, plan: Plan) -> None:
+        """What is not shown any more, some thousands at a time."""
+        while lines := plan.take_absent():
+            self._write_segment(lines)
+            if not plan.overflows:
                 return
+            with self.tools.database.reading() as connection:
+                after = lines[-1].sighting
+                rows = reads.present_sightings(connection, self.account.id, self.account.epoch, after=after)
+                plan.find_more_absent(rows, after)
+
+    def _tell_vanished_contents(self, plan: Plan) -> None:
+        """Messages without an id of their own that are not on the server any more.
+
+        That is known once the content of every listed message is: from the row
+        of its sighting, or because it was fetched now. One that is set aside, or
+        still to come, may be any of them.
+        """
+        vanished = plan.contents - self.seen_contents
+        if not vanished or not plan.believed or self._left() or self.quarantined:
+            return
+        with self.tools.database.reading() as connection:
+            present = reads.present_sightings(connection, self.account.id, self.account.epoch)
+            by_id = {
+                named
+                for key, known in present
+                if not key.content and (named := key._replace(content=known.sha256 or b"")) in vanished
+            }
+        now = self.tools.now()
+        lines = [
+            Resolved(
+                What.GONE,
+                sighting,
+                now,
+                sha256=sighting.content,
+                reason=_KNOWN_BY_ID if sighting in by_id else None,
+            )
+            for sighting in sorted(vanished)
+        ]
+        for start in range(0, len(lines), ABSENCES_AT_ONCE):
+            self._write_segment(lines[start : start + ABSENCES_AT_ONCE])
+
+    def _left(self) -> int:
+        """How many listed messages are neither archived nor set aside yet."""
+        listed = 0 if self.listing is None else len(self.listing.entries)
+        return listed - self.new - self.known - self.quarantined
+
+    def _supply(self, plan: Plan) -> Iterator[pop3.Entry]:
+        """The entries to ask for, until something holds back. The client takes them as its window moves."""
+        octets: int | None = None
+        for asked_before, place in enumerate(plan.fetch):
+            item = plan.item(place)
+            if self.tools.stopping():
+                return
+            self.held_back = self._holds_back(asked_before, octets, item.entry.size or 0)
+            if self.held_back is not None:
+                return
+            octets = max(octets or 0, self.octets) + (item.entry.size or 0)
+            self.asked[item.entry.number] = item
             yield item.entry
+
+    def _holds_back(self, messages: int, octets: int | None, size: int) -> HeldBack | None:
+        """What keeps this poll from asking for one message more, of that size."""
+        budget, seconds = self.tools.budget, self.tools.monotonic() - self.started_at
+        asked_for = max(octets or 0, self.octets)
+        if budget.ends_at is not None and self.tools.now() >= budget.ends_at:
+            return "blackout"
+        day_octets = self.account.day_octets or budget.day_octets
+        spent = self.spent_today + asked_for
+        if day_octets is not None and spent and spent + size > day_octets:
+            return "day"
+        if (
+            seconds >= self.tools.session_seconds
+            or (budget.messages is not None and messages >= budget.messages)
+            or (budget.octets is not None and asked_for and asked_for + size > budget.octets)
+        ):
+            return "session"
+        return "room" if seconds >= budget.slice_seconds and self.tools.make_room() else None
 
     def _open_spool(self, entry: pop3.Entry) -> SpooledMessage:
         spooled = self.tools.spool.create(entry.size)
         self.spooled[entry.number] = spooled
         return spooled
 
-    def _send_to_store(self, item: Identified[pop3.Entry], spooled: SpooledMessage, batch: _Batch) -> None:
+    def _send_to_store(self, item: Item, spooled: SpooledMessage, batch: _Batch, plan: Plan) -> None:
         """Hand a message over: the upload goes on while the next messages arrive."""
         spooled.seal()
-        sighting = item.sighting
+        attempts = plan.attempts.get(item.sighting, 0)
         if not item.certain:
-            self._tell_apart(sighting, batch)
-            item = Identified(item.entry, sighting._replace(content=spooled.sha256), certain=False)
-            self.seen_contents[item.sighting] += 1
+            self._tell_apart(item.sighting, batch, plan)
+            item = item._replace(sighting=item.sighting._replace(content=spooled.sha256))
+            self.seen_contents.add(item.sighting)
         upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
-        attempts = self.attempts.get(sighting, 0)
         fetched = _Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
         batch.fetched.append(fetched)
         batch.octets += spooled.size
         self.octets += spooled.size
         self.watch.fetched(spooled.size)
 
-    def _tell_apart(self, sighting: SightingKey, batch: _Batch) -> None:
+    def _tell_apart(self, sighting: SightingKey, batch: _Batch, plan: Plan) -> None:
         """Messages that failed before, and have no id of their own, are all known by content at last."""
-        self.untold[sighting] -= 1
-        if self.untold[sighting] == 0:
-            batch.resolved.append(Resolved(What.GONE, sighting, self.tools.now()))
+        plan.untold[sighting] -= 1
+        if plan.untold[sighting] == 0:
+            batch.resolved.append(Resolved(What.GONE, sighting, self.tools.now(), reason=_KNOWN_BY_CONTENT))
 
     def _upload(self, number: int, spooled: SpooledMessage) -> PutResult:
         with spooled:
             try:
                 return self.tools.store.put(message_key(self.account.id, spooled.sha256), spooled)
+            except BaseException:
+                # Whatever else was fetched would wait for a store that is away.
+                self.store_failed = True
+                raise
             finally:
                 del self.spooled[number]
 
-    def _set_aside(self, item: Identified[pop3.Entry], reason: str, batch: _Batch) -> None:
+    def _set_aside(self, item: Item, reason: str, batch: _Batch, plan: Plan) -> None:
         """This message alone cannot be had: it is quarantined, and the others go on."""
         if (spooled := self.spooled.pop(item.entry.number, None)) is not None:
             spooled.close()
-        attempts = self.attempts.get(item.sighting, 0) + 1
+        attempts = plan.attempts.get(item.sighting, 0) + 1
+        now = self.tools.now()
         batch.resolved.append(
-            Resolved(What.QUARANTINED, item.sighting, self.tools.now(), reason=reason, attempts=attempts)
+            Resolved(What.QUARANTINED, item.sighting, now, reason=reason, attempts=attempts)
         )
+        plan.set_aside(now, attempts)
 
-    def _blame(self, item: Identified[pop3.Entry], reason: str, batch: _Batch) -> None:
+    def _blame(self, item: Item, reason: str, batch: _Batch, plan: Plan) -> None:
         """The connection died in this message. Once is chance; time and again, it is the message."""
         claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
-        attempts = self.attempts.get(item.sighting, 0) + 1
+        attempts = plan.attempts.get(item.sighting, 0) + 1
         self.tools.database.transact(
             lambda connection: record.died_in_transit(
                 connection, claim, epoch, item.sighting, attempts=attempts, at=now
             )
         )
         if policy.is_fatal(attempts):
-            self._set_aside(item, reason, batch)
+            self._set_aside(item, reason, batch, plan)
 
-    def _record(self, batch: _Batch, plan: _Plan) -> None:
+    def _record(self, batch: _Batch, plan: Plan) -> None:
         """Steps 2 to 4 of a batch: objects, journal segment, rows; each durable before the next."""
         results = [(fetched, fetched.upload.result()) for fetched in batch.fetched]
         self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
@@ -424,6 +515,7 @@ class _Poll:
             return
         with self.tools.database.reading() as connection:
             held = reads.held(connection, self.account.id, [fetched.sha256 for fetched in batch.fetched])
+        begins_epoch = plan.suspect and self._judge(plan, batch, held)
         captured: set[bytes] = set(held)
         lines = list(batch.resolved)
         counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
@@ -432,7 +524,7 @@ class _Poll:
             what = What.KNOWN if fetched.sha256 in captured else What.CAPTURED
             captured.add(fetched.sha256)
             counts[what] += 1
-            if sighting in self.known_contents:
+            if sighting in plan.contents:
                 continue  # It is fetched at every poll, and nothing about it is new.
             lines.append(
                 Resolved(
@@ -445,18 +537,39 @@ class _Poll:
                     attempts=fetched.attempts,
                 )
             )
-        if lines:
+        if lines or begins_epoch:
             self._write_segment(lines)
         # Not before: a report must not count what the database does not know.
         self.new += counts[What.CAPTURED]
         self.known += counts[What.KNOWN]
         self.quarantined += counts[What.QUARANTINED]
         now = self.tools.now()
-        plan.deletable += [
-            _Deletable(fetched.item.entry, fetched.item.sighting, fetched.sha256)
-            for fetched in batch.fetched
-            if fetched.item.certain and policy.may_delete(self.account.delete, fetched.at, now)
-        ]
+        for fetched in batch.fetched:
+            if fetched.item.certain and policy.may_delete(plan.delete, fetched.at, now):
+                plan.deletable.append(fetched.item.place)
+            else:
+                plan.keep(fetched.at)
+
+    def _judge(self, plan: Plan, batch: _Batch, held: Container[bytes]) -> bool:
+        """Whether the mailbox was renumbered, as it seems: known contents under strange ids say so.
+
+        Then a new epoch begins, with the segment of this batch. Nothing of the
+        old one is told as absent: what its ids named may be there under others.
+        """
+        if not batch.fetched:
+            return False
+        plan.suspect = False
+        known = sum(fetched.sha256 in held for fetched in batch.fetched)
+        if not policy.is_renumbered(fetched=len(batch.fetched), known=known):
+            return False
+        epoch = self.account.epoch + 1
+        hold = policy.why_held(epoch, self.tools.now())
+        self.account = replace(self.account, epoch=epoch, deletion_hold=hold)
+        plan.begin_epoch()
+        # Of the ids that were found still, nothing is known in the new epoch.
+        self.known -= plan.known
+        self.quarantined -= plan.quarantined
+        return True
 
     def _write_segment(self, lines: list[Resolved]) -> None:
         if self.server is None or self.listing is None:
@@ -487,6 +600,11 @@ class _Poll:
         self._record_segment(segment, body.sha256)
         self.journal_uncertain = False
         self.segments += 1
+        # One that is known otherwise is there still.
+        absent = [line for line in lines if line.what in (What.DELETED, What.GONE) and line.reason is None]
+        self.deleted += sum(line.what is What.DELETED for line in absent)
+        self.gone += sum(line.what is What.GONE and line.sha256 is not None for line in absent)
+        self.lost += sum(line.sha256 is None for line in absent)
 
     def _settle(self, ours: Segment, digest: bytes) -> None:
         """The segment's number was taken: by our own PUT whose answer was lost, or by another writer."""
@@ -507,39 +625,41 @@ class _Poll:
         self.tools.database.transact(lambda connection: record.segment(connection, claim, segment, digest))
         self.head = JournalHead(segment.sequence, digest)
 
-    def _delete(self, mailbox: pop3.Session, plan: _Plan) -> None:
+    def _delete(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Ask the server to delete what the policy lets go, and of that only what is proved to be archived.
 
         Each of these stands in this session's one listing, with the same UIDL
         and size as in a transaction that is committed; and its object is looked
         at in the store now.
         """
+        if plan.suspect:
+            return
         for start in range(0, len(plan.deletable), DELETIONS_AT_ONCE):
             if self.tools.stopping():
                 return
-            chosen = self._prove(plan.deletable[start : start + DELETIONS_AT_ONCE])
-            self._ask_to_delete(mailbox, chosen)
+            items = [plan.item(place) for place in plan.deletable[start : start + DELETIONS_AT_ONCE]]
+            self._ask_to_delete(mailbox, self._prove(items, plan))
 
-    def _prove(self, candidates: list[_Deletable]) -> list[_Deletable]:
+    def _prove(self, candidates: list[Item], plan: Plan) -> list[Item]:
         """Those whose capture is old enough. Raises IntegrityError if one's object is not as it must be."""
+        account, now = self.account, self.tools.now()
         with self.tools.database.reading() as connection:
-            held = reads.held(connection, self.account.id, [candidate.sha256 for candidate in candidates])
-        now = self.tools.now()
+            found = reads.provable(
+                connection, account.id, account.epoch, [item.sighting.uidl for item in candidates]
+            )
         chosen = [
-            candidate
-            for candidate in candidates
-            if (capture := held.get(candidate.sha256)) is not None
-            and policy.may_delete(self.account.delete, capture.captured_at, now)
+            (item, *found[item.sighting])
+            for item in candidates
+            if item.sighting in found
+            and policy.may_delete(plan.delete, found[item.sighting][1].captured_at, now)
         ]
-        looks = self.tools.uploads.map(
-            lambda candidate: self._look_at(candidate.sha256, held[candidate.sha256].octets), chosen
-        )
+        looks = self.tools.uploads.map(lambda each: self._look_at(each[1], each[2].octets), chosen)
         for fault in looks:
             if fault is not None:
                 raise IntegrityError(
                     fault, hint="it was not deleted from the mail server; run: archiver verify"
                 )
-        return chosen
+        return [item for item, _, _ in chosen]
 
     def _look_at(self, sha256: bytes, octets: int) -> str | None:
         """What is wrong with a capture's object, or None. It is read where the store keeps no checksum."""
@@ -558,18 +678,43 @@ class _Poll:
             return f"{key} was captured, and is altered in the store"
         return None
 
-    def _ask_to_delete(self, mailbox: pop3.Session, chosen: list[_Deletable]) -> None:
+    def _ask_to_delete(self, mailbox: pop3.Session, chosen: list[Item]) -> None:
         if not chosen:
             return
         claim, epoch = self.lease.claim, self.account.epoch
-        sightings = [candidate.sighting for candidate in chosen]
+        sightings = [item.sighting for item in chosen]
         self.tools.database.transact(
             lambda connection: record.deletions_requested(
                 connection, claim, epoch, sightings, self.tools.now()
             )
         )
         self.lease.check()
-        self.delete_requested += len(mailbox.delete([candidate.entry for candidate in chosen]))
+        self.delete_requested += len(mailbox.delete([item.entry for item in chosen]))
+
+    def _look_back(self, mailbox: pop3.Session, plan: Plan) -> None:
+        """Remember what the mailbox looks like, if nothing is left to do: by that the next poll knows it.
+
+        The server is asked in the same words as it will be then. One that
+        trips over them, or contradicts its own listing, is listed at each poll.
+        """
+        entries = plan.listing.entries
+        last = entries[-1] if entries else None
+        if self._left() or self.delete_requested or not plan.is_clear:
+            return
+        now = self.tools.now()
+        until = policy.trusted_until(now, self.tools.full_listing_seconds, plan.due_at(), self.tools.uniform)
+        if until is None:
+            return
+        try:
+            seen = mailbox.glance(None if last is None else last.number)
+        except pop3.Pop3Error:
+            return
+        if seen.octets is None or seen.count != len(entries):
+            return
+        if last is None:
+            self.last_look = LastLook(seen.count, seen.octets, None, None, until)
+        elif last.uidl is not None and seen.uidl == last.uidl:
+            self.last_look = LastLook(seen.count, seen.octets, last.number, last.uidl, until)
 
     def _quit(self, mailbox: pop3.Session) -> None:
         """End the session: all that was fetched in it is recorded by now.
@@ -584,6 +729,12 @@ class _Poll:
             if self.delete_requested:
                 raise
 
+    def _report_unchanged(self, before: reads.BeforePoll) -> PollReport:
+        """The mailbox is as it was when it was listed last, and so is what is known of its messages."""
+        report = self._report("ok", None)
+        known = before.listed - before.quarantined
+        return replace(report, listed=before.listed, known=known, quarantined=before.quarantined)
+
     def _report(self, outcome: Outcome, error: ArchiverError | None) -> PollReport:
         facts = None if self.mailbox is None else self.mailbox.facts
         return PollReport(
@@ -594,20 +745,39 @@ class _Poll:
             known=self.known,
             quarantined=self.quarantined,
             delete_requested=self.delete_requested,
+            deleted=self.deleted,
+            gone=self.gone,
+            lost=self.lost,
             octets=self.octets,
             seconds=self.tools.monotonic() - self.started_at,
             error=None if error is None else str(error),
             hint=None if error is None else error.hint,
             segments=self.segments,
+            glanced=self.glanced,
+            last_look=self.last_look,
             wait_seconds=error.wait_seconds if isinstance(error, TryLater) else None,
             # Objects that no segment names yet are the next poll's to account for, too.
             journal_uncertain=self.journal_uncertain or bool(self.uploads),
-            pipelining_broke=self.pipelining_broke,
+            avoid=() if facts is None else tuple(sorted(facts.avoid)),
+            suspect=() if facts is None else tuple(sorted(facts.suspect)),
             login_delay_seconds=None if facts is None else facts.login_delay_seconds,
             implementation=None if facts is None else facts.implementation,
-            warnings=() if facts is None else warnings(self.account, facts),
+            warnings=() if facts is None else (*warnings(self.account, facts), *self._warn_of_budget()),
+            reached=self.mailbox is not None if self.calling else None,
+            held_back=self.held_back,
         )
 
+    def _warn_of_budget(self) -> Iterator[str]:
+        if self.held_back == "day":
+            yield (
+                f"the day's budget is spent: {self.spent_today + self.octets} octets were fetched since "
+                f"00:00 UTC, and {self._left()} messages wait for tomorrow"
+            )
+
+
+_KNOWN_BY_CONTENT = "it is known by its content"
+_KNOWN_BY_ID = "it is known by its id"
+"""Why a sighting ended, although its message is there still."""
 
 _CONNECTION_DIED = frozenset({pop3.FailureKind.TRANSIENT, pop3.FailureKind.PROTOCOL})
 

@@ -106,6 +106,44 @@ def get(capture: Which) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def retry(
+    account: Annotated[
+        str, typer.Argument(metavar="ACCOUNT", help="The account's name.", show_default=False)
+    ],
+    uidl: Annotated[
+        str | None,
+        typer.Option(metavar="UIDL", help="Only the one of this id; all unless given.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fetch again, now, what is in quarantine; as `sync` of this account, which polls it.
+
+    Exit code 1 when the poll did not end well.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.cli.sync import sync
+    from archiver.db import record
+    from archiver.errors import UsageError
+    from archiver.model import uidl_octets
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        found = lookup.active_account(archiver, account)
+        try:
+            wanted = None if uidl is None else uidl_octets(uidl)
+        except UnicodeEncodeError:
+            raise UsageError(f"{uidl!r} is no UIDL", hint=f"archiver account show {account}") from None
+        now = archiver.now()
+        count = archiver.database.transact(
+            lambda connection: record.retry_quarantined(connection, found.id, now, wanted)
+        )
+        if not count:
+            what = "nothing" if uidl is None else f"no message of UIDL {uidl!a}"
+            raise UsageError(f"{what} of {account} is in quarantine", hint=f"archiver account show {account}")
+    sync([account], json=json)
+
+
 def _find(archiver: "Archiver", text: str) -> Any:
     """The one capture that a person means. Raises UsageError."""
     from archiver.db import reads

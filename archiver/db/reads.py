@@ -1,14 +1,14 @@
 """What polls and people ask of the database. Reads only; rows come out as values or plain mappings."""
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db.tables import account, capture, event, journal, lease, poll, sighting
-from archiver.model import JournalHead, SightingKey
+from archiver.db.tables import account, capture, event, host, journal, lease, mailbox, poll, sighting
+from archiver.model import PAUSED_BY_HAND, JournalHead, LastLook, SightingKey
 
 FETCH_ROWS = 1_000
 LOOKUP_ROWS = 200
@@ -33,6 +33,24 @@ class Held(NamedTuple):
     octets: int
 
 
+class BeforePoll(NamedTuple):
+    """What a poll begins with: where journal and mailbox stand, as far as the database knows.
+
+    ``listed`` and ``quarantined`` are of the last listing, by which ``last_look``
+    is; it is None where the mailbox must be listed anew. ``day_octets`` were
+    fetched on ``day`` (UTC).
+    """
+
+    head: JournalHead
+    epoch: int
+    deletion_hold: str | None
+    last_look: LastLook | None
+    listed: int
+    quarantined: int
+    day: date | None = None
+    day_octets: int = 0
+
+
 _KNOWN = (
     sighting.c.uidl,
     sighting.c.size,
@@ -47,9 +65,61 @@ _KNOWN = (
 
 
 def _known(row: Any) -> tuple[SightingKey, Known]:
-    key = SightingKey(row.uidl, row.size, row.content)
-    requested = row.delete_requested_at is not None
-    return key, Known(row.state, row.sha256, row.first_seen_at, row.attempts, row.retry_at, requested)
+    uidl, size, content, state, sha256, first_seen_at, attempts, retry_at, requested_at = row
+    key = SightingKey(uidl, size, content)
+    return key, Known(state, sha256, first_seen_at, attempts, retry_at, requested_at is not None)
+
+
+def before_poll(connection: Connection, account_id: str) -> BeforePoll:
+    """All that a poll must know before it connects, in one query."""
+    return before_polls(connection, [account_id])[account_id]
+
+
+def before_polls(connection: Connection, account_ids: Sequence[str]) -> dict[str, BeforePoll]:
+    """The same for many, by account."""
+    return {row.id: _before(row) for row in connection.execute(_BEFORE, {"ids": account_ids})}
+
+
+def _before(row: Any) -> BeforePoll:
+    last_look = None
+    if row.trusted_until is not None:
+        last_look = LastLook(
+            row.stat_count, row.stat_octets, row.last_number, row.last_uidl, row.trusted_until
+        )
+    return BeforePoll(
+        JournalHead(row.sequence, row.digest),
+        row.epoch,
+        row.deletion_hold,
+        last_look,
+        row.listed or 0,
+        row.quarantined or 0,
+        row.day,
+        row.day_octets or 0,
+    )
+
+
+_BEFORE = (
+    sa.select(
+        account.c.id,
+        account.c.epoch,
+        account.c.deletion_hold,
+        journal.c.sequence,
+        journal.c.digest,
+        mailbox.c.listed,
+        mailbox.c.quarantined,
+        mailbox.c.stat_count,
+        mailbox.c.stat_octets,
+        mailbox.c.last_number,
+        mailbox.c.last_uidl,
+        mailbox.c.trusted_until,
+        mailbox.c.day,
+        mailbox.c.day_octets,
+    )
+    .join(journal, journal.c.account_id == account.c.id)
+    # An older release, which may run beside this one, adds accounts without it.
+    .outerjoin(mailbox, mailbox.c.account_id == account.c.id)
+    .where(account.c.id.in_(sa.bindparam("ids", expanding=True)))
+)
 
 
 def journal_head(connection: Connection, account_id: str) -> JournalHead:
@@ -61,32 +131,65 @@ def journal_head(connection: Connection, account_id: str) -> JournalHead:
 
 
 def present_sightings(
-    connection: Connection, account_id: str, epoch: int
+    connection: Connection, account_id: str, epoch: int, *, after: SightingKey | None = None
 ) -> Iterator[tuple[SightingKey, Known]]:
-    """What was on the server when it was listed last, streamed."""
-    rows = connection.execution_options(yield_per=FETCH_ROWS).execute(
+    """What was on the server when it was listed last, in the order of its keys, from behind ``after`` on.
+
+    Streamed. Octets compare as octets (memcmp) on both databases.
+    """
+    order = (sighting.c.uidl, sighting.c.size, sighting.c.content)
+    query = sa.select(*_KNOWN).where(
+        sighting.c.account_id == account_id, sighting.c.epoch == epoch, sighting.c.absent_at.is_(None)
+    )
+    if after is not None:
+        query = query.where(sa.tuple_(*order) > sa.tuple_(*after))
+    rows = connection.execution_options(yield_per=FETCH_ROWS).execute(query.order_by(*order))
+    return map(_known, rows)
+
+
+def absent_quarantined(connection: Connection, account_id: str, epoch: int) -> dict[SightingKey, Known]:
+    """What was set aside and is not shown any more: if it comes back, it is tried no sooner for that."""
+    rows = connection.execute(
         sa.select(*_KNOWN).where(
-            sighting.c.account_id == account_id, sighting.c.epoch == epoch, sighting.c.absent_at.is_(None)
+            sighting.c.account_id == account_id,
+            sighting.c.epoch == epoch,
+            sighting.c.state == "quarantined",
+            sighting.c.absent_at.is_not(None),
         )
     )
-    return (_known(row) for row in rows)
+    return dict(map(_known, rows))
 
 
-def absent_sightings(
+def provable(
     connection: Connection, account_id: str, epoch: int, uidls: Sequence[bytes]
-) -> dict[SightingKey, Known]:
-    """Which of these UIDLs the database knows from earlier, although they were gone since."""
-    absent = sa.and_(
-        sighting.c.account_id == account_id, sighting.c.epoch == epoch, sighting.c.absent_at.is_not(None)
-    )
-    if connection.execute(sa.select(sa.literal(1)).where(absent).limit(1)).first() is None:
-        return {}
-    found: dict[SightingKey, Known] = {}
+) -> dict[SightingKey, tuple[bytes, Held]]:
+    """The digest and the capture behind each present sighting that has one of these UIDLs for itself."""
+    found: dict[SightingKey, tuple[bytes, Held]] = {}
     for start in range(0, len(uidls), LOOKUP_ROWS):
         rows = connection.execute(
-            sa.select(*_KNOWN).where(absent, sighting.c.uidl.in_(uidls[start : start + LOOKUP_ROWS]))
+            sa.select(
+                sighting.c.uidl,
+                sighting.c.size,
+                capture.c.sha256,
+                capture.c.captured_at,
+                capture.c.octets,
+            )
+            .join(
+                capture,
+                sa.and_(capture.c.account_id == sighting.c.account_id, capture.c.sha256 == sighting.c.sha256),
+            )
+            .where(
+                sighting.c.account_id == account_id,
+                sighting.c.epoch == epoch,
+                sighting.c.uidl.in_(uidls[start : start + LOOKUP_ROWS]),
+                sighting.c.content == b"",
+                sighting.c.state == "captured",
+                sighting.c.absent_at.is_(None),
+            )
         )
-        found.update(map(_known, rows))
+        found.update(
+            (SightingKey(row.uidl, row.size), (row.sha256, Held(row.captured_at, row.octets))) for row in rows
+        )
     return found
 
 
@@ -141,6 +244,24 @@ def capture_digests(connection: Connection, account_id: str) -> Iterator[bytes]:
     return (row.sha256 for row in rows)
 
 
+def counted(connection: Connection, account_id: str) -> tuple[int, int]:
+    """How many captures an account has, and their octets, as they were counted one by one."""
+    row = connection.execute(
+        sa.select(mailbox.c.captures, mailbox.c.octets).where(mailbox.c.account_id == account_id)
+    ).one()
+    return int(row.captures), int(row.octets)
+
+
+def count_again(connection: Connection, account_id: str) -> tuple[int, int]:
+    """The same, from the captures themselves: as slow as there are many."""
+    row = connection.execute(
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(capture.c.octets), 0)).where(
+            capture.c.account_id == account_id
+        )
+    ).one()
+    return int(row[0]), int(row[1])
+
+
 def quarantined(connection: Connection, account_id: str) -> list[Any]:
     """The messages of an account that are set aside, with reason and next try; also those gone since."""
     return list(
@@ -162,68 +283,88 @@ def polls(connection: Connection, account_id: str, limit: int) -> list[Any]:
 
 
 def account_states(connection: Connection, account_ids: Sequence[str] | None = None) -> list[Any]:
-    """Each account with its schedule, its archive and its last polls, ordered by name.
+    """Each account with its schedule, its archive, its mailbox and its last poll, ordered by name.
 
-    ``to_come`` is of the last poll that got a listing; ``outcome``, ``error``
-    and ``ended_at`` of the last poll of all. ``quarantined`` are those that the
-    server still shows: of the others there is nothing left to get.
+    ``listed``, ``to_come`` and ``quarantined`` are of the last listing;
+    ``outcome``, ``error`` and ``ended_at`` of the last poll of all.
     """
-    archived = (
-        sa.select(
-            capture.c.account_id,
-            sa.func.count().label("captures"),
-            sa.func.sum(capture.c.octets).label("octets"),
-        )
-        .group_by(capture.c.account_id)
-        .subquery()
+    query = _states().order_by(account.c.name)
+    if account_ids is not None:
+        query = query.where(account.c.id.in_(account_ids))
+    return list(connection.execute(query))
+
+
+def need_attention(
+    connection: Connection, now: datetime, *, lost: Sequence[str], limit: int | None
+) -> list[Any]:
+    """The accounts that somebody should look at, the worst first; rows as of ``account_states``.
+
+    Those that lost messages (``lost`` names them) come first, then what waits
+    for an operator, fails, deletes nothing, has messages in quarantine, was not
+    looked into; last what was paused by hand.
+    """
+    troubles = [account.c.id.in_(lost), *_troubles(now)]
+    worst = sa.case(*((wanted, number) for number, wanted in enumerate(troubles)), else_=None)
+    query = _states().where(account.c.removed_at.is_(None), worst.is_not(None))
+    return list(connection.execute(query.order_by(worst, account.c.name).limit(limit)))
+
+
+def added_at(connection: Connection, account_id: str) -> datetime:
+    """When an account was added first."""
+    at: datetime = connection.execute(
+        sa.select(account.c.created_at).where(account.c.id == account_id)
+    ).scalar_one()
+    return at
+
+
+def failing_hosts(connection: Connection, limit: int | None) -> list[Any]:
+    """Mail hosts in trouble, the longest first."""
+    return list(connection.execute(sa.select(host).order_by(host.c.failing_since, host.c.name).limit(limit)))
+
+
+def _states() -> sa.Select[Any]:
+    # The newest poll by the end of its account's part of the key, not by a look at all of them.
+    newest = poll.alias("newest")
+    token = (
+        sa.select(sa.func.max(newest.c.token)).where(newest.c.account_id == account.c.id).scalar_subquery()
     )
-    aside = (
-        sa.select(sighting.c.account_id, sa.func.count().label("quarantined"))
-        .where(sighting.c.state == "quarantined", sighting.c.absent_at.is_(None))
-        .group_by(sighting.c.account_id)
-        .subquery()
-    )
-    last = _last_poll(poll.c.token > 0)
-    listed = _last_poll(poll.c.listed.is_not(None))
-    query = (
+    return (
         sa.select(
             account,
             lease.c.due_at,
             lease.c.owner,
             lease.c.failures,
             lease.c.refusals,
-            sa.func.coalesce(archived.c.captures, 0).label("captures"),
-            sa.func.coalesce(archived.c.octets, 0).label("octets"),
-            sa.func.coalesce(aside.c.quarantined, 0).label("quarantined"),
-            last.c.outcome,
-            last.c.error,
-            last.c.ended_at,
-            listed.c.listed,
-            sa.func.coalesce(listed.c.to_come, 0).label("to_come"),
+            lease.c.looked_at,
+            lease.c.late_at,
+            mailbox.c.captures,
+            mailbox.c.octets,
+            mailbox.c.listed_at,
+            mailbox.c.listed,
+            mailbox.c.quarantined,
+            mailbox.c.to_come,
+            poll.c.outcome,
+            poll.c.error,
+            poll.c.ended_at,
         )
         .join(lease, lease.c.account_id == account.c.id)
-        .outerjoin(archived, archived.c.account_id == account.c.id)
-        .outerjoin(aside, aside.c.account_id == account.c.id)
-        .outerjoin(last, last.c.account_id == account.c.id)
-        .outerjoin(listed, listed.c.account_id == account.c.id)
-        .order_by(account.c.name)
+        .join(mailbox, mailbox.c.account_id == account.c.id)
+        .outerjoin(poll, sa.and_(poll.c.account_id == account.c.id, poll.c.token == token))
     )
-    if account_ids is not None:
-        query = query.where(account.c.id.in_(account_ids))
-    return list(connection.execute(query))
 
 
-def _last_poll(wanted: sa.ColumnElement[bool]) -> sa.Subquery:
-    newest = (
-        sa.select(poll.c.account_id, sa.func.max(poll.c.token).label("token"))
-        .where(wanted)
-        .group_by(poll.c.account_id)
-        .subquery()
-    )
+_PAUSED = account.c.paused_reason.is_not(None)
+_FAILING = sa.and_(~_PAUSED, lease.c.failures + lease.c.refusals > 0)
+
+
+def _troubles(now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
     return (
-        sa.select(poll)
-        .join(newest, sa.and_(newest.c.account_id == poll.c.account_id, newest.c.token == poll.c.token))
-        .subquery()
+        sa.and_(_PAUSED, account.c.paused_reason != PAUSED_BY_HAND),
+        _FAILING,
+        account.c.deletion_hold.is_not(None),
+        mailbox.c.quarantined > 0,
+        lease.c.late_at < now,
+        _PAUSED,
     )
 
 
@@ -237,33 +378,74 @@ def events(connection: Connection, *, after: int, limit: int) -> list[Any]:
 
 
 class Standing(NamedTuple):
-    """How all accounts stand together. ``overdue_seconds`` is of the one that waits longest."""
+    """How all accounts stand together: accounts by state, messages, and what somebody should look at.
+
+    ``waiting`` are paused for an operator's sake, ``held`` delete nothing until
+    somebody has looked, into ``late`` nobody has looked for longer than
+    planned, and ``concerned`` are all of any trouble; ``hosts`` are mail hosts
+    in trouble. ``overdue_seconds`` is of the account that waits longest.
+    """
 
     accounts: dict[str, int]
     quarantined: int
     overdue_seconds: float
+    captures: int = 0
+    octets: int = 0
+    to_come: int = 0
+    never_polled: int = 0
+    waiting: int = 0
+    held: int = 0
+    late: int = 0
+    hosts: int = 0
+    concerned: int = 0
 
 
 def standing(connection: Connection, now: datetime) -> Standing:
-    """How all accounts stand together: how many are ok, failing and paused, and what waits."""
-    paused = account.c.paused_reason.is_not(None)
-    failing = sa.and_(~paused, lease.c.failures + lease.c.refusals > 0)
+    """How all accounts stand together, in one pass over their narrow rows: nothing counts messages.
+
+    What removed accounts captured is part of the archive; all else is of the others.
+    """
+    active = account.c.removed_at.is_(None)
+    waiting, failing, held, _, late, paused = _troubles(now)
+
+    def number(*wanted: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+        return sa.func.count().filter(active, *wanted)
+
     row = connection.execute(
         sa.select(
-            sa.func.count().label("all"),
-            sa.func.count().filter(paused).label("paused"),
-            sa.func.count().filter(failing).label("failing"),
-            sa.func.min(lease.c.due_at).label("due_at"),
+            number().label("all"),
+            number(paused).label("paused"),
+            number(failing).label("failing"),
+            number(waiting).label("waiting"),
+            number(held).label("held"),
+            number(late).label("late"),
+            number(sa.or_(*_troubles(now))).label("concerned"),
+            number(lease.c.token == 0).label("never_polled"),
+            sa.func.coalesce(sa.func.sum(mailbox.c.captures), 0).label("captures"),
+            sa.func.coalesce(sa.func.sum(mailbox.c.octets), 0).label("octets"),
+            sa.func.coalesce(sa.func.sum(mailbox.c.to_come).filter(active), 0).label("to_come"),
+            sa.func.coalesce(sa.func.sum(mailbox.c.quarantined).filter(active), 0).label("quarantined"),
+            sa.func.min(lease.c.due_at).filter(active).label("due_at"),
         )
         .select_from(account)
         .join(lease, lease.c.account_id == account.c.id)
-        .where(account.c.removed_at.is_(None))
+        .join(mailbox, mailbox.c.account_id == account.c.id)
     ).one()
-    quarantined = connection.execute(
-        sa.select(sa.func.count())
-        .select_from(sighting)
-        .where(sighting.c.state == "quarantined", sighting.c.absent_at.is_(None))
-    ).scalar_one()
-    ok = row.all - row.paused - row.failing
-    overdue = 0.0 if row.due_at is None else max(0.0, (now - row.due_at).total_seconds())
-    return Standing({"ok": ok, "failing": row.failing, "paused": row.paused}, quarantined, overdue)
+    return Standing(
+        accounts={
+            "ok": row.all - row.paused - row.failing,
+            "failing": row.failing,
+            "paused": row.paused,
+        },
+        quarantined=int(row.quarantined),
+        overdue_seconds=0.0 if row.due_at is None else max(0.0, (now - row.due_at).total_seconds()),
+        captures=int(row.captures),
+        octets=int(row.octets),
+        to_come=int(row.to_come),
+        never_polled=row.never_polled,
+        waiting=row.waiting,
+        held=row.held,
+        late=row.late,
+        concerned=row.concerned,
+        hosts=connection.execute(sa.select(sa.func.count()).select_from(host)).scalar_one(),
+    )

@@ -1,4 +1,4 @@
-"""What polls write: segments taken in, tries counted, deletions asked for, reports kept.
+"""What polls write: segments taken in, tries counted, deletions asked for.
 
 Every function takes the connection of a transaction and begins with the fence,
 so a worker that lost its lease writes nothing. Statements per call are
@@ -14,12 +14,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from archiver.db import schedule
-from archiver.db.tables import account, capture, event, journal, mailbox, poll, sighting
+from archiver.db import reads, schedule
+from archiver.db.tables import account, capture, event, journal, lease, mailbox, sighting
 from archiver.errors import IntegrityError
 from archiver.model import (
     Claim,
-    PollReport,
     Resolved,
     Segment,
     SightingKey,
@@ -28,7 +27,7 @@ from archiver.model import (
     message_key,
     uidl_text,
 )
-from archiver.policy import NextPoll, quarantine_retry_seconds
+from archiver.policy import quarantine_retry_seconds, why_held
 
 FEED_LOCK = 0x61726368
 """The advisory lock that orders the feed on PostgreSQL: "arch" in ASCII."""
@@ -39,11 +38,13 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
 
     Taking the same segment in again changes nothing. Raises LeaseLost, or
     IntegrityError when the segment does not follow the one that the database
-    knows.
+    knows. A segment of a new epoch begins it.
     """
     schedule.fence(connection, claim)
     head = connection.execute(
-        sa.select(journal.c.sequence, journal.c.digest).where(journal.c.account_id == written.account_id)
+        sa.select(journal.c.sequence, journal.c.digest, account.c.epoch)
+        .join(account, account.c.id == journal.c.account_id)
+        .where(journal.c.account_id == written.account_id)
     ).one()
     if (head.sequence, head.digest) == (written.sequence, digest):
         return
@@ -57,9 +58,17 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
         .where(journal.c.account_id == written.account_id)
         .values(sequence=written.sequence, digest=digest, written_at=written.written_at)
     )
+    if written.epoch < head.epoch:
+        raise IntegrityError(
+            f"journal segment {written.sequence} of account {written.account_name} is of epoch "
+            f"{written.epoch}, and epoch {head.epoch} has begun"
+        )
+    if written.epoch > head.epoch:
+        _begin_epoch(connection, written)
     captured = [line for line in written.lines if line.what is What.CAPTURED]
     _insert(connection, capture, [_capture_row(written, line) for line in captured])
     _count(connection, written.account_id, captured)
+    _keep_former_contents(connection, written)
     _upsert_sightings(
         connection,
         written.account_id,
@@ -67,18 +76,19 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
         [_sighting_values(line) for line in written.lines if line.what in _STATES],
     )
     _mark_absent(connection, written, [line for line in written.lines if line.what in _ABSENCES])
-    publish(
-        connection,
-        [
-            _event_row(written, line)
-            for line in written.lines
-            if line.what in (What.CAPTURED, What.QUARANTINED)
-        ],
-    )
+    events = [
+        _event_row(written, line) for line in written.lines if line.what in (What.CAPTURED, What.QUARANTINED)
+    ]
+    if written.epoch > head.epoch:
+        events.insert(0, _epoch_row(written))
+    publish(connection, events)
 
 
-def present_again(connection: Connection, claim: Claim, epoch: int, sightings: Sequence[SightingKey]) -> None:
-    """A listing shows messages once more that had been absent."""
+def still_there(connection: Connection, claim: Claim, epoch: int, sightings: Sequence[SightingKey]) -> None:
+    """A listing shows messages whose deletion was asked for, or that had been absent: neither is so any more.
+
+    If they vanish later without our asking again, it is not told as our doing.
+    """
     schedule.fence(connection, claim)
     _by_key(
         connection,
@@ -86,6 +96,33 @@ def present_again(connection: Connection, claim: Claim, epoch: int, sightings: S
         claim.account_id,
         epoch,
         sightings,
+    )
+
+
+def retry_quarantined(connection: Connection, account_id: str, at: datetime, uidl: bytes | None) -> int:
+    """Have what is set aside, of that UIDL or all of it, tried again at the next poll. Returns how many."""
+    wanted = [
+        sighting.c.account_id == account_id,
+        sighting.c.state == "quarantined",
+        sighting.c.absent_at.is_(None),
+    ]
+    if uidl is not None:
+        wanted.append(sighting.c.uidl == uidl)
+    found = connection.execute(sa.update(sighting).where(*wanted).values(retry_at=at))
+    distrust(connection, account_id)
+    return found.rowcount
+
+
+def allow_deletion(connection: Connection, account_id: str) -> None:
+    """An operator has looked: the account's deletion policy is in force again."""
+    connection.execute(sa.update(account).where(account.c.id == account_id).values(deletion_hold=None))
+    distrust(connection, account_id)
+
+
+def distrust(connection: Connection, account_id: str) -> None:
+    """Have the next poll list the mailbox, whatever it looked like last."""
+    connection.execute(
+        sa.update(mailbox).where(mailbox.c.account_id == account_id).values(trusted_until=None)
     )
 
 
@@ -112,52 +149,21 @@ def deletions_requested(
     )
 
 
-def poll_ended(
-    connection: Connection,
-    claim: Claim,
-    report: PollReport,
-    following: NextPoll,
-    *,
-    ended_at: datetime,
-    pipelining_broke: bool = False,
-    disproved: str | None = None,
-) -> None:
-    """Keep the report and release the lease, in one transaction.
+def recount(connection: Connection, account_id: str) -> bool:
+    """Have what is counted of an account's captures be what is there; false where it was so already.
 
-    ``pipelining_broke`` has the account polled one command at a time from now
-    on: some servers announce PIPELINING and trip over it. A report that is
-    kept already was committed by a transaction whose answer was lost.
+    Nobody records a capture meanwhile: that wants the lease's row, too.
     """
-    kept = sa.select(poll.c.token).where(poll.c.account_id == claim.account_id, poll.c.token == claim.token)
-    if connection.execute(kept).first() is not None:
-        return
-    schedule.fence(connection, claim)
-    if pipelining_broke:
-        connection.execute(
-            sa.update(account).where(account.c.id == claim.account_id).values(pipelining=False)
-        )
-    _insert(
-        connection,
-        poll,
-        [
-            {
-                "account_id": claim.account_id,
-                "token": claim.token,
-                "ended_at": ended_at,
-                "seconds": report.seconds,
-                "outcome": report.outcome,
-                "listed": report.listed,
-                "new": report.new,
-                "known": report.known,
-                "quarantined": report.quarantined,
-                "to_come": report.to_come,
-                "delete_requested": report.delete_requested,
-                "octets": report.octets,
-                "error": report.error,
-            }
-        ],
+    connection.execute(
+        sa.select(lease.c.token).where(lease.c.account_id == account_id).with_for_update()
+    ).one()
+    captures, octets = reads.count_again(connection, account_id)
+    if (captures, octets) == reads.counted(connection, account_id):
+        return False
+    connection.execute(
+        sa.update(mailbox).where(mailbox.c.account_id == account_id).values(captures=captures, octets=octets)
     )
-    schedule.release(connection, claim, following, recover=report.journal_uncertain, disproved=disproved)
+    return True
 
 
 def publish(connection: Connection, rows: list[dict[str, Any]]) -> None:
@@ -181,7 +187,66 @@ _STATES = {
     What.KNOWN: "captured",
     What.QUARANTINED: "quarantined",
 }
+_HELD = frozenset({What.CAPTURED, What.KNOWN})
 _ABSENCES = frozenset({What.DELETED, What.GONE})
+
+
+def _begin_epoch(connection: Connection, written: Segment) -> None:
+    """The mailbox was renumbered: nothing that the old ids named is told of any more.
+
+    Whether those messages are still there is not known by them, so nothing is
+    said to be gone; and nothing is deleted until somebody has looked.
+    """
+    connection.execute(
+        sa.update(account)
+        .where(account.c.id == written.account_id)
+        .values(epoch=written.epoch, deletion_hold=why_held(written.epoch, written.written_at))
+    )
+    connection.execute(
+        sa.update(sighting)
+        .where(
+            sighting.c.account_id == written.account_id,
+            sighting.c.epoch != written.epoch,
+            sighting.c.absent_at.is_(None),
+        )
+        .values(absent_at=written.written_at)
+    )
+    distrust(connection, written.account_id)
+
+
+def _keep_former_contents(connection: Connection, written: Segment) -> None:
+    """Where an id was given again to another message, the former one's sighting is kept by its content.
+
+    Some servers count from the start when a mailbox is made anew (Cyrus), and
+    two messages may have one size. The row by id is then the new message's.
+    """
+    held = (line for line in written.lines if line.what in _HELD)
+    lines = {line.sighting: line.sha256 for line in held if not line.sighting.content}
+    if not lines:
+        return
+    absent = connection.execute(
+        sa.select(sighting).where(
+            sighting.c.account_id == written.account_id,
+            sighting.c.epoch == written.epoch,
+            sighting.c.uidl.in_({key.uidl for key in lines}),
+            sighting.c.content == b"",
+            sighting.c.sha256.is_not(None),
+            sighting.c.absent_at.is_not(None),
+        )
+    )
+    former = [
+        row._asdict()
+        for row in absent
+        if lines.get(SightingKey(row.uidl, row.size)) not in (None, row.sha256)
+    ]
+    _insert(connection, sighting, [row | {"content": row["sha256"]} for row in former])
+    _by_key(
+        connection,
+        sa.delete(sighting),
+        written.account_id,
+        written.epoch,
+        [SightingKey(row["uidl"], row["size"]) for row in former],
+    )
 
 
 def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
@@ -244,6 +309,23 @@ def _event_row(written: Segment, line: Resolved) -> dict[str, Any]:
         "kind": line.what.value,
         "account_id": written.account_id,
         "at": line.at,
+        "body": json.dumps(body, separators=(",", ":")),
+    }
+
+
+def _epoch_row(written: Segment) -> dict[str, Any]:
+    body = {
+        "account": written.account_name,
+        "account_id": written.account_id,
+        "epoch": written.epoch,
+        "poll": written.token,
+        "segment": written.sequence,
+        "listed": written.listing_count,
+    }
+    return {
+        "kind": "epoch",
+        "account_id": written.account_id,
+        "at": written.written_at,
         "body": json.dumps(body, separators=(",", ":")),
     }
 
@@ -318,7 +400,7 @@ def _mark_absent(connection: Connection, written: Segment, lines: list[Resolved]
 
 def _by_key(
     connection: Connection,
-    statement: sa.Update,
+    statement: sa.Update | sa.Delete,
     account_id: str,
     epoch: int,
     sightings: Iterable[SightingKey],

@@ -114,13 +114,16 @@ class LeaseRow(SQLModel, table=True):
     """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused.
 
     ``slot`` is the session of its host that a poll takes up, one of as many as
-    the host may have at once. ``asked`` is set when somebody wants a poll while
-    one goes on. ``interval_seconds`` is where an adaptive schedule stands.
+    the host may have at once. ``in_line`` marks one that is due and waits for a
+    slot: it is looked for at its host, and out of the way of all others.
+    ``asked`` is set when somebody wants a poll while one goes on.
+    ``interval_seconds`` is where an adaptive schedule stands. ``looked_at`` is
+    the end of the last poll that saw what the mailbox holds; the next such one
+    is late from ``late_at`` on, when nobody has looked for longer than planned.
     """
 
     __tablename__ = "lease"
     __table_args__ = (
-        Index(None, "due_at"),
         # Two sessions in one slot of a host cannot be, whoever claims them.
         Index(
             "uq_lease_host_slot",
@@ -129,6 +132,21 @@ class LeaseRow(SQLModel, table=True):
             unique=True,
             postgresql_where=text("slot IS NOT NULL"),
             sqlite_where=text("slot IS NOT NULL"),
+        ),
+        # Every account that nobody holds is in one of these four (see ``schedule``).
+        *(
+            Index(
+                f"ix_lease_{queue}_{health}",
+                *columns,
+                postgresql_where=text(where),
+                sqlite_where=text(where),
+            )
+            for queue, columns, which in (
+                ("due", ("due_at",), "slot IS NULL AND NOT in_line"),
+                ("line", ("host", "due_at"), "in_line"),
+            )
+            for health, failures in (("well", "failures = 0"), ("failing", "failures > 0"))
+            for where in (f"{which} AND {failures}",)
         ),
     )
 
@@ -142,6 +160,9 @@ class LeaseRow(SQLModel, table=True):
     refusals: int = 0
     host: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
     slot: int | None = None
+    in_line: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    looked_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    late_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     asked: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
     interval_seconds: float | None = None
 
@@ -164,7 +185,7 @@ class MailboxRow(SQLModel, table=True):
     ``captures`` and ``octets`` are counted as captures are recorded, so that
     nobody has to count a hundred million rows. The rest is of the last complete
     listing; until ``trusted_until`` a STAT and a last UIDL like those remembered
-    stand for it.
+    stand for it. Polls up to the token ``counted`` are in ``poll_day``.
     """
 
     __tablename__ = "mailbox"
@@ -183,6 +204,7 @@ class MailboxRow(SQLModel, table=True):
     trusted_until: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     day: date | None = None
     day_octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    counted: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
 
 
 class CaptureRow(SQLModel, table=True):
@@ -211,16 +233,22 @@ class SightingRow(SQLModel, table=True):
     """What a listing showed, and what became of it.
 
     ``state`` is captured, quarantined, or pending (it was tried and is still
-    to come). ``absent_at`` is set when a complete listing no longer shows it.
+    to come). ``absent_at`` is set when a complete listing does not show it any
+    more. ``content`` is set where the UIDL identifies nothing: it stood there
+    more than once, or was given again to another message later.
     """
 
     __tablename__ = "sighting"
     __table_args__ = (
-        # A poll reads what was on the server last time: what is absent since
-        # must not make that slower for ever.
+        # A poll reads what was on the server last time, in the order of its
+        # UIDLs: what is absent since must not make that slower for ever.
         Index(
-            "ix_sighting_present",
+            "ix_sighting_by_uidl",
             "account_id",
+            "epoch",
+            "uidl",
+            "size",
+            "content",
             postgresql_where=text("absent_at IS NULL"),
             sqlite_where=text("absent_at IS NULL"),
         ),
@@ -269,8 +297,17 @@ class PollRow(SQLModel, table=True):
     """
 
     __tablename__ = "poll"
-    # History is removed by age.
-    __table_args__ = (Index(None, "ended_at"),)
+    __table_args__ = (
+        # History is shown and removed by age.
+        Index(None, "ended_at"),
+        # A loss is rare, and asked for often.
+        Index(
+            "ix_poll_lost",
+            "ended_at",
+            postgresql_where=text("lost > 0"),
+            sqlite_where=text("lost > 0"),
+        ),
+    )
 
     account_id: str = Field(sa_column=_account_key())
     token: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
@@ -292,18 +329,33 @@ class PollRow(SQLModel, table=True):
 
 
 class PollDayRow(SQLModel, table=True):
-    """An account's day (UTC): what is left of its polls once they are too old to be kept one by one."""
+    """An account's day (UTC), added up from its polls; what is left of them once they are removed by age.
+
+    ``listed``, ``archived``, ``quarantined`` and ``to_come`` are of the day's last
+    listing, by the end of its poll, and the three make ``listed``. All else is of
+    the whole day.
+    """
 
     __tablename__ = "poll_day"
+    __table_args__ = (
+        Index(None, "day"),
+        Index(
+            "ix_poll_day_lost",
+            "day",
+            postgresql_where=text("lost > 0"),
+            sqlite_where=text("lost > 0"),
+        ),
+    )
 
     account_id: str = Field(sa_column=_account_key())
     day: date = Field(primary_key=True)
     polls: int
     failed: int
+    looks: int
     listed: int | None = None
     new: int
-    known: int | None = None
-    quarantined: int
+    archived: int | None = None
+    quarantined: int | None = None
     to_come: int | None = None
     delete_requested: int
     deleted: int
@@ -311,9 +363,19 @@ class PollDayRow(SQLModel, table=True):
     lost: int
     octets: int = Field(sa_column=Column(BigInteger, nullable=False))
     seconds: float
-    first_listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
-    last_listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
-    longest_gap_seconds: float | None = None
+    first_look_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    last_look_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+
+
+class GapRow(SQLModel, table=True):
+    """A time in which nobody looked into a mailbox, and longer than it should have been. Kept for good."""
+
+    __tablename__ = "gap"
+    __table_args__ = (Index(None, "ended_at"),)
+
+    account_id: str = Field(sa_column=_account_key())
+    began_at: datetime = Field(sa_column=Column(UtcDateTime, primary_key=True))
+    ended_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
 
 
 class EventRow(SQLModel, table=True):
@@ -339,7 +401,7 @@ def table(model: type[SQLModel]) -> Table:
 
 
 metadata: MetaData = SQLModel.metadata
-account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, event = (
+account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, gap, event = (
     table(model)
     for model in (
         AccountRow,
@@ -351,6 +413,7 @@ account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, event
         JournalRow,
         PollRow,
         PollDayRow,
+        GapRow,
         EventRow,
     )
 )

@@ -19,7 +19,7 @@ from archiver.evidence import journal
 from archiver.model import Account, JournalHead, Segment, What, journal_prefix, message_key, segment_key
 from archiver.store import ObjectNotFound, Store, StoredObject
 
-Kind = Literal["missing", "damaged", "chain_break", "unrecorded"]
+Kind = Literal["missing", "damaged", "chain_break", "unrecorded", "miscounted"]
 
 IN_FLIGHT = timedelta(minutes=15)
 """What is so young, of an account that is being polled, need not be in the journal or the database yet."""
@@ -49,11 +49,12 @@ class Verdict:
     damaged: int = 0
     chain_breaks: int = 0
     unrecorded: int = 0
+    miscounted: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
-        return not (self.missing or self.damaged or self.chain_breaks or self.unrecorded)
+        return not (self.missing or self.damaged or self.chain_breaks or self.unrecorded or self.miscounted)
 
     def add(self, finding: Finding) -> None:
         match finding.kind:
@@ -65,6 +66,8 @@ class Verdict:
                 self.chain_breaks += 1
             case "unrecorded":
                 self.unrecorded += 1
+            case "miscounted":
+                self.miscounted += 1
         if len(self.findings) < FINDINGS_KEPT:
             self.findings.append(finding)
 
@@ -87,13 +90,18 @@ def verify(
     with database.reading() as connection:
         head = reads.journal_head(connection, account.id)
         recorded = set(reads.capture_digests(connection, account.id))
+        told, held = reads.counted(connection, account.id), reads.count_again(connection, account.id)
         since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
     written = _read_journal(account, store, head, since, verdict)
     unnamed = {message_key(account.id, digest) for digest in recorded - written.captured.keys()}
     for key in unnamed:
         detail = "the database has it, the journal has not"
         verdict.add(Finding("unrecorded", account.name, key, detail))
-    for digest in written.known_to_database - recorded:
+    lacking = written.known_to_database - recorded
+    if told != held and not unnamed and not lacking:
+        detail = f"{told} captures and octets are told of, {held} are there; run: archiver db recount"
+        verdict.add(Finding("miscounted", account.name, "mailbox", detail))
+    for digest in lacking:
         detail = "the journal has it, the database has not"
         verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
 

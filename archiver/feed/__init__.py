@@ -17,9 +17,10 @@ PAGE_EVENTS = 500
 def page(database: Database, *, after: int, limit: int = PAGE_EVENTS) -> list[dict[str, Any]]:
     """Up to ``limit`` events behind a position, in order, each as a mapping that JSON can hold.
 
-    Every event has ``position``, ``event`` (captured, quarantined), ``at``,
-    ``account``, ``account_id``, ``uidl``, ``epoch``, ``poll`` and ``segment``; a
-    captured one also ``capture``, ``sha256``, ``size``, ``key``, ``version_id``.
+    Every event has ``position``, ``event`` (captured, quarantined, epoch),
+    ``at``, ``account``, ``account_id``, ``epoch``, ``poll`` and ``segment``, and
+    if it tells of a message ``uidl``; a captured one also ``capture``,
+    ``sha256``, ``size``, ``key``, ``version_id``; that of an epoch ``listed``.
     """
     with database.reading() as connection:
         rows = reads.events(connection, after=after, limit=limit)

@@ -9,7 +9,7 @@ stops there leaves, with its lease in its hand.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -19,9 +19,9 @@ from typing import Any, Self, TypeVar
 
 import sqlalchemy as sa
 
-from archiver import pop3
+from archiver import policy, pop3
 from archiver.db import Database, accounts, migrate, reads, schedule
-from archiver.db.tables import event, lease, poll, sighting
+from archiver.db.tables import event, lease, mailbox, poll, sighting
 from archiver.evidence import journal
 from archiver.evidence.verify import Verdict, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
@@ -287,7 +287,7 @@ class Archive:
         return pop3.Mailbox.connect(
             pop3.parse_url(account.url, pop3.Tls(account.tls)),
             limits=pop3.Limits(**{"idle_seconds": 20.0, **limits}),
-            allow_pipelining=account.pipelining,
+            avoid=policy.avoided(account, self.clock.now()),
         )
 
     def mortal_tools(self, fuse: Fuse) -> Tools:
@@ -317,6 +317,18 @@ class Archive:
         account = self.fresh(account)
         (report,) = self.worker(tools).poll_now([account], lambda _: Unwatched())
         return report
+
+    def poll_on_schedule(self, account: Account, tools: Tools | None = None) -> Any:
+        """Poll once as the service does when an account is due, and give the row that is kept of it."""
+        stopping = threading.Event()
+        stopping.set()  # so that it looks for no other account
+        worker = self.worker(tools, stopping=stopping)
+        wait(worker._begin([self.claim(account, owner=worker.owner)]))
+        return self.polls(account)[-1]
+
+    def mailbox_row(self, account: Account) -> Any:
+        with self.database.reading() as connection:
+            return connection.execute(sa.select(mailbox).where(mailbox.c.account_id == account.id)).one()
 
     def fresh(self, account: Account) -> Account:
         """The account as the database has it now."""
@@ -424,7 +436,7 @@ class Archive:
         with self.database.reading() as connection:
             query = sa.select(event.c.kind, event.c.body).where(event.c.account_id == account.id)
             kinds = Counter(row.kind for row in connection.execute(query))
-        told = Counter((one["event"], one["uidl"]) for one in self.events(account))
+        told = Counter((one["event"], one.get("uidl", "")) for one in self.events(account))
         assert kinds == Counter(kind for kind, _ in told.elements())
         return State(
             on_server=list(play.messages),

@@ -1,0 +1,231 @@
+"""What goes from a server, by whose hand, and what is told of it; and what no policy may delete."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from archiver import policy
+from archiver.db import accounts, reads
+from archiver.errors import TryLater
+from archiver.model import Account, DeletePolicy, SightingKey, What
+from archiver.poll import BatchLimits
+from archiver.store import Body, PutResult
+from archiver.store.filesystem import FilesystemStore
+from tests.harness.scripted_pop3 import MailboxPlay, Send
+from tests.scenarios.story import Archive, message
+from tests.scenarios.test_poll import AFTER_ARCHIVED, DAY, mailbox
+
+
+def change(archive: Archive, account: Account, **settings: object) -> None:
+    changed = replace(archive.fresh(account), **settings)
+    archive.database.transact(lambda connection: accounts.change(connection, changed, archive.clock.now()))
+
+
+def test_three_ways_to_vanish_are_told_apart(archive: Archive) -> None:
+    play = mailbox("ours", "theirs", "lost")
+    play.faults = {"RETR 3": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
+    account = archive.add(archive.serve(play), delete=DeletePolicy(1.0))
+    archive.sync(account)
+    del play.messages[1:]
+    report = archive.sync(account)
+    assert (report.deleted, report.gone, report.lost) == (0, 1, 1)
+    archive.clock.advance(DAY)
+    assert archive.sync(account).delete_requested == 1
+    report = archive.sync(account)
+    assert (report.deleted, report.gone, report.lost) == (1, 0, 0)
+    absences = {line.sighting.uidl: line for line in archive.lines(account) if line.what is not What.CAPTURED}
+    assert absences[b"ours"].what is What.DELETED
+    assert absences[b"theirs"].what is What.GONE
+    assert absences[b"theirs"].sha256 is not None
+    assert (absences[b"lost"].what, absences[b"lost"].sha256) == (What.GONE, None)
+    assert [(row.deleted, row.gone, row.lost) for row in archive.polls(account)] == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (0, 0, 0),
+        (1, 0, 0),
+    ]
+
+
+def test_a_request_that_the_server_did_not_heed_is_taken_back(archive: Archive) -> None:
+    """GMX says +OK and deletes nothing (quirk Y6). Whoever deletes it later, it was not us."""
+    play = mailbox("a", faults={"DELE 1": Send(b"+OK\r\n")})
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    assert archive.sync(account).delete_requested == 1
+    assert archive.sightings(account)[0].delete_requested_at is not None
+    change(archive, account, delete=DeletePolicy())
+    assert archive.sync(account).deleted == 0
+    assert archive.sightings(account)[0].delete_requested_at is None
+    play.messages.clear()
+    report = archive.sync(account)
+    assert (report.deleted, report.gone) == (0, 1)
+
+
+def test_it_is_asked_for_again_as_long_as_the_policy_says_so(archive: Archive) -> None:
+    play = mailbox("a", faults={"DELE 1": Send(b"+OK\r\n")})
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    assert [archive.poll_on_schedule(account).delete_requested for _ in range(3)] == [1, 1, 1]
+    play.faults = {}
+    assert archive.poll_on_schedule(account).delete_requested == 1
+    assert archive.poll_on_schedule(account).deleted == 1
+
+
+def test_where_deletion_is_forbidden_no_policy_deletes(archive: Archive) -> None:
+    play = mailbox("a", "b")
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    forbidding = archive.tools(forbid_deletion=True)
+    for _ in range(2):
+        assert archive.sync(account, forbidding).delete_requested == 0
+    assert len(play.messages) == 2
+    assert archive.sync(account).delete_requested == 2
+
+
+def verdicts(archive: Archive, account: Account, *, forbidden: bool = False) -> dict[bytes, str]:
+    """What ``account deletable`` tells."""
+    account = archive.fresh(account)
+    with archive.database.reading() as connection:
+        return {
+            key.uidl: policy.delete_verdict(
+                account.delete,
+                state=known.state,
+                by_content=bool(key.content),
+                captured_at=known.first_seen_at,
+                hold=account.deletion_hold,
+                forbidden=forbidden,
+                now=archive.clock.now(),
+            ).value
+            for key, known in reads.present_sightings(connection, account.id, account.epoch)
+        }
+
+
+def test_a_dry_run_tells_what_the_poll_then_does(archive: Archive) -> None:
+    play = mailbox("old", "bad", "same", "young")
+    play.messages.insert(3, (b"same", message("the same")))
+    play.faults = {"RETR 2": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
+    young = play.messages.pop()
+    account = archive.add(archive.serve(play), delete=DeletePolicy(7.0))
+    archive.sync(account)
+    archive.clock.advance(6 * DAY)
+    play.messages.append(young)
+    archive.sync(account)
+    archive.clock.advance(1 * DAY)
+    expected = {b"old": "goes", b"bad": "quarantined", b"same": "no_id", b"young": "too_young"}
+    assert verdicts(archive, account) == expected
+    assert verdicts(archive, account, forbidden=True)[b"old"] == "forbidden"
+    play.faults = {"RETR 2": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
+    archive.sync(account)
+    assert {uidl for uidl, _ in play.messages} == {b"bad", b"same", b"young"}
+
+
+def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
+    uidls = [b"b", b"a", b"B", b"\xff", b"\x80", b"aa", b"~", b"a b"]
+    play = MailboxPlay([(uidl, message(str(number))) for number, uidl in enumerate(uidls)])
+    account = archive.add(archive.serve(play))
+    assert archive.sync(account).new == len(uidls)
+
+    def present(after: SightingKey | None) -> list[SightingKey]:
+        with archive.database.reading() as connection:
+            rows = reads.present_sightings(connection, account.id, account.epoch, after=after)
+            return [key for key, _ in rows]
+
+    everything = present(None)
+    assert [key.uidl for key in everything] == sorted(uidls)
+    for place, key in enumerate(everything):
+        assert present(key) == everything[place + 1 :]
+
+
+# Messages that their ids do not tell apart.
+
+
+def test_one_of_two_with_the_same_id_is_gone(archive: Archive) -> None:
+    play = MailboxPlay([(b"same", message("x")), (b"same", message("y")), (b"a", message("a"))])
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    play.messages.insert(0, (b"same", message("z")))
+    del play.messages[1]
+    report = archive.sync(account)
+    assert (report.new, report.gone, report.lost) == (1, 1, 0)
+    gone = [line.sha256 for line in archive.lines(account) if line.what is What.GONE]
+    assert gone == [row.sha256 for row in archive.captures(account) if row.octets and row.sha256 in gone]
+    assert archive.sync(account).segments == 0
+    del play.messages[:2]
+    report = archive.sync(account)
+    assert (report.listed, report.known, report.gone) == (1, 1, 2)
+
+
+def test_one_that_has_its_id_for_itself_again_is_still_there(archive: Archive) -> None:
+    play = MailboxPlay([(b"same", message("x")), (b"same", message("y"))])
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    del play.messages[0]
+    archive.sync(account)
+    ends = {line.sha256: line.reason for line in archive.lines(account) if line.what is What.GONE}
+    assert sorted(ends.values(), key=str) == [None, "it is known by its id"]
+    assert sum(row.gone for row in archive.polls(account)) == 1
+
+
+def test_one_that_is_set_aside_may_be_any_of_those_without_id(archive: Archive) -> None:
+    play = MailboxPlay([(b"same", message("x")), (b"same", message("yy"))])
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    play.messages[0] = (b"same", message("another one"))
+    play.faults = {"RETR 1": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
+    report = archive.sync(account)
+    assert (report.quarantined, report.gone) == (1, 0)
+
+
+# Trouble of the whole session, or of the store, marks no message.
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "-ERR Download exceed",
+        "-ERR bandwidth quota exceeded",
+        "-ERR Download was rate limited. Try again in 30 minutes",
+        "-ERR [SYS/TEMP] try again later",
+        "-ERR [IN-USE] mailbox locked by another session",
+        "-ERR too many commands, slow down",
+        "-ERR Message 2 expunged.",
+        "-ERR Can't open the message file - it's gone!",
+        "-ERR Disconnected for inactivity",
+    ],
+)
+def test_trouble_of_the_session_marks_no_message(archive: Archive, said: str) -> None:
+    play = mailbox("a", "b", "c", faults={"RETR 2": Send(f"{said}\r\n".encode())})
+    account = archive.add(archive.serve(play))
+    for _ in range(4):
+        report = archive.sync(account)
+        assert (report.outcome, report.quarantined, report.lost) == ("try_later", 0, 0)
+    assert {(row.uidl, row.state, row.attempts) for row in archive.sightings(account)} == {
+        (b"a", "captured", 0)
+    }
+    play.faults = {}
+    assert archive.sync(account).new == 2
+
+
+def test_a_store_that_is_away_has_the_poll_stop_soon(archive: Archive) -> None:
+    class Away(FilesystemStore):
+        def put(self, key: str, body: Body) -> PutResult:
+            raise TryLater("the store is away")
+
+        @contextmanager
+        def get(self, key: str) -> Iterator[Iterator[bytes]]:
+            raise TryLater("the store is away")
+
+    play = mailbox(*map(str, range(300)), capabilities=("USER", "UIDL"))
+    server = archive.serve(play)
+    account = archive.add(server)
+    tools = archive.tools(
+        store=Away(archive.directory / "store"),
+        batch=BatchLimits(messages=1_000_000, octets=2**40, seconds=1e9),
+    )
+    for _ in range(5):
+        assert archive.sync(account, tools).outcome == "try_later"
+        assert tools.spool.memory_in_use == 0
+    # It may be a few messages until the first upload has failed.
+    assert server.commands["RETR"] < 100
+    assert server.commands["QUIT"] == 0
+    assert archive.sync(account, archive.tools(batch=BatchLimits())).new == 300
+    assert archive.verify(account).clean

@@ -1,0 +1,281 @@
+"""A mailbox that looks as it did is not listed; whatever may have changed, or is due, has it listed."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import wait
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from archiver import pop3
+from archiver.db import accounts, record
+from archiver.model import Account, DeletePolicy, new_account_id
+from archiver.store import Body, PutResult
+from archiver.store.filesystem import FilesystemStore
+from tests.conftest import Mailbox
+from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send
+from tests.scenarios.story import Archive, message
+from tests.scenarios.test_poll import mailbox as scripted_mailbox
+
+IDLE_STATEMENTS = 10
+"""After the claim: the account, the journal and what was seen last; the report, and the lease given back."""
+
+HOURS = 3600.0
+DAY = 86400.0
+
+
+def settled(archive: Archive, play: MailboxPlay, **settings: object) -> tuple[ScriptedPop3, Account]:
+    """A mailbox that was archived, and is as it was since."""
+    server = archive.serve(play)
+    account = archive.add(server, **settings)
+    assert archive.poll_on_schedule(account).outcome == "ok"
+    server.commands.clear()
+    return server, account
+
+
+def was_listed(server: ScriptedPop3) -> bool:
+    listed = server.commands["LIST"] > 0
+    server.commands.clear()
+    return listed
+
+
+def test_an_unchanged_mailbox_is_not_listed(archive: Archive) -> None:
+    server, account = settled(archive, scripted_mailbox("a", "b", "c"))
+    before, segments = archive.mailbox_row(account), len(archive.segments(account))
+    for _ in range(3):
+        row = archive.poll_on_schedule(account)
+        assert (row.outcome, row.glanced, row.listed, row.known, row.to_come) == ("ok", True, 3, 3, 0)
+        assert not was_listed(server)
+    assert archive.mailbox_row(account) == before
+    assert len(archive.segments(account)) == segments
+    # The look is one round trip between login and QUIT.
+    assert [line for line, _ in server.received[-3:]] == [b"STAT", b"UIDL 3", b"QUIT"]
+
+
+def test_an_empty_mailbox_is_known_by_its_emptiness(archive: Archive) -> None:
+    play = scripted_mailbox()
+    server, account = settled(archive, play)
+    assert archive.poll_on_schedule(account).glanced
+    play.messages.append((b"a", message("a")))
+    assert archive.poll_on_schedule(account).new == 1
+    assert was_listed(server)
+
+
+def arrives(play: MailboxPlay) -> None:
+    play.messages.append((b"d", message("d")))
+
+
+def leaves(play: MailboxPlay) -> None:
+    del play.messages[0]
+
+
+def is_exchanged(play: MailboxPlay) -> None:
+    """As many as before, and as many octets."""
+    del play.messages[0]
+    play.messages.append((b"d", message("d")))
+
+
+def grows(play: MailboxPlay) -> None:
+    play.messages[0] = (b"a", message("a, and more"))
+
+
+@pytest.mark.parametrize("change", [arrives, leaves, is_exchanged, grows])
+def test_what_changes_is_seen(archive: Archive, change: Callable[[MailboxPlay], None]) -> None:
+    play = scripted_mailbox("a", "b", "c")
+    server, account = settled(archive, play)
+    change(play)
+    row = archive.poll_on_schedule(account)
+    assert (row.outcome, row.glanced) == ("ok", False)
+    assert was_listed(server)
+    assert {content for _, content in play.messages} <= set(archive.archived(account))
+    assert archive.poll_on_schedule(account).glanced
+
+
+def test_it_is_listed_all_the_same_after_some_hours(archive: Archive) -> None:
+    server, account = settled(archive, scripted_mailbox("a"))
+    archive.clock.advance(3 * HOURS)
+    assert archive.poll_on_schedule(account).glanced
+    archive.clock.advance(1 * HOURS)
+    assert not archive.poll_on_schedule(account).glanced
+    assert was_listed(server)
+    assert archive.poll_on_schedule(account).glanced
+
+
+def test_it_is_always_listed_where_the_setting_says_so(archive: Archive) -> None:
+    account = archive.add(archive.serve(scripted_mailbox("a")))
+    tools = archive.tools(full_listing_seconds=0.0)
+    assert [archive.poll_on_schedule(account, tools).glanced for _ in range(2)] == [False, False]
+
+
+def test_whoever_asks_in_person_gets_a_listing(archive: Archive) -> None:
+    server, account = settled(archive, scripted_mailbox("a"))
+    archive.sync(account)
+    assert was_listed(server)
+
+
+def test_a_message_that_is_set_aside_is_tried_again_when_it_is_time(archive: Archive) -> None:
+    play = scripted_mailbox("a", "bad", faults={"RETR 2": Send(b"-ERR [SYS/PERM] corrupt\r\n")})
+    server, account = settled(archive, play)
+    row = archive.poll_on_schedule(account)
+    assert (row.glanced, row.known, row.quarantined) == (True, 1, 1)
+    play.faults = {}
+    archive.clock.advance(HOURS + 1)
+    assert archive.poll_on_schedule(account).new == 1
+    assert was_listed(server)
+
+
+def test_a_message_that_falls_due_to_be_deleted_is_deleted(archive: Archive) -> None:
+    play = scripted_mailbox("a")
+    server, account = settled(archive, play, delete=DeletePolicy(1.0))
+    archive.clock.advance(DAY - HOURS)
+    assert not archive.poll_on_schedule(account).glanced
+    assert archive.poll_on_schedule(account).glanced
+    archive.clock.advance(HOURS)
+    assert archive.poll_on_schedule(account).delete_requested == 1
+    # Whether it went is seen by a listing alone.
+    server.commands.clear()
+    assert archive.poll_on_schedule(account).deleted == 1
+    assert was_listed(server)
+
+
+def test_another_policy_has_the_mailbox_listed(archive: Archive) -> None:
+    _, account = settled(archive, scripted_mailbox("a"))
+    changed = replace(archive.fresh(account), delete=DeletePolicy(30.0))
+    archive.database.transact(lambda connection: accounts.change(connection, changed, archive.clock.now()))
+    assert not archive.poll_on_schedule(account).glanced
+
+
+def test_somebody_who_wants_a_retry_has_the_mailbox_listed(archive: Archive) -> None:
+    play = scripted_mailbox("a", "bad", "worse")
+    play.faults = {f"RETR {number}": Send(b"-ERR [SYS/PERM] corrupt\r\n") for number in (2, 3)}
+    _, account = settled(archive, play)
+    play.faults = {}
+    now = archive.clock.now()
+
+    def retry(uidl: bytes | None) -> int:
+        return archive.database.transact(
+            lambda connection: record.retry_quarantined(connection, account.id, now, uidl)
+        )
+
+    assert (retry(b"unheard of"), retry(b"bad")) == (0, 1)
+    row = archive.poll_on_schedule(account)
+    assert (row.new, row.quarantined) == (1, 1)
+    assert retry(None) == 1
+    assert archive.poll_on_schedule(account).new == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"UIDL": Send(b"+OK\r\n1 same\r\n2 same\r\n.\r\n")},
+        {"UIDL": Send(b"-ERR unknown\r\n")},
+        {"UIDL": Send(b"+OK\r\n1 a\r\nwhat?\r\n2 b\r\n.\r\n")},
+        {"STAT": Send(b"-ERR no\r\n")},
+        {"STAT": Send(b"+OK 17 1\r\n")},
+        {"STAT": Send(b"+OK who knows\r\n")},
+        {"UIDL 2": Send(b"-ERR no such message\r\n")},
+        {"UIDL 2": Send(b"+OK 2 another\r\n")},
+    ],
+    ids=[
+        "duplicates",
+        "no UIDL",
+        "odd line",
+        "no STAT",
+        "wrong STAT",
+        "odd STAT",
+        "no UIDL n",
+        "wrong UIDL n",
+    ],
+)
+def test_a_server_that_cannot_be_trusted_is_listed_each_time(
+    archive: Archive, fault: dict[str, Send]
+) -> None:
+    play = scripted_mailbox("a", "b", capabilities=("USER",), faults=fault)
+    server, account = settled(archive, play)
+    for _ in range(2):
+        row = archive.poll_on_schedule(account)
+        assert (row.outcome, row.glanced, row.known) == ("ok", False, 2)
+        assert was_listed(server)
+
+
+def test_a_look_that_breaks_the_session_is_not_taken_twice(archive: Archive) -> None:
+    play = scripted_mailbox("a", capabilities=("USER",))
+    server, account = settled(archive, play)
+    play.faults = {"STAT": Send(b"what?\r\n")}
+    assert archive.poll_on_schedule(account).outcome == "try_later"
+    assert not was_listed(server)
+    assert archive.poll_on_schedule(account).outcome == "ok"
+    assert was_listed(server)
+
+
+def test_what_is_still_to_come_is_not_overlooked(archive: Archive) -> None:
+    class Away(FilesystemStore):
+        def put(self, key: str, body: Body) -> PutResult:
+            raise OSError("away")
+
+    account = archive.add(archive.serve(scripted_mailbox("a")))
+    away = archive.tools(store=Away(archive.directory / "store"))
+    assert archive.poll_on_schedule(account, away).outcome == "try_later"
+    row = archive.mailbox_row(account)
+    assert row.trusted_until is None
+    assert archive.poll_on_schedule(account).new == 1
+    row = archive.mailbox_row(account)
+    assert (row.listed, row.quarantined, row.to_come, row.listed_at) == (1, 0, 0, archive.clock.now())
+
+
+def test_an_idle_poll_asks_little_of_the_database(archive: Archive) -> None:
+    _, account = settled(archive, scripted_mailbox(*map(str, range(100))))
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if not statement.startswith(("BEGIN", "COMMIT")):
+            statements.append(statement)
+
+    stopping = threading.Event()
+    stopping.set()
+    worker = archive.worker(stopping=stopping)
+    held = archive.claim(account, owner=worker.owner)
+    sa.event.listen(archive.database.engine, "before_cursor_execute", note)
+    try:
+        wait(worker._begin([held]))
+    finally:
+        sa.event.remove(archive.database.engine, "before_cursor_execute", note)
+    assert archive.polls(account)[-1].glanced
+    assert len(statements) <= IDLE_STATEMENTS, statements
+    assert not [one for one in statements if "sighting" in one or "capture" in one]
+    assert not [one for one in statements if one.startswith("UPDATE mailbox")]
+
+
+def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mailbox]) -> None:
+    box = mailbox([message(name) for name in ("a", "b", "c")])
+    trusting = archive.tools(password=lambda _: box.password)
+    new = Account(
+        id=new_account_id(),
+        name=box.url,
+        url=box.url,
+        tls="implicit",
+        secret="env:NONE",
+        ca_file=str(box.ca_file),
+    )
+    account = archive.database.transact(lambda connection: accounts.add(connection, new, archive.clock.now()))
+
+    def connect(account: Account) -> pop3.Session:
+        return pop3.connect(
+            pop3.parse_url(account.url, pop3.Tls.IMPLICIT),
+            tls_settings=pop3.TlsSettings(ca_file=box.ca_file),
+        )
+
+    tools = replace(trusting, connect=connect)
+    assert archive.poll_on_schedule(account, tools).new == 3
+    for _ in range(2):
+        row = archive.poll_on_schedule(account, tools)
+        assert (row.outcome, row.glanced, row.known) == ("ok", True, 3)
+    box.deliver([message("d")])
+    row = archive.poll_on_schedule(account, tools)
+    assert (row.glanced, row.new) == (False, 1)
+    box.remove(1)
+    row = archive.poll_on_schedule(account, tools)
+    assert (row.glanced, row.gone, row.known) == (False, 1, 3)
+    assert archive.poll_on_schedule(account, tools).glanced
+    assert set(archive.archived(account)) == {message(name) for name in ("a", "b", "c", "d")}
