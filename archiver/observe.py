@@ -27,7 +27,18 @@ DELETE_REQUESTED = Counter(
 )
 ACCOUNTS = Gauge("archiver_accounts", "Accounts in the database, by state.", ["state"])
 QUARANTINED = Gauge("archiver_messages_quarantined", "Messages on mail servers that are in quarantine.")
+LOST = Counter("archiver_messages_lost", "Messages that were gone from mail servers before we had them.")
+LATE = Gauge(
+    "archiver_accounts_late", "Accounts into whose mailbox nobody has looked for longer than planned."
+)
+DELETION_HELD = Gauge(
+    "archiver_accounts_deletion_held", "Accounts of which nothing is deleted until somebody has looked."
+)
+HOSTS_FAILING = Gauge("archiver_hosts_failing", "Mail hosts in trouble.")
 OVERDUE_SECONDS = Gauge("archiver_overdue_seconds", "How long the longest waiting account is due.")
+TOKEN_REQUESTS = Counter(
+    "archiver_token_requests", "Requests for OAuth access tokens, by result: ok, refused, failed.", ["result"]
+)
 HEARTBEATS_FAILED = Counter("archiver_heartbeats_failed", "Renewals of leases that the database refused.")
 
 

@@ -9,7 +9,9 @@ from archiver.cli import lookup, options
 from archiver.cli.output import Json, complain, emit, say, size
 
 if TYPE_CHECKING:
-    from archiver.pop3 import Entry, ServerFacts
+    from collections.abc import Sequence
+
+    from archiver.pop3 import Entry, Listing, ServerFacts
 
 SLOW_SECONDS = 0.05
 """A round trip from which on pipelining decides how long a first archive takes."""
@@ -90,6 +92,7 @@ def check(
     advice = [
         *map(_sentence, warnings(account, facts)),
         *_advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip),
+        *_quirks(facts, listing),
     ] or ["Nothing to mend."]
     known_sizes = [entry.size for entry in entries if entry.size is not None]
     if json:
@@ -114,6 +117,7 @@ def check(
                 "octets": sum(known_sizes),
                 "has_uidl": listing.has_uidl,
                 "unreadable_lines": listing.skipped_lines,
+                "trips_over": sorted(facts.avoid | facts.suspect),
                 "round_trip_seconds": round(round_trip, 4),
                 "advice": advice,
             }
@@ -125,17 +129,18 @@ def check(
         say(f"  certificate {days} days left, SHA-256 {facts.certificate_sha256}")
     say(f"  login       works, by {facts.mechanism}")
     say(f"  offers      {', '.join(facts.capabilities) or 'nothing (no CAPA)'}")
-    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}")
+    ids = "by UIDL" if listing.has_uidl else "no UIDL"
+    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}, {ids}")
     say(f"  round trip  {round_trip * 1000:.1f} ms")
     for line in advice:
         say(f"  * {line}")
 
 
 def _advice(
-    facts: "ServerFacts", entries: "tuple[Entry, ...]", *, has_uidl: bool, days: int | None, round_trip: float
+    facts: "ServerFacts", entries: "Sequence[Entry]", *, has_uidl: bool, days: int | None, round_trip: float
 ) -> list[str]:
     """What an operator should know of this server, in plain words. A pure function."""
-    from archiver.policy import identify
+    from archiver.plan import without_own_id
 
     advice = []
     if facts.tls_version is None:
@@ -146,7 +151,7 @@ def _advice(
         advice.append(f"The certificate ends in {days} days; polls will stop then.")
     if not has_uidl:
         advice.append("No UIDL: messages are told apart by content, so each poll fetches all of them.")
-    elif uncertain := sum(not item.certain for item in identify(entries)):
+    elif uncertain := without_own_id(entries):
         advice.append(
             f"{uncertain} messages have no id of their own; each poll fetches these to compare them."
         )
@@ -166,6 +171,22 @@ def _advice(
             "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
         )
     return advice
+
+
+def _quirks(facts: "ServerFacts", listing: "Listing") -> list[str]:
+    """What this session tripped over. A pure function."""
+    found = [
+        f"The server hung, or hung up, at {name} and was called again without it; polls remember that."
+        for name in sorted(facts.avoid | facts.suspect)
+    ]
+    if listing.skipped_lines:
+        found.append(
+            f"{listing.skipped_lines} lines of UIDL and LIST make no sense: what is gone from this mailbox "
+            "cannot be told while that is so."
+        )
+    if facts.bare_lf:
+        found.append("The server ends its lines in a bare LF, which POP3 does not allow; it is read so.")
+    return found
 
 
 def _sentence(warning: str) -> str:

@@ -1,10 +1,14 @@
 """``archiver db``: the database's schema."""
 
+from typing import Annotated
+
 import typer
 
 from archiver.cli.output import Json, emit, say
 
-app = typer.Typer(no_args_is_help=True, help="The database's schema: which version it has, and the way up.")
+app = typer.Typer(
+    no_args_is_help=True, help="The database: its schema, the way up, and the history that it keeps."
+)
 
 
 @app.command()
@@ -23,6 +27,65 @@ def upgrade(json: Json = False) -> None:
         say(f"{where} has the schema {after} already")
     else:
         say(f"{where} went from {'an empty database' if before is None else before} to {after}")
+
+
+@app.command()
+def prune(
+    days: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Keep the polls of the last N days; ARCHIVER_HISTORY_DAYS unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Add polls to their days and remove old ones, as `archiver run` does every hour. Safe at any time.
+
+    What a day adds up to stays for good, and so does each account's newest
+    poll. Captures, the journal and the feed are not touched.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.db import history
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        keep_days = archiver.settings.history_days if days is None else days
+        done = history.tidy(archiver.database, now=archiver.now(), keep_days=keep_days)
+    if json:
+        emit({"counted": done.counted, "removed": done.removed, "whole": done.whole})
+    elif done.whole:
+        say(f"{done.counted} polls added to their days, {done.removed} older than {keep_days} days removed")
+    else:
+        say("another process is at it")
+
+
+@app.command()
+def recount(json: Json = False) -> None:
+    """Count anew what each account holds, where `archiver verify` calls it miscounted.
+
+    Reads every capture's row; polls may go on.
+    """
+    from functools import partial
+
+    from archiver.bootstrap import Archiver
+    from archiver.db import accounts, record
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        with archiver.database.reading() as connection:
+            every = accounts.every(connection)
+        mended = [
+            account.name
+            for account in every
+            if archiver.database.transact(partial(record.recount, account_id=account.id))
+        ]
+    if json:
+        emit({"accounts": len(every), "mended": mended})
+    else:
+        say(f"{len(every)} accounts were counted, {len(mended)} had been miscounted")
 
 
 @app.command()

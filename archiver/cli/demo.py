@@ -124,7 +124,7 @@ class _Story:
     def put_to_rest(self) -> None:
         """The mail server ends with the demo; nobody shall ask for it in vain."""
         from archiver.db import schedule
-        from archiver.worker import PAUSED_BY_HAND
+        from archiver.model import PAUSED_BY_HAND
 
         for account in self.accounts:
             self.archiver.database.transact(

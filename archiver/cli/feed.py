@@ -44,5 +44,7 @@ def tail(
 
 def _line(event: dict[str, Any]) -> str:
     what = f"{size(event['size'])} {event['key']}" if "size" in event else ascii(event.get("reason", ""))
+    if event["event"] == "epoch":
+        what = f"epoch {event['epoch']}, {event['listed']} messages under other ids"
     at = event["at"][:19]
     return f"{event['position']:>10} {at} {event['event']:11} {event['account']} {what}"

@@ -1,66 +1,158 @@
 """``archiver status``: all accounts at a glance, and what is unaccounted for."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
+from archiver.cli.output import Json, ago, emit, one_line, say, show, size, table
 
-FAILURES_SHOWN = 20
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from archiver.completeness import Concern, Overview
+    from archiver.db.history import Day
+
+LONGEST_DAYS = 3660
+_HOURS_FROM_SECONDS = 2 * 3600.0
 
 
 def register(app: typer.Typer) -> None:
     app.command()(status)
 
 
-def status(json: Json = False) -> None:
-    """Show the state of all accounts at a glance.
+def status(
+    days: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=LONGEST_DAYS,
+            help="Also what the last N days (UTC) add up to; losses and gaps are told of these.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Name every account that needs attention, not the first 20.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show the state of all accounts at a glance, and what needs attention, the worst first.
 
-    Unaccounted for is what the last listing showed and is neither archived nor
-    in quarantine: still to come, if all is well. Exit code 1 when an account
-    fails, or waits for an operator, or something is in quarantine; not for one
-    that was paused by hand.
+    Still to come is what the last listings showed and is neither archived nor
+    in quarantine. Lost is what was gone before we had it. A gap is a time in
+    which nobody looked into a mailbox for longer than planned. Exit code 1 when
+    an account fails, waits for an operator or deletes nothing until somebody
+    has looked, or something is in quarantine; not for one that was paused by
+    hand.
     """
+    from archiver import completeness
     from archiver.bootstrap import Archiver
-    from archiver.db import reads
     from archiver.settings import load
-    from archiver.worker import PAUSED_BY_HAND
 
     with Archiver(load()) as archiver:
-        with archiver.database.reading() as connection:
-            states = reads.account_states(connection)
         now = archiver.now()
+        with archiver.database.reading() as connection:
+            found = completeness.overview(
+                connection, now, days=days, limit=None if every else completeness.SHOWN
+            )
         where = archiver.settings.store_url
-    active = [state for state in states if state.removed_at is None]
-    paused = [state for state in active if state.paused_reason is not None]
-    failing = [
-        state for state in active if (state.failures or state.refusals) and state.paused_reason is None
-    ]
-    summary: dict[str, Any] = {
-        "accounts": len(active),
-        "captures": sum(state.captures for state in states),
-        "bytes": sum(int(state.octets) for state in states),
-        "unaccounted": sum(state.to_come for state in active),
-        "quarantined": sum(state.quarantined for state in states),
-        "failing": len(failing),
-        "paused": len(paused),
-        "never_polled": sum(state.ended_at is None for state in active),
-    }
+        forbidden = archiver.settings.forbid_deletion
     if json:
-        emit(summary)
+        emit(completeness.overview_json(found) | {"deletion_forbidden": forbidden})
     else:
-        say(f"{summary['captures']} messages of {len(active)} accounts, {size(summary['bytes'])}, in {where}")
-        made = table("", "accounts", right=("accounts",))
-        for name in ("failing", "paused", "never_polled"):
-            made.add_row(name.replace("_", " "), str(summary[name]))
-        show(made)
-        say(f"{summary['unaccounted']} messages still to come, {summary['quarantined']} in quarantine")
-        for state in (paused + failing)[:FAILURES_SHOWN]:
-            how = "failing" if state.paused_reason is None else "paused"
-            reason = one_line(state.paused_reason or state.error or "")
-            say(f"  {state.name}: {how}, last polled {ago(state.ended_at, now)}: {reason}")
-        if len(paused + failing) > FAILURES_SHOWN:
-            note("more: archiver account list")
-    waiting = [state for state in paused if state.paused_reason != PAUSED_BY_HAND]
-    if failing or waiting or summary["quarantined"]:
+        if forbidden:
+            say("nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")
+        _tell(found, where, now)
+    if found.needs_somebody:
         raise typer.Exit(1)
+
+
+def _tell(found: "Overview", where: str, now: "datetime") -> None:
+    standing = found.standing
+    accounts = sum(standing.accounts.values())
+    say(f"{standing.captures} messages of {accounts} accounts, {size(standing.octets)}, in {where}")
+    say(
+        f"{standing.to_come} messages still to come, {standing.quarantined} in quarantine; "
+        f"since {found.since}: {found.lost} lost, {found.gaps} gaps ended"
+    )
+    made = table("accounts", "", right=("",))
+    for name, number in {
+        **standing.accounts,
+        "never polled": standing.never_polled,
+        "not looked into for too long": standing.late,
+        "deletion on hold": standing.held,
+    }.items():
+        made.add_row(name, str(number))
+    show(made)
+    _tell_concerns(found.concerns, now)
+    if len(found.concerns) < standing.concerned:
+        say(f"and {standing.concerned - len(found.concerns)} accounts more: archiver status --all")
+    _tell_hosts(found, now)
+    if found.days is not None:
+        tell_days(found.days)
+
+
+def _tell_concerns(concerns: "list[Concern]", now: "datetime") -> None:
+    if not concerns:
+        return
+    made = table("needs attention", "for", "last poll", "last look", "why")
+    for concern in concerns:
+        counted = {
+            "lost messages": f"{concern.lost} lost",
+            "quarantine": f"{concern.quarantined} in quarantine",
+        }
+        troubles = [counted.get(trouble, trouble) for trouble in concern.troubles]
+        made.add_row(
+            concern.account,
+            ", ".join(troubles),
+            ago(concern.polled_at, now),
+            ago(concern.looked_at, now),
+            one_line(concern.reason or ""),
+        )
+    show(made)
+
+
+def _tell_hosts(found: "Overview", now: "datetime") -> None:
+    if not found.hosts:
+        return
+    made = table("mail host in trouble", "since", "failures", "again", "why", right=("failures",))
+    for host in found.hosts:
+        made.add_row(
+            host.name,
+            ago(host.failing_since, now),
+            str(host.failures),
+            ago(host.retry_at, now),
+            one_line(host.error or ""),
+        )
+    show(made)
+    if len(found.hosts) < found.standing.hosts:
+        say(f"and {found.standing.hosts - len(found.hosts)} hosts more: archiver status --all")
+
+
+def tell_days(days: "list[Day]", gap_seconds: "list[float] | None" = None) -> None:
+    """A table of days, the newest first; of one account with how long nobody looked on each."""
+    numbers = (
+        *("polls", "failed", "listed", "archived", "quarantined", "to come"),
+        *("new", "deleted", "gone", "lost", "size", "not looked"),
+    )
+    columns = numbers if gap_seconds is not None else numbers[:-1]
+    made = table("day (UTC)", *columns, right=columns)
+    for index in reversed(range(len(days))):
+        day = days[index]
+        counts = (
+            *(day.polls, day.failed, day.listed, day.archived, day.quarantined, day.to_come),
+            *(day.new, day.deleted, day.gone, day.lost),
+        )
+        cells = ["-" if count is None else str(count) for count in counts]
+        cells.append(size(day.octets))
+        if gap_seconds is not None:
+            cells.append(length(gap_seconds[index]))
+        made.add_row(day.day.isoformat(), *cells)
+    show(made)
+
+
+def length(seconds: float) -> str:
+    """A length of time for people; nothing for none."""
+    if seconds < 1:
+        return ""
+    return f"{seconds / 60:.0f} min" if seconds < _HOURS_FROM_SECONDS else f"{seconds / 3600:.1f} h"

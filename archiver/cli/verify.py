@@ -35,7 +35,8 @@ def verify(
     Every message is read from the store and hashed again. Missing: captured,
     and not in the store. Damaged: not the octets that were captured. Chain
     breaks: a journal that was cut or changed. Unrecorded: one of the three has
-    what another lacks. Changes nothing. Exit code 1 when anything is found.
+    what another lacks. Miscounted: status tells of another number of captures
+    than there are. Changes nothing. Exit code 1 when anything is found.
     """
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
@@ -63,6 +64,7 @@ def verify(
                 "damaged": verdict.damaged,
                 "chain_breaks": verdict.chain_breaks,
                 "unrecorded": verdict.unrecorded,
+                "miscounted": verdict.miscounted,
                 "findings": [finding._asdict() for finding in verdict.findings],
             }
         )
@@ -122,5 +124,6 @@ def _tell(verdict: "Verdict", accounts: int, *, rehashed: bool) -> None:
         f"{verdict.checked} messages ({how}) and "
         f"{verdict.segments} journal segments of {accounts} accounts: "
         f"{verdict.missing} missing, {verdict.damaged} damaged, "
-        f"{verdict.chain_breaks} chain breaks, {verdict.unrecorded} unrecorded"
+        f"{verdict.chain_breaks} chain breaks, {verdict.unrecorded} unrecorded, "
+        f"{verdict.miscounted} miscounted"
     )

@@ -1,0 +1,112 @@
+"""``archiver account deletable`` and ``allow-deletion``: what would go from a mail server, and what stays."""
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from archiver.cli import lookup
+from archiver.cli.output import Json, emit, say, show, table
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
+
+MESSAGES_SHOWN = 20
+
+_WORDS = {
+    "goes": "go at the next poll that finds them listed, and their objects sound",
+    "never": "stay: the policy is never",
+    "forbidden": "stay: ARCHIVER_FORBID_DELETION is set",
+    "on_hold": "stay: deletion is on hold for this account",
+    "too_young": "stay: their days are not over",
+    "quarantined": "stay: in quarantine",
+    "to_come": "stay: not archived yet",
+    "no_id": "stay: they have no id of their own",
+}
+
+
+def deletable(
+    name: Name,
+    delete: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY", help="As if this were the account's policy.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List what the next poll would ask the mail server to delete, and why the rest stays. Asks no server.
+
+    Of the messages that the last listing showed. With --delete you see what
+    another policy would do, before you set it.
+    """
+    from archiver import policy
+    from archiver.bootstrap import Archiver
+    from archiver.db import reads
+    from archiver.errors import UsageError
+    from archiver.model import UNKNOWN_SIZE, DeletePolicy, uidl_text
+    from archiver.settings import load
+
+    settings = load()
+    with Archiver(settings) as archiver:
+        account = lookup.active_account(archiver, name)
+        try:
+            wanted = account.delete if delete is None else DeletePolicy.parse(delete)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        now = archiver.now()
+        counts: Counter[str] = Counter()
+        going: list[dict[str, Any]] = []
+        with archiver.database.reading() as connection:
+            for key, known in reads.present_sightings(connection, account.id, account.epoch):
+                verdict = policy.delete_verdict(
+                    wanted,
+                    state=known.state,
+                    by_content=bool(key.content),
+                    captured_at=known.first_seen_at,
+                    hold=account.deletion_hold,
+                    forbidden=settings.forbid_deletion,
+                    now=now,
+                )
+                counts[verdict.value] += 1
+                described = {
+                    "uidl": uidl_text(key.uidl),
+                    "size": None if key.size == UNKNOWN_SIZE else key.size,
+                    "sha256": None if known.sha256 is None else known.sha256.hex(),
+                    "since": known.first_seen_at,
+                    "verdict": verdict.value,
+                }
+                if json:
+                    emit(described)
+                elif verdict is policy.Verdict.GOES and len(going) < MESSAGES_SHOWN:
+                    going.append(described)
+    if json:
+        return
+    say(f"{account.name}: delete {wanted}")
+    if account.deletion_hold is not None:
+        say(f"  on hold: {account.deletion_hold}")
+        say(f"  to lift it: archiver account allow-deletion {account.name}")
+    for word, count in sorted(counts.items()):
+        say(f"  {count} {_WORDS[word]}")
+    if going:
+        made = table("UIDL", "size", "SHA-256", "since", right=("size",))
+        for each in going:
+            made.add_row(
+                ascii(each["uidl"])[1:-1],
+                "-" if each["size"] is None else str(each["size"]),
+                str(each["sha256"])[:16],
+                f"{each['since']:%Y-%m-%d %H:%M}",
+            )
+        show(made)
+        if counts["goes"] > len(going):
+            say(f"  and {counts['goes'] - len(going)} more: --json lists all")
+
+
+def allow_deletion(name: Name) -> None:
+    """Lift the hold that a renumbered mailbox was put under: the deletion policy is in force again."""
+    from archiver.bootstrap import Archiver
+    from archiver.db import record
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        account = lookup.active_account(archiver, name)
+        archiver.database.transact(lambda connection: record.allow_deletion(connection, account.id))
+    was = "was not on hold" if account.deletion_hold is None else "is on hold no more"
+    say(f"deletion for {name} {was}; its policy is {account.delete}")

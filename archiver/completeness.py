@@ -1,0 +1,218 @@
+"""What is accounted for and what is not: how all accounts stand, and each account's days.
+
+Owns the questions that ``archiver status``, ``archiver account show`` and HTTP
+answer, and the form of the answers as JSON, so that all tell the same. Promises
+that none of them counts messages, and that no answer grows with the number of
+accounts unless it was asked to.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from archiver.db import history, reads
+from archiver.db.history import Day, Gap
+
+LOOK_BACK_DAYS = 7
+"""How far back losses and gaps are told unless somebody asks for more: longer than a holiday's weekend."""
+
+SHOWN = 20
+"""Accounts, and mail hosts, that are named unless all are asked for."""
+
+NAMED_LOSSES = 1_000
+"""Accounts with losses that are named even if all are asked for: their sum is told in any case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Concern:
+    """An account that somebody should look at, and why: the worst first."""
+
+    account: str
+    troubles: tuple[str, ...]
+    reason: str | None
+    looked_at: datetime | None
+    polled_at: datetime | None
+    quarantined: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """How all accounts stand. ``lost`` and ``gaps`` (those that ended) are of the days from ``since`` on."""
+
+    standing: reads.Standing
+    since: date
+    lost: int
+    gaps: int
+    concerns: list[Concern]
+    hosts: list[Any]
+    days: list[Day] | None
+
+    @property
+    def needs_somebody(self) -> bool:
+        """Whether something stays as it is until somebody does something about it."""
+        standing = self.standing
+        return bool(standing.accounts["failing"] or standing.waiting or standing.quarantined or standing.held)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """An account's days, and the gaps among them."""
+
+    days: list[Day]
+    gaps: list[Gap]
+    lost_ever: int
+    now: datetime
+
+    def gap_seconds(self, day: date) -> float:
+        """How long, on that day so far, nobody looked into the mailbox who should have."""
+        return history.gap_seconds(self.gaps, day, self.now)
+
+
+def overview(
+    connection: Connection, now: datetime, *, days: int | None = None, limit: int | None = SHOWN
+) -> Overview:
+    """How all accounts stand at this moment; with ``days``, also what so many days add up to.
+
+    Names up to ``limit`` accounts and hosts that need attention, or all.
+    """
+    today = now.astimezone(UTC).date()
+    since = today - timedelta(days=(days or LOOK_BACK_DAYS) - 1)
+    lost = history.losses(connection, since)
+    most = sorted(lost, key=lambda account_id: (-lost[account_id], account_id))
+    rows = reads.need_attention(
+        connection, now, lost=most[: NAMED_LOSSES if limit is None else limit], limit=limit
+    )
+    return Overview(
+        standing=reads.standing(connection, now),
+        since=since,
+        lost=sum(lost.values()),
+        gaps=history.ended_gaps(connection, history.begin(since)),
+        concerns=[_concern(row, now, lost.get(row.id, 0)) for row in rows],
+        hosts=reads.failing_hosts(connection, limit),
+        days=None if days is None else history.days_of_all(connection, since, today),
+    )
+
+
+def ledger(connection: Connection, account_id: str, now: datetime, *, days: int) -> Ledger:
+    """The last so many days of an account, today included; none before it was added."""
+    today = now.astimezone(UTC).date()
+    first = today - timedelta(days=days - 1)
+    added = reads.added_at(connection, account_id).date()
+    first = min(max(first, added), today)
+    return Ledger(
+        days=history.days(connection, account_id, first, today),
+        gaps=history.gaps(connection, account_id, history.begin(first), now),
+        lost_ever=history.lost(connection, account_id),
+        now=now,
+    )
+
+
+def _concern(row: Any, now: datetime, lost: int) -> Concern:
+    failing = row.failures + row.refusals > 0
+    troubles = {
+        "lost messages": lost > 0,
+        "paused": row.paused_reason is not None,
+        "failing": failing and row.paused_reason is None,
+        "deletion on hold": row.deletion_hold is not None,
+        "quarantine": row.quarantined > 0,
+        "not looked into": row.late_at is not None and row.late_at < now,
+    }
+    return Concern(
+        account=row.name,
+        troubles=tuple(name for name, found in troubles.items() if found),
+        reason=row.paused_reason or (row.error if failing else None) or row.deletion_hold,
+        looked_at=row.looked_at,
+        polled_at=row.ended_at,
+        quarantined=row.quarantined,
+        lost=lost,
+    )
+
+
+# As JSON: the same by command and by HTTP. Fields are only ever added.
+
+
+def overview_json(found: Overview) -> dict[str, Any]:
+    standing = found.standing
+    return {
+        "accounts": sum(standing.accounts.values()),
+        "captures": standing.captures,
+        "bytes": standing.octets,
+        "unaccounted": standing.to_come,
+        "quarantined": standing.quarantined,
+        "failing": standing.accounts["failing"],
+        "paused": standing.accounts["paused"],
+        "never_polled": standing.never_polled,
+        "waiting": standing.waiting,
+        "deletion_held": standing.held,
+        "late": standing.late,
+        "failing_hosts": standing.hosts,
+        "since": found.since.isoformat(),
+        "lost": found.lost,
+        "gaps": found.gaps,
+        "attention": [_concern_json(concern) for concern in found.concerns],
+        "hosts": [_host_json(row) for row in found.hosts],
+    } | ({} if found.days is None else {"days": [day_json(day) for day in found.days]})
+
+
+def ledger_json(found: Ledger) -> dict[str, Any]:
+    return {
+        "lost": found.lost_ever,
+        "days": [day_json(day) | {"gap_seconds": round(found.gap_seconds(day.day), 3)} for day in found.days],
+        "gaps": gaps_json(found.gaps),
+    }
+
+
+def day_json(day: Day) -> dict[str, Any]:
+    return {
+        "day": day.day.isoformat(),
+        "polls": day.polls,
+        "failed": day.failed,
+        "looks": day.looks,
+        "listed": day.listed,
+        "archived": day.archived,
+        "quarantined": day.quarantined,
+        "to_come": day.to_come,
+        "new": day.new,
+        "delete_requested": day.delete_requested,
+        "deleted": day.deleted,
+        "gone": day.gone,
+        "lost": day.lost,
+        "bytes": day.octets,
+        "seconds": round(day.seconds, 3),
+        "first_look_at": _iso(day.first_look_at),
+        "last_look_at": _iso(day.last_look_at),
+    }
+
+
+def gaps_json(gaps: Iterable[Gap]) -> list[dict[str, Any]]:
+    return [{"from": _iso(gap.since), "to": _iso(gap.until)} for gap in gaps]
+
+
+def _concern_json(concern: Concern) -> dict[str, Any]:
+    return {
+        "account": concern.account,
+        "troubles": list(concern.troubles),
+        "reason": concern.reason,
+        "looked_at": _iso(concern.looked_at),
+        "last_poll_at": _iso(concern.polled_at),
+        "quarantined": concern.quarantined,
+        "lost": concern.lost,
+    }
+
+
+def _host_json(row: Any) -> dict[str, Any]:
+    return {
+        "host": row.name,
+        "failures": row.failures,
+        "failing_since": _iso(row.failing_since),
+        "retry_at": _iso(row.retry_at),
+        "error": row.error,
+    }
+
+
+def _iso(at: datetime | None) -> str | None:
+    return None if at is None else at.isoformat()

@@ -1,0 +1,510 @@
+"""What polls leave behind: days that add up, gaps in which nobody looked, and the removal of what is old.
+
+Owns ``poll_day``, ``gap`` and the end of each row of ``poll``. A day is that of
+UTC: once its polls are removed, it cannot be cut anew for another time zone.
+Every poll is in a day once, and only once: polls up to ``mailbox.counted`` were
+added to ``poll_day`` in the transaction that moved that mark, and the others
+are added when somebody asks. Only what was added is removed, and of each
+account its newest poll never, however old.
+
+A poll's rows come to be in the order of its account's tokens, since each passes
+the fence; so one number is mark enough.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
+from functools import partial
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from archiver.db import Database
+from archiver.db.tables import account, gap, lease, mailbox, poll, poll_day
+
+TIDY_LOCK = 0x74696479
+"""The advisory lock that lets one process at a time tidy up: "tidy" in ASCII."""
+
+
+class Bounds(NamedTuple):
+    """What one transaction adds up or removes: a fraction of a second, in which nobody waits for long."""
+
+    accounts: int = 500
+    polls: int = 10_000
+
+
+BOUNDS = Bounds()
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """An account's day, or that of many accounts together.
+
+    ``listed``, ``archived``, ``quarantined`` and ``to_come`` are of the last
+    listing, by the end of its poll, and None without one; the three make
+    ``listed``. ``looks`` are polls that saw what the mailbox holds.
+    """
+
+    day: date
+    polls: int = 0
+    failed: int = 0
+    looks: int = 0
+    listed: int | None = None
+    new: int = 0
+    archived: int | None = None
+    quarantined: int | None = None
+    to_come: int | None = None
+    delete_requested: int = 0
+    deleted: int = 0
+    gone: int = 0
+    lost: int = 0
+    octets: int = 0
+    seconds: float = 0.0
+    first_look_at: datetime | None = None
+    last_look_at: datetime | None = None
+
+    def then(self, later: "Day") -> "Day":
+        """This part of a day and the next one, together."""
+        seen = self if later.listed is None else later
+        return replace(
+            self,
+            **{name: getattr(self, name) + getattr(later, name) for name in _SUMS},
+            **{name: getattr(seen, name) for name in _STATES},
+            first_look_at=self.first_look_at or later.first_look_at,
+            last_look_at=later.last_look_at or self.last_look_at,
+        )
+
+
+_STATES = ("listed", "archived", "quarantined", "to_come")
+_SUMS = (
+    "polls",
+    "failed",
+    "looks",
+    "new",
+    "delete_requested",
+    "deleted",
+    "gone",
+    "lost",
+    "octets",
+    "seconds",
+)
+
+
+class Gap(NamedTuple):
+    """A time in which nobody looked into a mailbox. ``until`` is None while it lasts."""
+
+    since: datetime
+    until: datetime | None
+
+
+class Tidied(NamedTuple):
+    """What one round of tidying up did; not the ``whole`` of it where others are at it, or it was stopped."""
+
+    counted: int
+    removed: int
+    whole: bool
+
+
+# What polls write.
+
+
+def gap_ended(connection: Connection, account_id: str, at: datetime) -> None:
+    """Note that a mailbox is looked into again, after too long a time. Call within the fence."""
+    connection.execute(
+        _dialect_insert(connection, gap)
+        .from_select(
+            ["account_id", "began_at", "ended_at"],
+            sa.select(lease.c.account_id, _looked_at(), sa.bindparam("b_at", at, type_=gap.c.ended_at.type))
+            .join(account, account.c.id == lease.c.account_id)
+            .where(lease.c.account_id == account_id),
+        )
+        .on_conflict_do_nothing()
+    )
+
+
+# What people ask.
+
+
+def days(connection: Connection, account_id: str, first: date, last: date) -> list[Day]:
+    """Each day of an account from ``first`` to ``last``, both included; those without a poll are empty."""
+    found = {row.day: _of_row(row) for row in connection.execute(_stored(first, last, account_id))}
+    for part in _added_up(connection.execute(_uncounted(first, last, account_id))).values():
+        for one in part:
+            found[one.day] = found[one.day].then(one) if one.day in found else one
+    return _every_day(found, first, last)
+
+
+def days_of_all(connection: Connection, first: date, last: date) -> list[Day]:
+    """Each day of all accounts together. ``listed`` and its parts add up the accounts' last listings."""
+    fresh = _fresh(connection, first, last).cte("fresh")
+    shown = _last_listings(fresh).cte("shown")
+    stored = sa.and_(poll_day.c.day >= first, poll_day.c.day <= last)
+    flows = sa.union_all(
+        sa.select(poll_day.c.day, *(poll_day.c[name] for name in (*_SUMS, *_LOOKS))).where(stored),
+        sa.select(fresh.c.day, *(fresh.c[name] for name in (*_SUMS, *_LOOKS))),
+    ).subquery()
+    # An account's later listing stands in place of the one in its stored day; it is
+    # looked for by the account's key, since SQLite would compare all with all.
+    later = sa.exists().where(
+        mailbox.c.account_id == poll_day.c.account_id,
+        poll.c.account_id == poll_day.c.account_id,
+        poll.c.token > mailbox.c.counted,
+        poll.c.listed.is_not(None),
+        _day(connection) == poll_day.c.day,
+    )
+    states = sa.union_all(
+        sa.select(poll_day.c.day, *(poll_day.c[name] for name in _STATES)).where(stored, ~later),
+        sa.select(shown.c.day, *(shown.c[name] for name in _STATES)),
+    ).subquery()
+    found: dict[date, Day] = {}
+    for row in connection.execute(
+        sa.select(
+            flows.c.day,
+            *(sa.func.sum(flows.c[name]).label(name) for name in _SUMS),
+            sa.func.min(flows.c.first_look_at).label("first_look_at"),
+            sa.func.max(flows.c.last_look_at).label("last_look_at"),
+        ).group_by(flows.c.day)
+    ):
+        found[row.day] = _of_row(row)
+    for row in connection.execute(
+        sa.select(states.c.day, *(sa.func.sum(states.c[name]).label(name) for name in _STATES)).group_by(
+            states.c.day
+        )
+    ):
+        found[row.day] = replace(found[row.day], **{name: _whole(getattr(row, name)) for name in _STATES})
+    return _every_day(found, first, last)
+
+
+def gaps(connection: Connection, account_id: str, since: datetime, now: datetime) -> list[Gap]:
+    """The times from ``since`` on in which nobody looked into a mailbox, in order; the open one last."""
+    found = [
+        Gap(row.began_at, row.ended_at)
+        for row in connection.execute(
+            sa.select(gap.c.began_at, gap.c.ended_at)
+            .where(gap.c.account_id == account_id, gap.c.ended_at > since)
+            .order_by(gap.c.began_at)
+        )
+    ]
+    open_since = connection.execute(
+        sa.select(_looked_at())
+        .select_from(lease)
+        .join(account, account.c.id == lease.c.account_id)
+        .where(lease.c.account_id == account_id, lease.c.late_at < now, account.c.removed_at.is_(None))
+    ).scalar()
+    return found if open_since is None else [*found, Gap(open_since, None)]
+
+
+def _looked_at() -> sa.ColumnElement[datetime]:
+    """When somebody looked last; what an account was added for counts from then on."""
+    return sa.func.coalesce(lease.c.looked_at, account.c.created_at, type_=gap.c.began_at.type)
+
+
+def gap_seconds(found: Iterable[Gap], day: date, now: datetime) -> float:
+    """How long, on that day, nobody looked."""
+    begins, ends = begin(day), begin(day + timedelta(days=1))
+    return sum(
+        max(0.0, (min(ends, one.until or now) - max(begins, one.since)).total_seconds()) for one in found
+    )
+
+
+def ended_gaps(connection: Connection, since: datetime) -> int:
+    """How many gaps ended since then, of all accounts."""
+    return connection.execute(
+        sa.select(sa.func.count()).select_from(gap).where(gap.c.ended_at > since)
+    ).scalar_one()
+
+
+def losses(connection: Connection, first: date) -> dict[str, int]:
+    """How many messages each account lost from that day on, by account id; only those that lost any."""
+    found: dict[str, int] = {}
+    for query in (
+        sa.select(poll_day.c.account_id, sa.func.sum(poll_day.c.lost))
+        .where(poll_day.c.lost > 0, poll_day.c.day >= first)
+        .group_by(poll_day.c.account_id),
+        sa.select(poll.c.account_id, sa.func.sum(poll.c.lost))
+        .join(mailbox, mailbox.c.account_id == poll.c.account_id)
+        .where(poll.c.lost > 0, poll.c.ended_at >= begin(first), poll.c.token > mailbox.c.counted)
+        .group_by(poll.c.account_id),
+    ):
+        for account_id, lost in connection.execute(query):
+            found[account_id] = found.get(account_id, 0) + int(lost)
+    return found
+
+
+def lost(connection: Connection, account_id: str) -> int:
+    """How many messages of an account were gone before we had them, ever."""
+    stored = sa.select(sa.func.sum(poll_day.c.lost)).where(poll_day.c.account_id == account_id)
+    fresh = (
+        sa.select(sa.func.sum(poll.c.lost))
+        .join(mailbox, mailbox.c.account_id == poll.c.account_id)
+        .where(poll.c.account_id == account_id, poll.c.token > mailbox.c.counted)
+    )
+    return sum(int(connection.execute(query).scalar() or 0) for query in (stored, fresh))
+
+
+# Housekeeping.
+
+
+def tidy(
+    database: Database,
+    *,
+    now: datetime,
+    keep_days: int,
+    stopping: Callable[[], bool] = lambda: False,
+    bounds: Bounds = BOUNDS,
+) -> Tidied:
+    """Add all polls to their days, then remove those that are older than ``keep_days``.
+
+    In transactions of bounded size, each of which leaves every day as it was
+    shown before. Of several processes that do so at once, one works. May be
+    stopped, or killed, anywhere and begun again.
+    """
+    counted = removed = 0
+    after: str | None = ""
+    while after is not None:
+        number, after = database.transact(partial(_count, after=after, bounds=bounds))
+        if number is None or stopping():
+            return Tidied(counted + (number or 0), removed, whole=False)
+        counted += number
+    before = begin(now.astimezone(UTC).date() - timedelta(days=keep_days))
+    since: datetime | None = datetime.min.replace(tzinfo=UTC)
+    while since is not None:
+        number, since = database.transact(partial(_remove, since=since, before=before, at_once=bounds.polls))
+        if number is None or stopping():
+            return Tidied(counted, removed + (number or 0), whole=False)
+        removed += number
+    return Tidied(counted, removed, whole=True)
+
+
+def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | None, str | None]:
+    """Add the polls of the next accounts to their days; how many, and where to go on (None: at the end)."""
+    if not _is_ours(connection):
+        return None, None
+    found = connection.execute(
+        sa.select(mailbox.c.account_id)
+        .where(mailbox.c.account_id > after)
+        .order_by(mailbox.c.account_id)
+        .limit(bounds.accounts)
+        # One whose poll ends at this moment has its turn the next time.
+        .with_for_update(skip_locked=True)
+    ).scalars()
+    these = list(found)
+    if not these:
+        return 0, None
+    rows = connection.execute(
+        sa.select(poll)
+        .join(mailbox, mailbox.c.account_id == poll.c.account_id)
+        .where(poll.c.account_id.in_(these), poll.c.token > mailbox.c.counted)
+        .order_by(poll.c.account_id, poll.c.token)
+        .limit(bounds.polls)
+    ).all()
+    if rows:
+        added = _added_up(rows)
+        _add(connection, added)
+        connection.execute(
+            sa.update(mailbox)
+            .where(mailbox.c.account_id == sa.bindparam("b_account_id"))
+            .values(counted=sa.bindparam("b_counted")),
+            # The last row of an account is that of its highest token.
+            [{"b_account_id": row.account_id, "b_counted": row.token} for row in _lasts(rows)],
+        )
+    if len(rows) < bounds.polls:
+        return len(rows), max(these)
+    # The last account may have more: it is the first of the next batch.
+    before = [account_id for account_id in these if account_id < rows[-1].account_id]
+    return len(rows), max(before, default=after)
+
+
+def _remove(
+    connection: Connection, since: datetime, before: datetime, at_once: int
+) -> tuple[int | None, datetime | None]:
+    """Remove the polls that ended next behind ``since``; how many, and where to go on (None: at the end)."""
+    if not _is_ours(connection):
+        return None, None
+    ended = sa.and_(poll.c.ended_at > since, poll.c.ended_at < before)
+    upto = connection.execute(
+        sa.select(poll.c.ended_at).where(ended).order_by(poll.c.ended_at).limit(1).offset(at_once - 1)
+    ).scalar()
+    newer = poll.alias("newer")
+    marked = sa.select(mailbox.c.counted).where(mailbox.c.account_id == poll.c.account_id).scalar_subquery()
+    removed = connection.execute(
+        sa.delete(poll).where(
+            ended,
+            sa.true() if upto is None else poll.c.ended_at <= upto,
+            poll.c.token <= marked,
+            sa.exists().where(newer.c.account_id == poll.c.account_id, newer.c.token > poll.c.token),
+        )
+    ).rowcount
+    return removed, upto
+
+
+def _is_ours(connection: Connection) -> bool:
+    """Whether this transaction has the turn to tidy up. SQLite has one writer anyway."""
+    if connection.dialect.name != "postgresql":
+        return True
+    return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(TIDY_LOCK))).scalar())
+
+
+def _add(connection: Connection, added: Mapping[str, Sequence[Day]]) -> None:
+    statement = _dialect_insert(connection, poll_day)
+    new, old = statement.excluded, poll_day.c
+    seen = {name: sa.case((new.listed.is_(None), old[name]), else_=new[name]) for name in _STATES}
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["account_id", "day"],
+            set_={
+                **{name: old[name] + new[name] for name in _SUMS},
+                **seen,
+                "first_look_at": sa.func.coalesce(old.first_look_at, new.first_look_at),
+                "last_look_at": sa.func.coalesce(new.last_look_at, old.last_look_at),
+            },
+        ),
+        [
+            {"account_id": account_id, **{name: getattr(one, name) for name in _COLUMNS}}
+            for account_id, parts in added.items()
+            for one in parts
+        ],
+    )
+
+
+# The arithmetic.
+
+_LOOKS = ("first_look_at", "last_look_at")
+_COLUMNS = ("day", *_SUMS, *_STATES, *_LOOKS)
+
+
+def of_poll(row: Any) -> Day:
+    """A poll as the part of a day. A pure function."""
+    saw = row.listed is not None
+    return Day(
+        day=row.ended_at.astimezone(UTC).date(),
+        polls=1,
+        failed=int(row.outcome != "ok"),
+        looks=int(saw),
+        listed=row.listed,
+        new=row.new,
+        archived=row.new + row.known if saw else None,
+        quarantined=row.quarantined if saw else None,
+        to_come=row.to_come,
+        delete_requested=row.delete_requested,
+        deleted=row.deleted,
+        gone=row.gone,
+        lost=row.lost,
+        octets=row.octets,
+        seconds=row.seconds,
+        first_look_at=row.ended_at if saw else None,
+        last_look_at=row.ended_at if saw else None,
+    )
+
+
+def _added_up(rows: Iterable[Any]) -> dict[str, list[Day]]:
+    """The days of each account, from its polls in order."""
+    found: dict[str, dict[date, Day]] = {}
+    for row in rows:
+        one = of_poll(row)
+        of_account = found.setdefault(row.account_id, {})
+        of_account[one.day] = of_account[one.day].then(one) if one.day in of_account else one
+    return {account_id: list(of_account.values()) for account_id, of_account in found.items()}
+
+
+def _lasts(rows: Sequence[Any]) -> list[Any]:
+    return list({row.account_id: row for row in rows}.values())
+
+
+def _every_day(found: Mapping[date, Day], first: date, last: date) -> list[Day]:
+    number = (last - first).days + 1
+    every = (first + timedelta(days=index) for index in range(number))
+    return [found.get(day, Day(day)) for day in every]
+
+
+def _of_row(row: Any) -> Day:
+    values = row._mapping
+    return Day(
+        day=row.day,
+        **{name: _whole(values[name]) for name in _SUMS if name != "seconds"},
+        seconds=float(values["seconds"]),
+        **{name: values.get(name) for name in (*_STATES, *_LOOKS)},
+    )
+
+
+def _whole(value: Any) -> Any:
+    # PostgreSQL's sum of integers is numeric.
+    return None if value is None else int(value)
+
+
+def begin(day: date) -> datetime:
+    """When a day begins."""
+    return datetime.combine(day, time(), UTC)
+
+
+def _stored(first: date, last: date, account_id: str) -> sa.Select[Any]:
+    return sa.select(poll_day).where(
+        poll_day.c.account_id == account_id, poll_day.c.day >= first, poll_day.c.day <= last
+    )
+
+
+def _in_days(first: date, last: date) -> sa.ColumnElement[bool]:
+    """Of the polls that no stored day has: those of these days."""
+    return sa.and_(
+        poll.c.token > mailbox.c.counted,
+        poll.c.ended_at >= begin(first),
+        poll.c.ended_at < begin(last + timedelta(days=1)),
+    )
+
+
+def _uncounted(first: date, last: date, account_id: str) -> sa.Select[Any]:
+    return (
+        sa.select(poll)
+        .join(mailbox, mailbox.c.account_id == poll.c.account_id)
+        .where(poll.c.account_id == account_id, _in_days(first, last))
+        .order_by(poll.c.token)
+    )
+
+
+def _fresh(connection: Connection, first: date, last: date) -> sa.Select[Any]:
+    """The same of all accounts, added up by account and day where the rows are."""
+    day = _day(connection).label("day")
+    saw = poll.c.listed.is_not(None)
+    counts = {
+        "polls": sa.func.count(),
+        "failed": sa.func.count().filter(poll.c.outcome != "ok"),
+        "looks": sa.func.count().filter(saw),
+    }
+    sums = {name: sa.func.sum(poll.c[name]) for name in _SUMS if name not in counts}
+    return (
+        sa.select(
+            poll.c.account_id,
+            day,
+            *(column.label(name) for name, column in (counts | sums).items()),
+            sa.func.min(poll.c.ended_at).filter(saw).label("first_look_at"),
+            sa.func.max(poll.c.ended_at).filter(saw).label("last_look_at"),
+            sa.func.max(poll.c.token).filter(saw).label("last_token"),
+        )
+        .join(mailbox, mailbox.c.account_id == poll.c.account_id)
+        .where(_in_days(first, last))
+        .group_by(poll.c.account_id, day)
+    )
+
+
+def _last_listings(fresh: sa.CTE) -> sa.Select[Any]:
+    return sa.select(
+        fresh.c.account_id,
+        fresh.c.day,
+        poll.c.listed,
+        (poll.c.new + poll.c.known).label("archived"),
+        poll.c.quarantined,
+        poll.c.to_come,
+    ).join(poll, sa.and_(poll.c.account_id == fresh.c.account_id, poll.c.token == fresh.c.last_token))
+
+
+def _day(connection: Connection) -> sa.ColumnElement[date]:
+    if connection.dialect.name == "sqlite":
+        return sa.func.date(poll.c.ended_at, type_=sa.Date())
+    return sa.cast(sa.func.timezone("UTC", poll.c.ended_at), sa.Date())
+
+
+def _dialect_insert(connection: Connection, into: sa.Table) -> Any:
+    # ON CONFLICT has one spelling and two constructs.
+    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(into)
