@@ -7,6 +7,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,10 @@ class Mailbox:
         self.server.deliver(self.user, messages)
 
     def messages(self) -> list[bytes]:
-        return self.server.messages(self.user)
+        """What there is, also while the server is deleting what a session asked for."""
+        while True:
+            with suppress(FileNotFoundError):
+                return self.server.messages(self.user)
 
     def remove(self, number: int) -> None:
         self.server.remove(self.user, number)
@@ -90,11 +94,14 @@ def _numbers() -> Iterator[int]:
 
 @pytest.fixture
 def mailbox(dovecot: Dovecot, _numbers: Iterator[int]) -> Callable[..., Mailbox]:
-    """A factory of mailboxes on Dovecot, each for a new user: ``mailbox([message, ...])``."""
+    """A factory of mailboxes on Dovecot, each for a new user: ``mailbox([message, ...])``.
 
-    def make(messages: Iterable[bytes] = ()) -> Mailbox:
+    Each has a password of its own, unless one is given.
+    """
+
+    def make(messages: Iterable[bytes] = (), *, password: str | None = None) -> Mailbox:
         user = f"user{next(_numbers)}"
-        made = Mailbox(dovecot, user, password=f"secret of {user}")
+        made = Mailbox(dovecot, user, password=password or f"secret of {user}")
         dovecot.add_user(made.user, made.password)
         made.deliver(messages)
         return made

@@ -14,14 +14,19 @@ from typing import NamedTuple, Self
 import pytest
 
 from archiver.demo.corpus import corpus as generate_corpus
+from archiver.demo.dovecot import Dovecot
 from tests.conftest import Mailbox
 from tests.harness.archive import Archive, sha256
 from tests.harness.cli import Running, wait_for
 from tests.harness.proxy import Proxy
+from tests.harness.seaweedfs import SeaweedFS
+from tests.soak.kill import Siege
 
 pytestmark = pytest.mark.acceptance
 
 KILLS, SEED = 20, 41
+
+KILLS_OF_A_SIEGE, LANES = 16, 4
 FIRST, MORE = 200, 15
 """Messages before the first poll, and delivered before each further one."""
 
@@ -119,6 +124,16 @@ def test_a_kill_between_journal_and_database_is_made_good(
     )
     assert archive.objects.written().items() >= written.items()
     archive.expect_each_once(corpus[:25])
+
+
+def test_commands_and_services_killed_side_by_side_lose_nothing_and_double_nothing(
+    in_bucket: Archive, dovecot: Dovecot, s3: SeaweedFS, tmp_path: Path
+) -> None:
+    """By TLS, while mail keeps coming. The long form is ``tests.soak.kill``."""
+    siege = Siege(in_bucket, dovecot, s3, kills=KILLS_OF_A_SIEGE, seed=SEED)
+    figures = siege.run(tmp_path / "lanes", LANES)
+    assert figures.kills >= KILLS_OF_A_SIEGE
+    assert figures.contents == in_bucket.status()["captures"]
 
 
 def plain_poll(archive: Archive, box: Mailbox, seen: Proxy) -> tuple[str | Path, ...]:

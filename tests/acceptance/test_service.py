@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,7 +42,7 @@ def test_two_processes_share_fifty_accounts_and_one_inherits_them_all(
     boxes = [mailbox([message]) for message in mail[:ACCOUNTS]]
     with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS) as line:
         in_bucket.cli.environment |= {
-            "ARCHIVER_ACCOUNTS_FILE": str(accounts_file(in_bucket, boxes, line.port)),
+            "ARCHIVER_ACCOUNTS_FILE": str(in_bucket.accounts_file(boxes, port=line.port)),
             "ARCHIVER_LEASE_SECONDS": str(LEASE_SECONDS),
             "ARCHIVER_INTERVAL_SECONDS": "2",
         }
@@ -203,22 +202,6 @@ class DeadServer:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
-
-
-def accounts_file(archive: Archive, boxes: list[Mailbox], port: int) -> Path:
-    """The accounts of these mailboxes as a cluster's configuration has them, reached at another port."""
-    tables = [
-        f"""[[account]]
-name = "{box.user}"
-url = "pop3s://{box.user}@127.0.0.1:{port}"
-ca_file = "{box.ca_file}"
-password = "file:{archive.password_file(box)}"
-"""
-        for box in boxes
-    ]
-    file = archive.cli.directory / "accounts.toml"
-    file.write_text("\n".join(tables))
-    return file
 
 
 def held_by(archive: Archive, process: Running) -> set[str]:

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import ssl
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -39,8 +39,8 @@ class Written(NamedTuple):
 class Objects(Protocol):
     """A store, seen from outside."""
 
-    def written(self) -> dict[str, Written]:
-        """Every object by its key."""
+    def written(self, below: str = "") -> dict[str, Written]:
+        """Every object by its key, or those in the folder ``below``."""
 
     def read(self, key: str) -> bytes:
         """The content of an object."""
@@ -52,9 +52,9 @@ class Directory:
 
     root: Path
 
-    def written(self) -> dict[str, Written]:
+    def written(self, below: str = "") -> dict[str, Written]:
         written = {}
-        for path in self.root.glob("[!.]*/**/*"):
+        for path in self.root.glob(f"{below or '[!.]*'}/**/*"):
             status = path.stat()
             if not stat.S_ISDIR(status.st_mode):
                 key = str(path.relative_to(self.root))
@@ -72,8 +72,9 @@ class Bucket:
     client: Any
     name: str
 
-    def written(self) -> dict[str, Written]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
+    def written(self, below: str = "") -> dict[str, Written]:
+        prefix = f"{PREFIX}/{below}/" if below else f"{PREFIX}/"
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
         return {
             item["Key"].removeprefix(f"{PREFIX}/"): Written(item["Size"], item["LastModified"], item["ETag"])
             for page in pages
@@ -112,6 +113,31 @@ class Archive:
         file = self.cli.directory / f"password of {mailbox.user}"
         file.write_text(f"{mailbox.password}\n")
         return file
+
+    def accounts_file(self, boxes: Iterable[Mailbox], *, port: int | None = None, more: str = "") -> Path:
+        """The accounts of these mailboxes as a cluster's configuration has them, reached at another port.
+
+        ``more`` is what each of them has beside.
+        """
+        tables = [
+            f"""[[account]]
+name = "{box.user}"
+url = "pop3s://{box.user}@{box.server.host}:{port or box.server.pop3s_port}"
+ca_file = "{box.ca_file}"
+password = "file:{self.password_file(box)}"
+{more}
+"""
+            for box in boxes
+        ]
+        file = self.cli.directory / "accounts.toml"
+        file.write_text("\n".join(tables))
+        return file
+
+    def fall_due(self) -> None:
+        """Let every account that nobody polls be due now, however long it was backed off."""
+        now = "strftime('%Y-%m-%d %H:%M:%f000', 'now')" if self._in_file else "now()"
+        # Who is due already keeps the place in the line.
+        self.change(f"UPDATE lease SET due_at = {now} WHERE owner IS NULL AND due_at > {now}")
 
     def status(self) -> dict[str, Any]:
         [summary] = self.cli.run("status", "--json").json
@@ -155,6 +181,20 @@ class Archive:
             yield
             database.rollback()
 
+    def is_unlocked(self) -> bool:
+        """Whether nobody is in the midst of a transaction that writes what a poll writes."""
+        try:
+            with self._database() as database:
+                if self._in_file:
+                    database.execute("PRAGMA busy_timeout = 0")
+                    database.execute("BEGIN IMMEDIATE")
+                else:
+                    database.execute("SELECT 1 FROM lease FOR UPDATE NOWAIT")
+                database.rollback()
+        except (sqlite3.OperationalError, psycopg.errors.LockNotAvailable):
+            return False
+        return True
+
     @property
     def _in_file(self) -> bool:
         return self.database_url.startswith("sqlite:///")
@@ -184,6 +224,16 @@ class Archive:
     def captured(self) -> list[str]:
         """The SHA-256 of every capture that the database knows."""
         return [bytes(digest).hex() for (digest,) in self.rows("SELECT sha256 FROM capture")]
+
+    def expect_none_lost(self, delivered: Iterable[bytes], left: Iterable[bytes]) -> None:
+        """Each message that was delivered is left on its server, or in the store: these octets, and proved.
+
+        Proved is what the journal and the database tell of. Nothing in the store is other than its name says.
+        """
+        contents = [self.objects.read(key) for key in self.objects.written() if key.startswith("messages/")]
+        assert sorted(map(sha256, contents)) == sorted(self.stored())
+        proved = set(map(sha256, contents)) & set(self.journalled()) & set(self.captured())
+        assert set(map(sha256, delivered)) - set(map(sha256, left)) <= proved
 
     def expect_each_once(self, messages: list[bytes]) -> None:
         """These messages are in the archive, each once, and nothing else is; and the archive proves it."""

@@ -24,13 +24,15 @@ _LOOK_SECONDS = 0.01
 _PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
-def wait_for(look: Callable[[], T], what: str, *, seconds: float = 30.0) -> T:
+def wait_for(
+    look: Callable[[], T], what: str, *, seconds: float = 30.0, every_seconds: float = _LOOK_SECONDS
+) -> T:
     """What ``look`` gives as soon as it is true. Raises TimeoutError, naming ``what``, after so long."""
     ends_at = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > ends_at:
             raise TimeoutError(f"after {seconds:g} s still not: {what}")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(every_seconds)
     return found
 
 
@@ -96,10 +98,14 @@ class Running:
 
 
 class Cli:
-    """The command ``archiver``, run in ``directory``, with nothing in the environment but what is given."""
+    """The command ``archiver``, run in ``directory``, with nothing in the environment but what is given.
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    ``under`` is a program, with its own arguments, that runs each of them which is under no other.
+    """
+
+    def __init__(self, directory: Path, environment: Mapping[str, str], under: tuple[str, ...] = ()) -> None:
         self.directory = directory
+        self._under = under
         self.environment = {"PATH": os.defpath, "HOME": str(directory), "LC_ALL": "C.UTF-8", **environment}
         self._output = directory / "output"
         self._output.mkdir(parents=True)
@@ -121,7 +127,7 @@ class Cli:
         stdin.write_bytes(given)
         with stdin.open("rb") as reader, out.open("wb") as result, err.open("wb") as said:
             process = subprocess.Popen(
-                [*under, sys.executable, "-m", "archiver", *arguments],
+                [*(under or self._under), sys.executable, "-m", "archiver", *arguments],
                 stdin=reader,
                 stdout=result,
                 stderr=said,
@@ -162,9 +168,9 @@ class Cli:
 
 
 @contextmanager
-def cli(directory: Path, environment: Mapping[str, str]) -> Iterator[Cli]:
+def cli(directory: Path, environment: Mapping[str, str], under: tuple[str, ...] = ()) -> Iterator[Cli]:
     """A ``Cli`` whose processes are gone at the end."""
-    made = Cli(directory, environment)
+    made = Cli(directory, environment, under)
     try:
         yield made
     finally:

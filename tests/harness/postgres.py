@@ -9,9 +9,11 @@ directory's path does not matter, and lets everybody on this machine in.
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, LiteralString
 from urllib.parse import quote
 
 import psycopg
@@ -35,7 +37,8 @@ _SETTINGS = {
 class Postgres:
     """A PostgreSQL server: ``start`` it, ``stop`` or ``kill`` it, as often as wanted; its port stays."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        """A cluster in ``directory``, made if there is none; ``settings`` go before those of the harness."""
         programs = _programs()
         if programs is None:
             raise FileNotFoundError(unavailable())
@@ -44,6 +47,9 @@ class Postgres:
         self.log_file = directory / "postgres.log"
         (self.port,) = processes.free_ports(1)
         self._process: subprocess.Popen[bytes] | None = None
+        self._settings = _SETTINGS | dict(settings)
+        if self._data.exists():
+            return
         directory.mkdir(parents=True, exist_ok=True)
         processes.give(directory)
         options = "--no-sync --username postgres --auth trust --encoding UTF8 --locale C --pgdata"
@@ -56,10 +62,41 @@ class Postgres:
         """The server's own database, as the superuser."""
         return self._url("postgres")
 
+    @property
+    def pid(self) -> int:
+        """The server's first process, whose children are the others."""
+        return int((self._data / "postmaster.pid").read_text().splitlines()[0])
+
     def create_database(self, name: str) -> str:
         """Make an empty database and return its URL."""
         self._execute("CREATE DATABASE {}", name)
+        return self.database_url(name)
+
+    def database_url(self, name: str) -> str:
+        """The URL of a database of this server."""
         return self._url(name)
+
+    def execute(self, statement: LiteralString) -> list[tuple[Any, ...]]:
+        """Run a statement in the server's own database, as the superuser; its rows, if it has any."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def standby(self, directory: Path) -> "Postgres":
+        """A copy in ``directory`` that follows this server once it is started, until it is told to lead."""
+        directory.mkdir(parents=True)
+        processes.give(directory)
+        options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--dbname", self.url]
+        copy = [str(self._programs / "pg_basebackup"), "--pgdata", str(directory / "data"), *options]
+        log_file = directory / "postgres.log"
+        if processes.start(copy, log_file).wait(_START_SECONDS) != 0:
+            raise RuntimeError(f"pg_basebackup failed: {log_file.read_text()[-2000:]}")
+        return Postgres(directory, self._settings)
+
+    def lead(self) -> None:
+        """Promote a standby; returns when it takes writes."""
+        if self.execute("SELECT pg_promote()") != [(True,)]:
+            raise RuntimeError("the standby was not promoted in time")
 
     def drop_database(self, name: str) -> None:
         """Remove a database, whoever is still connected to it."""
@@ -67,7 +104,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and wait until it answers; after ``kill`` it recovers first."""
-        settings = [f"--{name}={value}" for name, value in _SETTINGS.items()]
+        settings = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self.port), *settings]
         self._process = processes.start(command, self.log_file)
         processes.wait_until(self._answers, self._process, self.log_file, seconds=_START_SECONDS)

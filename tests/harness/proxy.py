@@ -17,11 +17,11 @@ import socket
 import struct
 import termios
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-Break = Literal["cut", "reset", "stall"]
+Break = Literal["cut", "reset", "stall", "trickle"]
 Direction = Literal["up", "down"]  # up: from client to server
 _End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -30,18 +30,46 @@ _BACKLOG = 512
 _CHUNK_OCTETS = 64 * 1024
 _CHUNKS_UNDER_WAY = 4096  # bounds memory; far above any bandwidth-delay product used in tests
 _LINE_OCTETS = 8192  # longer lines are no commands
+_SEEN_OCTETS = 1024 * 1024  # of each direction, to find a pattern in
+_TRICKLE_SECONDS = 0.5  # from one octet to the next
 _DELIVERY_SECONDS = 2.0  # for a client that reads; one that does not gets less
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with no time to linger: close sends RST
 
 
 @dataclass(slots=True)
 class _Plan:
-    """Break the next ``times`` connections that have relayed so many octets in one direction."""
+    """Break the next ``times`` connections that have relayed so much in one direction.
+
+    ``until`` is a number of octets, or what the last of them look like.
+    """
 
     how: Break
     direction: Direction
-    after_octets: int
+    until: int | re.Pattern[bytes]
     times: int
+
+    def allows(self, seen: "_Seen", chunk: bytes) -> int | None:
+        """How many octets of this chunk may pass before the break; None where it does not come in it."""
+        if isinstance(self.until, int):
+            until: int | None = self.until
+        else:
+            found = self.until.search(bytes(seen.octets) + chunk)
+            until = None if found is None else found.end()
+        if until is None or until > seen.count + len(chunk):
+            return None
+        return max(0, until - seen.count)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was relayed in one direction of one connection: the number, and the first of the octets."""
+
+    count: int = 0
+    octets: bytearray = field(default_factory=bytearray)
+
+    def add(self, chunk: bytes) -> None:
+        self.count += len(chunk)
+        self.octets += chunk[: _SEEN_OCTETS - len(self.octets)]
 
 
 class Proxy:
@@ -50,7 +78,8 @@ class Proxy:
     ``latency_seconds`` is added each way, so a round trip gains twice that.
     ``octets_per_second`` limits each direction of each connection.
     ``record`` selects the lines from clients to keep; it is of use in clear text only.
-    ``octets_up``, ``octets_down`` and ``connections`` count what was relayed so far.
+    ``octets_up``, ``octets_down`` and ``connections`` count what was relayed so far,
+    ``breaks`` the connections that a plan broke.
     """
 
     host = _HOST
@@ -69,6 +98,7 @@ class Proxy:
         self.octets_up = 0
         self.octets_down = 0
         self.connections = 0
+        self.breaks = 0
         self._plan: _Plan | None = None
         self._record = record
         self._lines: list[bytes] = []
@@ -85,7 +115,10 @@ class Proxy:
         return [line for line in list(self._lines) if re.search(pattern, line)]
 
     def break_now(self, how: Break) -> None:
-        """Break every connection there is: "cut" ends it, "reset" sends RST, "stall" lets nothing pass."""
+        """Break every connection there is.
+
+        "cut" ends it, "reset" sends RST, "stall" lets nothing pass, "trickle" an octet now and then.
+        """
 
         async def break_all() -> None:
             for connection in list(self._live):
@@ -97,8 +130,15 @@ class Proxy:
         """Let the next ``times`` connections relay exactly ``octets`` in ``direction``, then break them."""
         self._plan = _Plan(how, direction, octets, times)
 
+    def break_at(self, pattern: bytes, how: Break, *, direction: Direction = "down", times: int = 1) -> None:
+        """Let the next ``times`` connections relay up to the end of what looks so, then break them.
+
+        The regular expression is looked for in all that went in ``direction``, from the first octet on.
+        """
+        self._plan = _Plan(how, direction, re.compile(pattern, re.DOTALL), times)
+
     def heal(self) -> None:
-        """Forget ``break_after``. What is stalled stays so."""
+        """Forget ``break_after`` and ``break_at``. What is stalled stays so."""
         self._plan = None
 
     def close(self) -> None:
@@ -119,19 +159,25 @@ class Proxy:
         if self._record is not None:
             self._lines.extend(filter(self._record.search, lines))
 
-    def passing(self, direction: Direction, relayed: int, chunk: bytes) -> tuple[bytes, Break | None]:
-        """How much of a chunk a connection that relayed so much may relay, and the break after it."""
-        plan, how = self._plan, None
-        if plan is not None and plan.direction == direction and relayed + len(chunk) >= plan.after_octets:
-            chunk, how = chunk[: max(0, plan.after_octets - relayed)], plan.how
-            plan.times -= 1
-            if plan.times == 0:
-                self._plan = None
+    def passing(self, direction: Direction, seen: _Seen, chunk: bytes) -> tuple[bytes, Break | None, bytes]:
+        """How much of a chunk a connection may relay, the break after it, and what may follow that."""
+        plan, how, rest = self._plan, None, b""
+        if plan is not None and plan.direction == direction:
+            allowed = plan.allows(seen, chunk)
+            if allowed is not None:
+                how = plan.how
+                # What is only slow loses nothing of what it was given.
+                chunk, rest = chunk[:allowed], chunk[allowed:] if how == "trickle" else b""
+                self.breaks += 1
+                plan.times -= 1
+                if plan.times == 0:
+                    self._plan = None
+        seen.add(chunk + rest)
         if direction == "up":
-            self.octets_up += len(chunk)
+            self.octets_up += len(chunk + rest)
         else:
-            self.octets_down += len(chunk)
-        return chunk, how
+            self.octets_down += len(chunk + rest)
+        return chunk, how, rest
 
     def _run(self, started: concurrent.futures.Future[int]) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -170,6 +216,7 @@ class _Connection:
         self._server = server
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._trickles = False
         self._broken: Break | None = None
         self._relaying = asyncio.current_task()
 
@@ -192,6 +239,8 @@ class _Connection:
     def break_off(self, how: Break) -> None:
         if how == "stall":
             self._flowing.clear()
+        elif how == "trickle":
+            self._trickles = True
         elif self._broken is None and self._relaying is not None:
             self._broken = how
             self._relaying.cancel()
@@ -210,15 +259,16 @@ class _Connection:
         """Read as fast as the source sends; say of every chunk when it is due at the other side."""
         proxy, now = self._proxy, asyncio.get_running_loop().time
         lines = _Lines()
-        relayed, line_free_at = 0, 0.0
+        seen, line_free_at = _Seen(), 0.0
         while chunk := await source.read(_CHUNK_OCTETS):
             await self._flowing.wait()
-            chunk, how = proxy.passing(direction, relayed, chunk)
-            relayed += len(chunk)
+            chunk, how, rest = proxy.passing(direction, seen, chunk)
             if direction == "up":
-                proxy.keep(lines.completed_by(chunk))
+                proxy.keep(lines.completed_by(chunk + rest))
             line_free_at = max(now(), line_free_at) + len(chunk) / proxy.octets_per_second
             await under_way.put((line_free_at + proxy.latency_seconds, chunk, how))
+            if rest:
+                await under_way.put((line_free_at + proxy.latency_seconds, rest, None))
         await under_way.put((max(now(), line_free_at) + proxy.latency_seconds, b"", None))
 
     async def _give(
@@ -230,7 +280,9 @@ class _Connection:
             due, chunk, how = await under_way.get()
             await asyncio.sleep(due - loop.time())
             await self._flowing.wait()
-            if chunk:
+            if chunk and self._trickles:
+                await self._trickle(sink, chunk)
+            elif chunk:
                 sink.write(chunk)
                 await sink.drain()
             elif how is None:
@@ -239,6 +291,13 @@ class _Connection:
             if how is not None:
                 await _delivered(sink)
                 self.break_off(how)
+
+    async def _trickle(self, sink: asyncio.StreamWriter, chunk: bytes) -> None:
+        for octet in chunk:
+            sink.write(bytes([octet]))
+            await sink.drain()
+            await asyncio.sleep(_TRICKLE_SECONDS)
+            await self._flowing.wait()
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
         if self._broken == "reset":

@@ -28,6 +28,8 @@ import boto3
 _START_SECONDS = 60
 _ATTEMPTS = 3  # a port that was free may be taken by the time the server asks for it
 
+_READER = ("archiver-reader", "only-for-tests-9876543210")
+
 _LISTENERS = ("master.port", "volume.port", "filer.port", "s3.port")
 
 
@@ -50,6 +52,12 @@ class SeaweedFS:
             "AWS_EC2_METADATA_DISABLED": "true",
             "ARCHIVER_S3_ENDPOINT_URL": self.endpoint_url,
         }
+
+    @property
+    def reader_environment(self) -> dict[str, str]:
+        """The same for somebody who may read and list, and write nothing."""
+        keys = {"AWS_ACCESS_KEY_ID": _READER[0], "AWS_SECRET_ACCESS_KEY": _READER[1]}
+        return self.environment | keys
 
     def session(self) -> boto3.session.Session:
         """A boto3 session with this server's keys, whatever the environment says."""
@@ -174,8 +182,12 @@ def _binary() -> Path | None:
 
 
 def _identities(access_key: str, secret_key: str) -> dict[str, object]:
-    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
-    return {"identities": [{"name": "archiver", "credentials": credentials, "actions": ["Admin"]}]}
+    def identity(name: str, keys: tuple[str, str], *actions: str) -> dict[str, object]:
+        credentials = [dict(zip(("accessKey", "secretKey"), keys, strict=True))]
+        return {"name": name, "credentials": credentials, "actions": actions}
+
+    archiver = identity("archiver", (access_key, secret_key), "Admin")
+    return {"identities": [archiver, identity("reader", _READER, "Read", "List")]}
 
 
 def _free_ports(count: int) -> list[int]:

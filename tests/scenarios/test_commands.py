@@ -246,3 +246,46 @@ def test_accounts_added_at_the_same_moment_are_told_apart(database_url: str) -> 
         outcomes = sorted(pool.map(add, range(4)))
     database.close()
     assert outcomes == ["added", "taken", "taken", "taken"]
+
+
+def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) -> None:
+    play = MailboxPlay([(b"a", message("a")), (b"b", message("b"))])
+    play.faults = {f"RETR {number}": Send(b"-ERR [SYS/PERM] corrupt\r\n") for number in (1, 2)}
+    with ScriptedPop3(play) as server:
+        commands.run("account", "add", "x", url(server), "--tls", "none", "--password-env", "PASSWORD")
+        assert commands.json("sync", "x")[0]["quarantined"] == 2
+        play.faults = {}
+        with pytest.raises(UsageError, match="no message of UIDL 'c'"):
+            commands.run("message", "retry", "x", "--uidl", "c")
+        [report] = commands.json("message", "retry", "x", "--uidl", "b")
+        assert (report["outcome"], report["new"], report["quarantined"]) == ("ok", 1, 1)
+        [report] = commands.json("message", "retry", "x")
+        assert (report["new"], report["quarantined"]) == (1, 0)
+        with pytest.raises(UsageError, match="nothing of x is in quarantine"):
+            commands.run("message", "retry", "x")
+
+
+def test_what_would_be_deleted_is_told_before(commands: Commands, server: ScriptedPop3) -> None:
+    commands.run("account", "add", "x", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    commands.run("sync", "x")
+    server_commands = dict(server.commands)
+    assert [one["verdict"] for one in commands.json("account", "deletable", "x")] == ["never"]
+    [line] = commands.json("account", "deletable", "x", "--delete", "after-archived")
+    assert (line["uidl"], line["verdict"]) == ("a", "goes")
+    assert "1 go at the next poll" in commands.run("account", "deletable", "x", "--delete", "after-archived")
+    with pytest.raises(UsageError, match="unknown deletion policy"):
+        commands.run("account", "deletable", "x", "--delete", "now")
+    assert dict(server.commands) == server_commands
+
+
+def test_a_hold_is_shown_and_lifted(commands: Commands, server: ScriptedPop3) -> None:
+    commands.run("account", "add", "x", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    commands.run("sync", "x")
+    held = sa.update(account_table).values(deletion_hold="the server gave its messages other ids")
+    commands.database().transact(lambda connection: connection.execute(held))
+    assert commands.json("account", "show", "x")[0]["deletion_hold"] is not None
+    assert "allow-deletion x" in commands.run("account", "show", "x")
+    after_archived = ("--delete", "after-archived")
+    assert commands.json("account", "deletable", "x", *after_archived)[0]["verdict"] == "on_hold"
+    commands.run("account", "allow-deletion", "x")
+    assert commands.json("account", "deletable", "x", *after_archived)[0]["verdict"] == "goes"

@@ -200,6 +200,22 @@ def test_what_postgresql_says_decides(postgres_url: str, sqlstate: str, expected
     database.close()
 
 
+def test_a_server_that_was_made_read_only_stays_so_after_a_reader(postgres_url: str) -> None:
+    """Pooled connections are used again: what a reader asked for must not become what a writer gets."""
+    database = Database(postgres_url, pool_size=1, sleep=lambda _: None)
+
+    def forbid_writing(connection: sa.Connection) -> None:
+        connection.execute(sa.text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+
+    database.transact(forbid_writing)
+    with database.reading() as connection:
+        connection.execute(sa.text("SELECT 1"))
+
+    with pytest.raises(TryLater, match="read-only transaction"):
+        database.transact(lambda connection: connection.execute(sa.text("CREATE TABLE here (body TEXT)")))
+    database.close()
+
+
 def test_a_mistake_of_ours_is_not_hidden_and_tells_nothing_of_the_rows(database: Database) -> None:
     def work(connection: sa.Connection) -> None:
         connection.execute(sa.text("CREATE TABLE here (body TEXT CHECK (body = 'x'))"))
@@ -226,7 +242,15 @@ def test_a_database_never_tells_its_password(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["mysql://me:sesame@host/name", "sesame", "", "http://me:sesame@x", "sqlite://", "sqlite:///:memory:"],
+    [
+        "mysql://me:sesame@host/name",
+        "postgresql://me:sesame@one:5432,other:5432/name",
+        "sesame",
+        "",
+        "http://me:sesame@x",
+        "sqlite://",
+        "sqlite:///:memory:",
+    ],
 )
 def test_other_urls_are_wrong_use_and_not_repeated(url: str) -> None:
     with pytest.raises(UsageError) as caught:

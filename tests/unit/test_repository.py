@@ -84,7 +84,10 @@ def test_the_image_gets_the_versions_that_are_tested() -> None:
 def test_the_locks_are_no_older_than_what_the_project_asks_for() -> None:
     asked = project()
     extras = asked["project"]["optional-dependencies"]
-    runtime = [*asked["project"]["dependencies"], *extras["postgres"], *extras["web"]]
+    runtime = [
+        *asked["project"]["dependencies"],
+        *(one for extra in ("oauth", "postgres", "web") for one in extras[extra]),
+    ]
     for lock, wanted in ((RUNTIME_LOCK, runtime), (LOCK, [*runtime, *asked["dependency-groups"]["dev"]])):
         locked = pins(lock)
         for requirement in map(Requirement, wanted):

@@ -1,0 +1,563 @@
+"""The three promises against everything that can happen, in any order: a state machine for Hypothesis.
+
+Owns the rules: mail comes and goes, servers renumber and misbehave, stores and
+databases fail before and after they did their work, an old copy of the
+database is put back, clocks jump, leases run out, and a worker is killed or
+stands still at any call of any port while others go on. The database is real
+SQLite, the store a real directory, the mail server speaks POP3 on a socket;
+workers are the product's own. What holds after each rule is judged from
+outside: by files, by SQL, and by what the mail server remembers.
+"""
+
+import hashlib
+import itertools
+import json
+import sqlite3
+import tempfile
+from collections import Counter
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from archiver.model import NEVER_DELETE, PollReport, message_key
+from archiver.poll import Unwatched
+from archiver.worker import Chance
+from tests.machine.mailbox import Fault, Letter, ModelMailbox
+from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Process, Turn, Uploads
+from tests.scenarios.story import LEASE_SECONDS, Archive, Clock
+
+ACCOUNT = "5" * 16
+DAY_SECONDS = 86400.0
+WEEK_SECONDS = 7 * DAY_SECONDS
+
+MOST_POLLS = 12
+"""To come to rest, once nothing fails any more."""
+
+FROZEN_AT_ONCE = 2
+
+_CALLS = (
+    "mail.connect",
+    "mail.login",
+    "mail.list",
+    "mail.retrieve",
+    "mail.delete",
+    "mail.quit",
+    "store.put messages",
+    "store.put journal",
+    "store.get",
+    "store.stat",
+    "db.reading",
+    "db.transact",
+    "db.commit",
+)
+_REPEATED = ("store.put messages", "store.put journal", "db.transact")
+
+_turns = st.one_of(
+    st.builds(
+        Turn,
+        fate=st.sampled_from(["killed", "failing", "frozen"]),
+        name=st.sampled_from(_CALLS),
+        nth=st.integers(0, 4),
+        after=st.booleans(),
+    ),
+    st.builds(
+        Turn,
+        fate=st.sampled_from(["killed", "frozen"]),
+        name=st.just(""),
+        nth=st.integers(0, 70),
+        after=st.booleans(),
+    ),
+    st.builds(Turn, fate=st.just("repeated"), name=st.sampled_from(_REPEATED), nth=st.integers(0, 3)),
+)
+_some_turns = st.one_of(st.just([]), st.lists(_turns, min_size=1, max_size=3))
+_faults = st.builds(
+    Fault,
+    verb=st.sampled_from(["CAPA", "PASS", "STAT", "UIDL", "LIST", "RETR", "DELE", "QUIT"]),
+    nth=st.integers(0, 3),
+    how=st.sampled_from(["drop", "do and drop", "refuse", "refuse for now", "cut"]),
+)
+
+
+def content(number: int) -> bytes:
+    """A message; no two numbers have the same, nor the same size."""
+    return f"Subject: {number}\r\n\r\n.\r\n..\r\nFrom {'x' * number}\r\n".encode()
+
+
+def twin(of: bytes) -> bytes:
+    """Another message of the same size."""
+    return of.replace(b"From", b"from")
+
+
+@cache
+def _template() -> bytes:
+    """An empty database with the schema."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        with Archive(f"sqlite:///{path / 'archiver.db'}", path):
+            pass
+        with closing(sqlite3.connect(path / "archiver.db")) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return (path / "archiver.db").read_bytes()
+
+
+class SettableClock(Clock):
+    """A clock whose time of day can be set, while its monotonic time goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_by = timedelta()
+
+    def now(self) -> datetime:
+        return super().now() + self.set_by
+
+
+class Worker(Process[PollReport]):
+    """A simulated process with one worker in it, which polls the account once."""
+
+    def __init__(self, turns: list[Turn], name: str) -> None:
+        super().__init__(turns)
+        self.name = name
+        self.token: int | None = None
+        self.session = 0
+        self.counted = 0
+
+
+class CrashMachine(RuleBasedStateMachine):
+    """An archive, its mailbox, and all that can befall them. ``figures`` counts what all of them did."""
+
+    figures: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures["stories"] += 1
+        self.stack = ExitStack()
+        directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="archiver-")))
+        self.path = directory / "archiver.db"
+        self.path.write_bytes(_template())
+        self.url = f"sqlite:///{self.path}"
+        self.archive = self.stack.enter_context(Archive(self.url, directory))
+        self.clock = self.archive.clock = SettableClock()
+        self.mailbox = ModelMailbox(judge=self.expect_archived)
+        server = self.stack.enter_context(self.mailbox.served())
+        self.account = self.archive.add(server, id=ACCOUNT, name="account")
+        self.numbers = itertools.count(1)
+        self.workers = itertools.count(1)
+        self.frozen: list[Worker] = []
+        self.objects: dict[str, tuple[int, int, bytes]] = {}
+        self.has_copy = False
+        self.was_restored = False
+        self.deleting = False
+
+    # Mail comes and goes.
+
+    @initialize(number=st.integers(0, 5), deleting=st.booleans())
+    def begin(self, number: int, deleting: bool) -> None:
+        for _ in range(number):
+            self.deliver()
+        if deleting:
+            self.change_policy("after-archived")
+
+    @rule()
+    def deliver(self) -> None:
+        number = next(self.numbers)
+        self.mailbox.put(b"id-%d" % number, content(number))
+
+    @rule(data=st.data(), named=st.booleans())
+    @precondition(lambda self: self.mailbox.history)
+    def deliver_a_copy_or_a_twin(self, data: st.DataObject, named: bool) -> None:
+        letter = data.draw(st.sampled_from(range(len(self.mailbox.history))), "letter")
+        octets = self.mailbox.history[letter].content
+        octets = data.draw(st.sampled_from([octets, twin(octets)]), "octets")
+        self.mailbox.put(b"id-%d" % next(self.numbers) if named else None, octets)
+
+    @rule()
+    def deliver_without_id(self) -> None:
+        self.mailbox.put(None, content(next(self.numbers)))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.mailbox.letters)
+    def deliver_under_an_id_that_is_in_use(self, data: st.DataObject) -> None:
+        uidl = self.choose(data).uidl
+        self.mailbox.put(uidl, content(next(self.numbers)))
+
+    @rule(data=st.data(), same=st.booleans())
+    def deliver_under_an_id_that_was_in_use(self, data: st.DataObject, same: bool) -> None:
+        in_use = {letter.uidl for letter in self.mailbox.letters}
+        gone = [letter for letter in self.mailbox.history if letter.uidl not in in_use]
+        if gone:
+            old = gone[data.draw(st.integers(0, len(gone) - 1), "letter")]
+            self.mailbox.put(old.uidl, old.content if same else content(next(self.numbers)))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.mailbox.letters)
+    def somebody_else_removes(self, data: st.DataObject) -> None:
+        self.choose(data).removed_by = "another"
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.mailbox.letters)
+    def a_size_is_told_differently(self, data: st.DataObject) -> None:
+        self.choose(data).listed_size += 10_000 * next(self.numbers)
+
+    @rule()
+    @precondition(lambda self: self.mailbox.letters)
+    def every_id_is_another(self) -> None:
+        """A migration: the same messages, numbered anew."""
+        for letter in self.mailbox.letters:
+            letter.uidl = b"id-%d" % next(self.numbers)
+
+    def choose(self, data: st.DataObject) -> Letter:
+        letters = self.mailbox.letters
+        return letters[data.draw(st.integers(0, len(letters) - 1), "letter")]
+
+    # The world misbehaves.
+
+    @rule(faults=st.lists(_faults, min_size=1, max_size=2))
+    def the_next_session_meets(self, faults: list[Fault]) -> None:
+        self.mailbox.faults = faults
+
+    @rule(gives=st.booleans())
+    def the_server_knows_uidl(self, gives: bool) -> None:
+        self.mailbox.gives_uidl = gives
+
+    @rule()
+    def the_next_session_is_shown_nothing(self) -> None:
+        self.mailbox.hides_all = True
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_SECONDS, 3700.0, DAY_SECONDS, WEEK_SECONDS]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(days=st.sampled_from([-400.0, -1.0, 0.0, 1.0]))
+    def somebody_sets_the_clock(self, days: float) -> None:
+        self.clock.set_by = timedelta(days=days)
+
+    @rule(policy=st.sampled_from(["never", "after-archived", "after-days=3"]))
+    def change_policy(self, policy: str) -> None:
+        self.deleting = policy != "never"
+        self.execute("UPDATE account SET delete_policy = ?, deletion_hold = NULL", policy)
+
+    @rule()
+    def the_database_is_copied(self) -> None:
+        self.has_copy = True
+        _copy(self.path, self.path.with_suffix(".copy"))
+
+    @rule(is_told=st.booleans())
+    @precondition(lambda self: self.has_copy)
+    def the_copy_is_put_back(self, is_told: bool) -> None:
+        """All processes are ended before; whether the operator says so to the database is left to chance."""
+        for worker in self.frozen:
+            worker.kill()
+        self.frozen.clear()
+        _copy(self.path.with_suffix(".copy"), self.path)
+        if is_told:
+            self.execute("UPDATE lease SET recover = true")
+        self.was_restored = True
+
+    # Workers.
+
+    @rule(turns=_some_turns, at_once=st.booleans())
+    @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
+    def poll(self, turns: list[Turn], at_once: bool) -> None:
+        self.start_worker(turns, at_once=at_once)
+
+    @rule(turns=_some_turns, at_once=st.booleans(), clocks_agree=st.booleans())
+    @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
+    def poll_once_the_lease_has_run_out(self, turns: list[Turn], at_once: bool, clocks_agree: bool) -> None:
+        self.run_out(clocks_agree=clocks_agree)
+        self.start_worker(turns, at_once=at_once)
+
+    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans())
+    def poll_and_die(self, nth: int, after: bool, at_once: bool) -> None:
+        self.run_out(clocks_agree=True)
+        self.start_worker([Turn("killed", "", nth, after)], at_once=at_once)
+
+    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans())
+    @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
+    def poll_and_stand_still(self, nth: int, after: bool, at_once: bool) -> None:
+        self.run_out(clocks_agree=True)
+        self.start_worker([Turn("frozen", "", nth, after)], at_once=at_once)
+
+    @rule(data=st.data(), turns=_some_turns)
+    @precondition(lambda self: self.frozen)
+    def one_wakes_up(self, data: st.DataObject, turns: list[Turn]) -> None:
+        worker = self.frozen.pop(data.draw(st.integers(0, len(self.frozen) - 1), "worker"))
+        self.wake(worker, turns)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.frozen)
+    def one_is_killed_where_it_stands(self, data: st.DataObject) -> None:
+        self.frozen.pop(data.draw(st.integers(0, len(self.frozen) - 1), "worker")).kill()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.messages() and self.deleting)
+    def an_object_is_damaged_and_mended(self, data: st.DataObject) -> None:
+        """While it is damaged nothing may be deleted on its account: ``expect_archived`` sees to that."""
+        messages = self.messages()
+        key = messages[data.draw(st.integers(0, len(messages) - 1), "object")]
+        path = self.archive.directory / "store" / key
+        sound = path.read_bytes()
+        path.write_bytes(bytes(len(sound)))
+        self.run_out(clocks_agree=True)
+        self.start_worker([], at_once=False)
+        path.write_bytes(sound)
+        self.objects[key] = _identity(path)
+
+    def messages(self) -> list[str]:
+        return sorted(key for key in self.objects if key.startswith("messages/"))
+
+    def start_worker(self, turns: list[Turn], *, at_once: bool) -> PollReport | None:
+        """Poll in a new process, until it ends, dies or stands still."""
+        self.figures["polls"] += 1
+        worker = Worker(turns, f"elsewhere/{next(self.workers)}/1/1")
+        self.mailbox.shown = None
+        worker.start(lambda: self.work(worker, at_once))
+        self.mailbox.faults = []
+        hidden, self.mailbox.hides_all = self.mailbox.hides_all, False
+        self.after_a_step(worker, hidden=hidden)
+        return worker.result
+
+    def work(self, worker: Worker, at_once: bool) -> PollReport:
+        """What a process does, with nothing in its memory but what it makes itself."""
+        gate = worker.gate
+        database = GatedDatabase(self.url, gate)
+        tools = self.archive.tools(
+            store=GatedStore(self.archive.store, gate),
+            database=database,
+            uploads=Uploads(at_once=at_once),
+        )
+
+        def connect(account: Any) -> GatedSession:
+            with gate.passing("mail.connect"):
+                return GatedSession(self.archive.connect(account), gate)
+
+        runs = self.archive.worker(
+            replace(tools, connect=connect),
+            owner=worker.name,
+            # It waits for a lease that another holds: in a few long steps, not in many short ones.
+            chance=Chance(
+                lambda low, high: (low + high) / 2, lambda _: self.clock.advance(LEASE_SECONDS / 2)
+            ),
+        )
+        try:
+            [report] = runs.poll_now([self.archive.fresh(self.account)], lambda _: Unwatched())
+            return report
+        finally:
+            runs.close()
+            database.close()
+
+    def wake(self, worker: Worker, turns: list[Turn]) -> None:
+        """Let one go on. If another has the account by now, it must change nothing that was recorded."""
+        is_late = worker.token is not None and self.lease()[0] != worker.token
+        frozen_at, before = worker.frozen_at, self.recorded()
+        deletions = self.mailbox.deletions[worker.session]
+        worker.go_on(turns)
+        if is_late:
+            assert self.recorded() == before, (frozen_at, "a late worker changed the database")
+            if frozen_at != "mail.quit":
+                # Of a QUIT that was as good as sent nobody can take anything back.
+                deleted = self.mailbox.deletions[worker.session] - deletions
+                assert deleted == 0, (frozen_at, "a late worker deleted")
+        self.after_a_step(worker, hidden=True)
+
+    def after_a_step(self, worker: Worker, *, hidden: bool) -> None:
+        self.figures["calls of ports"] += len(worker.gate.calls) - worker.counted
+        worker.counted = len(worker.gate.calls)
+        if worker.gate.killed:
+            self.figures["kills"] += 1
+        elif not worker.ended:
+            self.figures["standstills"] += 1
+        if not worker.ended:
+            token, owner = self.lease()
+            if worker.token is None and owner == worker.name:
+                worker.token = token
+            worker.session = worker.session or self.mailbox.sessions
+            self.frozen.append(worker)
+        elif worker.result is not None and worker.result.outcome == "ok" and not hidden:
+            self.expect_accounted_for(worker.result)
+
+    def run_out(self, *, clocks_agree: bool) -> None:
+        """The lease's end, by the database's clock; and by that of its holder, if they agree."""
+        if clocks_agree:
+            self.clock.advance(LEASE_SECONDS)
+        self.archive.run_out(self.account)
+
+    # The promises.
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        self.figures["steps"] += 1
+        if self.mailbox.wrongs:
+            raise self.mailbox.wrongs.pop()
+
+    @invariant()
+    def nothing_is_altered(self) -> None:
+        root = self.archive.directory / "store"
+        contents = {letter.content for letter in self.mailbox.history}
+        found = {str(path.relative_to(root)): path for path in root.glob("[!.]*/**/*.*")}
+        assert found.keys() >= self.objects.keys()
+        for key in found.keys() - self.objects.keys():
+            if key.startswith("messages/"):
+                octets = found[key].read_bytes()
+                assert found[key].stem == hashlib.sha256(octets).hexdigest()
+                assert octets in contents
+        identities = {key: _identity(path) for key, path in found.items()}
+        assert {key: identities[key] for key in self.objects} == self.objects, "an object was written again"
+        self.objects = identities
+
+    @invariant()
+    def the_database_has_what_the_journal_has(self) -> None:
+        segments = self.segments()
+        (sequence, digest) = self.ask("SELECT sequence, digest FROM journal")[0]
+        assert sequence <= len(segments)
+        if sequence:
+            assert hashlib.sha256(segments[sequence - 1]).digest() == digest
+        lines = [line for segment in segments[:sequence] for line in _lines(segment)]
+        captured = Counter(line["sha256"] for line in lines if line["what"] == "captured")
+        assert captured == Counter(sha256.hex() for (sha256,) in self.ask("SELECT sha256 FROM capture"))
+        every = [line for segment in segments for line in _lines(segment) if line["what"] == "captured"]
+        assert len({line["sha256"] for line in every}) == len(every), "a content was captured twice"
+
+    def expect_archived(self, letter: Letter) -> None:
+        """What we delete is in the store, octet for octet, and journal and database know it."""
+        assert letter.uidl is not None, "a message without an id was deleted"
+        digest = hashlib.sha256(letter.content)
+        path = (
+            self.archive.directory
+            / f"store/messages/{ACCOUNT}/{digest.hexdigest()[:2]}/{digest.hexdigest()}.eml"
+        )
+        assert path.exists(), (letter, "deleted, and not in the store")
+        assert path.read_bytes() == letter.content, (letter, "deleted, and another in the store")
+        named = {line.get("sha256") for segment in self.segments() for line in _lines(segment)}
+        assert digest.hexdigest() in named, (letter, "deleted, and not in the journal")
+        rows = self.ask("SELECT 1 FROM capture WHERE sha256 = ?", digest.digest())
+        assert rows, (letter, "deleted, and not in the database")
+
+    def expect_accounted_for(self, report: PollReport) -> None:
+        """Of each message that a listing showed: it is archived, set aside, or still to come."""
+        if self.mailbox.shown is None:
+            return
+        recorded = {sha256 for (sha256,) in self.ask("SELECT sha256 FROM capture")}
+        shown = [hashlib.sha256(letter.content).digest() for letter in self.mailbox.shown]
+        assert report.listed == len(shown), (report, self.mailbox.shown)
+        missing = [digest for digest in shown if digest not in recorded]
+        assert len(missing) <= report.quarantined + (report.to_come or 0), (report, "unaccounted for")
+
+    def teardown(self) -> None:
+        try:
+            self.come_to_rest()
+        finally:
+            for worker in self.frozen:
+                worker.kill()
+            self.stack.close()
+
+    def come_to_rest(self) -> None:
+        """Once nothing fails any more, everything is archived, once, and it can be proved."""
+        for worker in list(self.frozen):
+            self.frozen.remove(worker)
+            self.wake(worker, [])
+        mailbox, ends = self.mailbox, 0
+        mailbox.faults, mailbox.hides_all, mailbox.gives_uidl = [], False, True
+        self.clock.set_by = max(self.clock.set_by, timedelta()) + timedelta(days=500)
+        for _ in range(MOST_POLLS):
+            # Beyond every quarantine, and everything that is believed for a while.
+            self.clock.advance(2 * WEEK_SECONDS)
+            self.run_out(clocks_agree=True)
+            report = self.start_worker([], at_once=True)
+            assert report is not None
+            to_do = report.to_come or report.quarantined or report.delete_requested
+            ends = ends + 1 if report.outcome == "ok" and not to_do else 0
+            if ends == 2:
+                break
+        assert ends == 2, (report, "it does not come to rest")
+        self.nothing_is_lost()
+        self.nothing_is_altered()
+        self.the_database_has_what_the_journal_has()
+        self.expect_everything_archived()
+
+    def expect_everything_archived(self) -> None:
+        letters = self.mailbox.letters
+        recorded = {sha256 for (sha256,) in self.ask("SELECT sha256 FROM capture")}
+        assert {hashlib.sha256(letter.content).digest() for letter in letters} <= recorded
+        assert self.archive.segments(self.account) or not recorded
+        verdict = self.archive.verify(self.account)
+        # What was stored and not named yet when its worker died, and then taken away by somebody else,
+        # no later poll can name.
+        there = {message_key(ACCOUNT, hashlib.sha256(letter.content).digest()) for letter in letters}
+        unnamed = {key for key in self.objects if key not in there}
+        strays = [one for one in verdict.findings if one.key in unnamed and one.kind == "unrecorded"]
+        assert verdict.findings == strays
+        assert verdict.checked == len(recorded)
+        if not self.was_restored:
+            self.expect_everything_told(recorded)
+        account = self.archive.fresh(self.account)
+        if account.delete != NEVER_DELETE and account.deletion_hold is None:
+            times = Counter(letter.uidl for letter in letters)
+            left = [letter for letter in letters if letter.uidl is not None and times[letter.uidl] == 1]
+            assert not left, "it was to be deleted, and was not"
+
+    def expect_everything_told(self, recorded: set[bytes]) -> None:
+        """The feed has each capture once; the journal calls what we deleted deleted.
+
+        The latter not while a message shows no id, which may be any that is missing, nor where
+        an epoch ended in between: of its ids nothing more is told.
+        """
+        events = self.archive.events(self.account)
+        told = Counter(event["sha256"] for event in events if event["event"] == "captured")
+        assert told == Counter(sha256.hex() for sha256 in recorded)
+        unnamed = any(letter.uidl is None for letter in self.mailbox.letters)
+        if unnamed or self.archive.fresh(self.account).epoch > 1:
+            return
+        lines = [line for segment in self.segments() for line in _lines(segment)]
+        deleted = {line["uidl"].encode("latin-1") for line in lines if line["what"] == "deleted"}
+        ours = {letter.uidl for letter in self.mailbox.history if letter.removed_by == "us"}
+        untold = ours - {letter.uidl for letter in self.mailbox.letters} - deleted
+        assert not untold, (untold, "deleted by us, and not told")
+
+    # Looks from outside.
+
+    def ask(self, query: str, *values: object) -> list[Any]:
+        with closing(sqlite3.connect(self.path)) as database:
+            return database.execute(query, values).fetchall()
+
+    def execute(self, statement: str, *values: object) -> None:
+        with closing(sqlite3.connect(self.path)) as database:
+            database.execute(statement, values)
+            database.commit()
+
+    def lease(self) -> tuple[int, str | None]:
+        """The newest token, and who holds the lease."""
+        found: tuple[int, str | None] = self.ask("SELECT token, owner FROM lease")[0]
+        return found
+
+    def recorded(self) -> dict[str, list[Any]]:
+        """All that polls record."""
+        return {
+            table: self.ask(f"SELECT * FROM {table} ORDER BY 1, 2")
+            for table in ("capture", "sighting", "journal", "poll", "event")
+        }
+
+    def segments(self) -> list[bytes]:
+        directory = self.archive.directory / f"store/journal/{ACCOUNT}"
+        return [path.read_bytes() for path in sorted(directory.glob("*"))]
+
+
+def _copy(from_path: Path, to_path: Path) -> None:
+    """Copy a database as ``.backup`` of sqlite3 does."""
+    with closing(sqlite3.connect(from_path)) as source, closing(sqlite3.connect(to_path)) as target:
+        source.backup(target)
+
+
+def _identity(path: Path) -> tuple[int, int, bytes]:
+    """What tells that a file was written again, or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, path.read_bytes()
+
+
+def _lines(segment: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in segment.splitlines()[1:]]

@@ -1,0 +1,184 @@
+"""A mailbox that remembers everything: what ever lay in it, who took it away, and what a session was shown.
+
+Owns the model of a mail server, behind real POP3 on a socket, and the faults
+that the next session meets. Whenever a session's QUIT deletes a message it
+asks ``judge`` first; what that raises is kept in ``wrongs``.
+"""
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tests.harness.scripted_pop3 import Channel, ScriptedPop3, Talk, stuffed
+
+How = Literal["drop", "do and drop", "refuse", "refuse for now", "cut"]
+
+_CAPABILITIES = b"+OK\r\nTOP\r\nUSER\r\nSASL PLAIN\r\nRESP-CODES\r\nPIPELINING\r\n%b.\r\n"
+
+
+@dataclass(slots=True, eq=False)
+class Letter:
+    """One message. ``uidl`` is None where the server gives none; ``listed_size`` may differ from the size."""
+
+    uidl: bytes | None
+    content: bytes
+    listed_size: int
+    removed_by: Literal["us", "another"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens instead of the right answer to the ``nth`` command of this verb in the next session."""
+
+    verb: str
+    nth: int
+    how: How
+
+
+@dataclass(slots=True)
+class ModelMailbox:
+    """The mailbox. ``history`` has all that ever lay in it; ``shown`` what the last session listed."""
+
+    judge: Callable[[Letter], None] = lambda _: None
+    history: list[Letter] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    gives_uidl: bool = True
+    hides_all: bool = False
+    shown: list[Letter] | None = None
+    deletions: Counter[int] = field(default_factory=Counter)
+    """Messages that each session deleted; sessions are counted from 1."""
+    sessions: int = 0
+    wrongs: list[AssertionError] = field(default_factory=list)
+
+    @property
+    def letters(self) -> list[Letter]:
+        """What lies in the mailbox."""
+        return [letter for letter in self.history if letter.removed_by is None]
+
+    def put(self, uidl: bytes | None, content: bytes) -> None:
+        self.history.append(Letter(uidl, content, len(content)))
+
+    @contextmanager
+    def served(self) -> Iterator[ScriptedPop3]:
+        """A server of this mailbox."""
+        with ScriptedPop3([[Talk(self._talk)]]) as server:
+            yield server
+
+    def _talk(self, channel: Channel) -> None:
+        self.sessions += 1
+        _Session(self, channel, self.sessions).run()
+
+    def take(self, letters: list[Letter], session: int) -> None:
+        """A session's QUIT: these go, as far as nobody else took them before."""
+        for letter in letters:
+            if letter.removed_by is None:
+                try:
+                    self.judge(letter)
+                except AssertionError as wrong:
+                    self.wrongs.append(wrong)
+                letter.removed_by = "us"
+                self.deletions[session] += 1
+
+
+class _Session:
+    """One session, which sees the mailbox as it was at the login."""
+
+    def __init__(self, mailbox: ModelMailbox, channel: Channel, number: int) -> None:
+        self._mailbox = mailbox
+        self._channel = channel
+        self._number = number
+        self._letters: list[Letter] = []
+        self._marked: list[Letter] = []
+        self._times: Counter[str] = Counter()
+        self._faults = {(fault.verb, fault.nth): fault.how for fault in mailbox.faults}
+
+    def run(self) -> None:
+        self._channel.send(b"+OK ready\r\n")
+        goes_on = True
+        while goes_on:
+            line = self._channel.line().decode()
+            verb, _, argument = line.partition(" ")
+            how = self._faults.get((verb, self._times[verb]))
+            self._times[verb] += 1
+            goes_on = self._meet(how, verb, argument) if how else self._obey(verb, argument)
+
+    def _obey(self, verb: str, argument: str) -> bool:
+        self._channel.send(self._answer(verb, argument))
+        return verb != "QUIT"
+
+    def _meet(self, how: How, verb: str, argument: str) -> bool:
+        match how:
+            case "drop":
+                return False
+            case "do and drop":
+                self._answer(verb, argument)
+                return False
+            case "refuse":
+                self._channel.send(b"-ERR no\r\n")
+                return True
+            case "refuse for now":
+                self._channel.send(b"-ERR [SYS/TEMP] not now\r\n")
+                return True
+            case "cut":
+                answer = self._answer(verb, argument)
+                self._channel.send(answer[: len(answer) // 2])
+                return False
+
+    def _answer(self, verb: str, argument: str) -> bytes:  # noqa: PLR0911 - a table of verbs
+        match verb:
+            case "CAPA":
+                return _CAPABILITIES % (b"UIDL\r\n" if self._mailbox.gives_uidl else b"")
+            case "USER" | "NOOP":
+                return b"+OK\r\n"
+            case "PASS":
+                return self._log_in()
+            case "AUTH":
+                base64.b64decode(argument.partition(" ")[2], validate=True)
+                return self._log_in()
+            case "STAT":
+                return b"+OK %d %d\r\n" % (
+                    len(self._letters),
+                    sum(letter.listed_size for letter in self._letters),
+                )
+            case "UIDL" if self._mailbox.gives_uidl:
+                return self._list([letter.uidl for letter in self._letters], argument)
+            case "LIST":
+                return self._list([b"%d" % letter.listed_size for letter in self._letters], argument)
+            case "RETR":
+                letter = self._letters[int(argument) - 1]
+                if letter.removed_by is not None:
+                    return b"-ERR it is gone\r\n"
+                return b"+OK\r\n" + stuffed(letter.content)
+            case "DELE":
+                self._marked.append(self._letters[int(argument) - 1])
+                return b"+OK\r\n"
+            case "QUIT":
+                self._mailbox.take(self._marked, self._number)
+                return b"+OK\r\n"
+            case _:
+                return b"-ERR unknown command\r\n"
+
+    def _log_in(self) -> bytes:
+        self._letters = [] if self._mailbox.hides_all else self._mailbox.letters
+        self._mailbox.shown = None
+        return b"+OK\r\n"
+
+    def _list(self, values: list[bytes | None], argument: str) -> bytes:
+        if argument:
+            value = values[int(argument) - 1] if int(argument) <= len(values) else None
+            return (
+                b"-ERR no such message\r\n"
+                if value is None
+                else b"+OK %s %b\r\n" % (argument.encode(), value)
+            )
+        self._mailbox.shown = list(self._letters)
+        lines = [
+            b"%d %b\r\n" % (number, value) for number, value in enumerate(values, 1) if value is not None
+        ]
+        if values and values[-1] is None and lines:
+            # Without a line it would be taken for one that arrived after UIDL was answered.
+            lines.append(b"%d\r\n" % len(values))
+        return b"+OK\r\n" + b"".join(lines) + b".\r\n"

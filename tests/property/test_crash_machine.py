@@ -1,0 +1,22 @@
+"""All that can happen to an archive, in any order: a short run. The long one is ``tests.soak.crash``."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.machine.machine import CrashMachine
+
+EXAMPLES, STEPS = 30, 40
+
+
+def test_whatever_happens_nothing_is_lost_altered_or_unaccounted_for() -> None:
+    run_state_machine_as_test(
+        CrashMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
