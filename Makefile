@@ -21,6 +21,11 @@ test: setup ## Run the tests against real servers, where there are any. ARGS="te
 	@tools/servers
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: bench
+bench: setup ## Measure beside mpop, getmail6, fetchmail, s5cmd into docs/performance. WHAT="a e" for some rows
+	@tests/bench/install
+	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(WHAT)
+
 .PHONY: lint lint-code lint-format lint-types lint-imports lint-chart
 lint: lint-code lint-format lint-types lint-imports lint-chart ## Everything a machine can judge: style, types, layers, the chart
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from archiver import pop3
-from archiver.db import Database, migrate
+from archiver import oauth, policy, pop3
+from archiver.db import Database, accounts, migrate
+from archiver.db.schedule import HostSessions
 from archiver.errors import UsageError
 from archiver.model import Account
-from archiver.poll import BatchLimits, Tools
+from archiver.poll import BatchLimits, Budget, Tools
 from archiver.secrets import Secrets
 from archiver.settings import Settings
 from archiver.store import Store, open_store
@@ -99,6 +100,23 @@ class Archiver:
         return Secrets(None if key is None else key.get_secret_value())
 
     @cached_property
+    def access_tokens(self) -> oauth.AccessTokens:
+        return oauth.AccessTokens(self.secrets, self._keep_credential)
+
+    def _keep_credential(self, account: Account, reference: str, document: str) -> str:
+        """Seal what a provider gave in place of an account's credential; not over what a person put there."""
+        sealed = oauth.reference_to(self.secrets.seal(account.id, document))
+        self.database.transact(
+            lambda connection: accounts.exchange_secret(connection, account.id, reference, sealed)
+        )
+        return sealed
+
+    @property
+    def host_sessions(self) -> HostSessions:
+        named = {name.lower(): most for name, most in self.settings.host_sessions_of.items()}
+        return HostSessions(self.settings.host_sessions, named)
+
+    @cached_property
     def worker(self) -> Worker:
         """The worker, its clock not started."""
         worker = Worker(
@@ -107,6 +125,9 @@ class Archiver:
             workers=self.settings.workers,
             chance=Chance(uniform=random.uniform),
             stopping=self.stopping,
+            history_days=self.settings.history_days,
+            sessions=self.host_sessions,
+            ramp_seconds=self.settings.ramp_seconds,
         )
         self._close.append(worker.close)
         return worker
@@ -122,6 +143,7 @@ class Archiver:
         return Tools(
             connect=self.connect,
             password=self.password,
+            another_password=self.another_password,
             store=self.store,
             database=self.database,
             spool=Spool(directory, settings.spool_memory_bytes, settings.spool_message_bytes),
@@ -131,6 +153,15 @@ class Archiver:
             stopping=self.stopping.is_set,
             batch=BatchLimits(settings.batch_messages, settings.batch_octets, settings.batch_seconds),
             session_seconds=settings.session_seconds,
+            budget=Budget(
+                settings.session_messages,
+                settings.session_octets,
+                settings.day_octets,
+                settings.slice_seconds,
+            ),
+            full_listing_seconds=settings.full_listing_seconds,
+            forbid_deletion=settings.forbid_deletion,
+            uniform=random.uniform,
         )
 
     def connect(self, account: Account) -> pop3.Session:
@@ -154,13 +185,27 @@ class Archiver:
                 listing_octets=settings.listing_octets,
                 message_octets=settings.message_octets,
             ),
-            allow_pipelining=account.pipelining,
+            avoid=policy.avoided(account, self.now()),
         )
 
     def password(self, account: Account) -> str:
-        """The account's password, resolved at this moment."""
+        """The account's password, resolved at this moment; or the access token that stands in its place."""
         given = self.passwords.get(account.id)
-        return given if given is not None else self.secrets.resolve(account.id, account.name, account.secret)
+        if given is not None:
+            return given
+        if oauth.is_oauth(account.secret):
+            return self.access_tokens.current(account, _user(account))
+        return self.secrets.resolve(account.id, account.name, account.secret)
+
+    def another_password(self, account: Account, refused: str) -> str | None:
+        """What to log in by in place of what the mail server refused; None where there is no other."""
+        if account.id in self.passwords or not oauth.is_oauth(account.secret):
+            return None
+        return self.access_tokens.instead(account, _user(account), refused)
+
+
+def _user(account: Account) -> str:
+    return pop3.parse_url(account.url, pop3.Tls(account.tls)).user
 
 
 def tls_settings(account: Account) -> pop3.TlsSettings:

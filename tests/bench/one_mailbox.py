@@ -1,0 +1,431 @@
+"""Rows of one mailbox: a whole first archive, near (a) and far (b); to a directory (f); a long listing (h);
+the POP3 client alone, and its windows (w); the line itself (l)."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from tests.bench import peers
+from tests.bench.contest import Contender, Contest, Goal, Measured, Sample, compete
+from tests.bench.corpus import Mailbox
+from tests.bench.machine import BenchError, Child, Cost, measured
+from tests.bench.proxy import FarLine
+from tests.bench.stage import BUCKET, CLIENTS, LINE_OCTETS_PER_SECOND, OURS, Stage, together
+
+BARE = "bare pipelined reader"
+UPLOADS = 16  # ARCHIVER_UPLOADS, as it is when nobody sets it
+
+
+def backfill(stage: Stage) -> Measured:
+    """Row a."""
+    box = stage.corpus.all
+    stage.bare([box])  # Dovecot's indexes and the page cache are warm for all from here on
+
+    def ours(name: str) -> Sample:
+        return stage.poll(stage.in_bucket(name), [box])
+
+    contest = compete(
+        "One mailbox, near",
+        "messages",
+        [
+            Contender("archiver", ours, "S3, journal, PostgreSQL; process warm"),
+            _mpop_then_s5cmd(stage, box),
+            _limits(stage, box),
+            Contender(BARE, lambda _: stage.bare([box]), "keeps nothing"),
+            _mpop(stage, box, None),
+        ],
+        rounds=stage.scale.rounds,
+        seconds=120,
+        tag="a",
+    )
+    goals = (
+        Goal(
+            "archiver / (mpop, then s5cmd), messages a second",
+            contest.ratio("archiver", "mpop, then s5cmd"),
+            1.3,
+            ">=",
+        ),
+        Goal(
+            "archiver / the slower of the two limits at once",
+            contest.ratio("archiver", "reader and PUTs at once"),
+            0.85,
+            ">=",
+        ),
+    )
+    return Measured(
+        [contest],
+        goals,
+        (
+            (
+                "In favour of us: the archiver's process runs already, as the service does; mpop and s5cmd "
+                "start, which takes them some milliseconds. Its own start stands in the column for that."
+            ),
+            (
+                "In favour of them: mpop and s5cmd keep no journal and no hash, and check no checksum; mpop "
+                "waits for the disk (fsync) where the archiver waits for the store."
+            ),
+        ),
+    )
+
+
+def far_backfill(stage: Stage) -> Measured:
+    """Row b. The slow ones fetch the first messages only, since rates are compared."""
+    box, few = stage.corpus.all, stage.corpus.few
+    line = stage.far
+    stage.bare([box])
+    stage.bare([few])
+
+    def ours(name: str) -> Sample:
+        return stage.poll(stage.in_bucket(name), [box], line)
+
+    fast = compete(
+        "One mailbox, 40 ms and 100 Mbit/s",
+        "messages",
+        [
+            Contender("archiver", ours, "S3, journal, PostgreSQL; process warm"),
+            Contender(BARE, lambda _: stage.bare([box], line), "keeps nothing"),
+            _mpop(stage, box, line),
+        ],
+        rounds=min(3, stage.scale.rounds),
+        seconds=160,
+        tag="b",
+    )
+    slow = compete(
+        f"The first {few.count} messages of it, 40 ms and 100 Mbit/s",
+        "messages",
+        [
+            Contender(
+                "archiver",
+                lambda name: stage.poll(stage.in_bucket(name), [few], line),
+                "S3, journal, PostgreSQL; process warm",
+            ),
+            Contender(BARE, lambda _: stage.bare([few], line), "keeps nothing"),
+            _by_poplib(stage, few, line),
+            _getmail(stage, few, line),
+            _fetchmail(stage, few, line),
+        ],
+        rounds=stage.scale.slow_rounds,
+        seconds=160,
+        tag="bs",
+    )
+    goals = (
+        Goal("archiver / bare pipelined reader", fast.ratio("archiver", BARE), 0.95, ">="),
+        Goal("archiver / mpop that only writes files", fast.ratio("archiver", "mpop"), 1.0, ">="),
+        Goal("archiver / getmail6", slow.ratio("archiver", "getmail6"), 7, ">="),
+        Goal("archiver / poplib", slow.ratio("archiver", "poplib loop"), 7, ">="),
+        Goal("archiver / fetchmail", slow.ratio("archiver", "fetchmail"), 12, ">="),
+    )
+    return Measured([fast, slow], goals)
+
+
+def to_directory(stage: Stage) -> Measured:
+    """Row f."""
+    box = stage.corpus.all
+    stage.bare([box])
+
+    def ours(name: str) -> Sample:
+        archive = stage.in_directory(name)
+        sample = stage.poll(archive, [box])
+        stage.forget(archive)
+        return sample
+
+    contest = compete(
+        "One mailbox to the disk, near",
+        "messages",
+        [
+            Contender("archiver", ours, "directory, journal, SQLite; fsync each; process warm"),
+            _mpop(stage, box, None),
+            _fetchmail(stage, box, None),
+            _getmail(stage, stage.corpus.few, None),
+            Contender(BARE, lambda _: stage.bare([box]), "keeps nothing"),
+        ],
+        rounds=stage.scale.rounds,
+        seconds=120,
+        tag="f",
+    )
+    return Measured(
+        [contest],
+        (
+            Goal(
+                "archiver / mpop, same disk, fsync on both sides",
+                contest.ratio("archiver", "mpop"),
+                1.0,
+                ">=",
+            ),
+        ),
+    )
+
+
+def long_listing(stage: Stage) -> Measured:
+    """Row h. In each round one message is delivered; a session that does not count has the server find it."""
+    user = stage.corpus.serve_listed(stage.mail)
+    listed = int(measured(CLIENTS, "count-only", user=user, **stage.access()).told["listed"])
+    archive = stage.in_directory("listed")
+    known = measured(OURS, "know", environment=archive.environment, user=user, **stage.access())
+    if known.told["count"] != listed:
+        raise BenchError(f"the server shows {listed} messages, and {known.told['count']} became known")
+
+    def deliver() -> None:
+        stage.mail.deliver(user, [b"From: b@contoso.example\r\nSubject: new\r\n\r\nnew\r\n"])
+        measured(CLIENTS, "count-only", user=user, **stage.access())
+
+    def ours(new: int, _: str) -> Sample:
+        if new:
+            deliver()
+        cost = measured(OURS, "poll", environment=archive.environment, users=[user], **stage.access())
+        if cost.told["count"] != new:
+            raise BenchError(f"the poll found {cost.told}, not {new} new")
+        return Sample.of(cost, 1, 0)
+
+    def bare(work: str, _: str) -> Sample:
+        return Sample.of(measured(CLIENTS, work, user=user, **stage.access()), 1, 0)
+
+    listing, count = "bare listing and one RETR", "bare login, STAT and QUIT"
+    contest = compete(
+        f"A mailbox of {stage.scale.listed:,} messages that are kept on the server",
+        "polls",
+        [
+            Contender("archiver, one new", partial(ours, 1), "SQLite, directory"),
+            Contender("archiver, nothing new", partial(ours, 0), "SQLite, directory"),
+            Contender(listing, partial(bare, "one-of-many"), "UIDL and LIST; keeps nothing"),
+            Contender(count, partial(bare, "count-only"), "lists nothing"),
+        ],
+        rounds=stage.scale.rounds,
+        seconds=60,
+        tag="h",
+    )
+    goals = (
+        Goal(
+            "archiver with one new / bare listing and one RETR, seconds",
+            contest.ratio("archiver, one new", listing, "seconds"),
+            1.3,
+            "<=",
+        ),
+        Goal(
+            "archiver with nothing new / bare listing and one RETR, seconds",
+            contest.ratio("archiver, nothing new", listing, "seconds"),
+            0.05,
+            "<=",
+        ),
+    )
+    floor = contest.ratio(count, listing, "seconds")
+    note = (
+        f"A bare login with STAT and QUIT alone is {floor:.3f} of the bare listing here: less cannot be had."
+    )
+    return Measured([contest], goals, (note,))
+
+
+def windows(stage: Stage) -> Measured:
+    """Row w: the POP3 client alone, which only hashes, and how many RETRs it keeps under way."""
+    box, few = stage.corpus.all, stage.corpus.few
+    stage.bare([box])
+    stage.bare([few])
+
+    def client(box: Mailbox, line: FarLine | None, window: int | None, _: str) -> Sample:
+        cost = measured(OURS, "client", user=box.user, window=window, **stage.access(line))
+        if (cost.told["count"], cost.told["octets"]) != (box.count, box.octets):
+            raise BenchError(f"read {cost.told} of {box}")
+        return Sample.of(cost, box.count, box.octets)
+
+    def bare(box: Mailbox, line: FarLine | None, _: str) -> Sample:
+        return stage.bare([box], line)
+
+    contests: list[Contest] = []
+    goals: list[Goal] = []
+    for title, mailbox, line, tag in (
+        ("The client alone, near", box, None, "w"),
+        (f"The client alone, {few.count} messages, 40 ms and 100 Mbit/s", few, stage.far, "wf"),
+    ):
+        contest = compete(
+            title,
+            "messages",
+            [
+                Contender(BARE, partial(bare, mailbox, line), "keeps nothing, hashes nothing"),
+                Contender("archiver.pop3", partial(client, mailbox, line, None), "its own window; SHA-256"),
+                *(
+                    Contender(
+                        f"archiver.pop3, window {window}",
+                        partial(client, mailbox, line, window),
+                        "SHA-256",
+                        rounds=1 if line is not None and window == 1 else None,
+                    )
+                    for window in stage.scale.windows
+                ),
+            ],
+            rounds=min(3, stage.scale.rounds),
+            seconds=90,
+            tag=tag,
+        )
+        contests.append(contest)
+        goals.append(Goal(f"{title}: / bare reader", contest.ratio("archiver.pop3", BARE), 0.8, ">="))
+    return Measured(contests, goals)
+
+
+def the_line(stage: Stage) -> Measured:
+    """Row l: what the line costs itself, so that nobody takes it for the client."""
+    box = stage.corpus.all
+    stage.bare([box])
+
+    def through(line: FarLine, _: str) -> Sample:
+        before = line.cpu_seconds()
+        sample = stage.bare([box], line)
+        return replace(sample, server_cpu_seconds=line.cpu_seconds() - before)
+
+    contest = compete(
+        "The line that rows b, c and d use",
+        "messages",
+        [
+            Contender("no line", lambda _: stage.bare([box]), "bare reader"),
+            Contender("a line without latency or limit", partial(through, stage.short), "bare reader"),
+            Contender("40 ms and 100 Mbit/s", partial(through, stage.far), "bare reader", rounds=1),
+        ],
+        rounds=min(3, stage.scale.rounds),
+        seconds=60,
+        tag="l",
+    )
+    carried = contest.samples["40 ms and 100 Mbit/s"][0]
+    open_line = contest.samples["a line without latency or limit"]
+    most = max(sample.octets / sample.seconds for sample in open_line)
+    return Measured(
+        [contest],
+        (
+            Goal(
+                "what it carries of 100 Mbit/s, login and TLS included",
+                carried.octets / carried.seconds / LINE_OCTETS_PER_SECOND,
+                0.9,
+                ">=",
+            ),
+            Goal("what it could carry, in lines of 100 Mbit/s", most / LINE_OCTETS_PER_SECOND, 2.0, ">="),
+        ),
+    )
+
+
+def _mpop(stage: Stage, box: Mailbox, line: FarLine | None) -> Contender:
+    def turn(name: str) -> Sample:
+        directory, program = stage.directory(name), stage.peers.there("mpop")
+        files = peers.mpop_files(directory, stage.server(line), [box])
+        cost = peers.mpop(program, files)
+        peers.check_maildir("mpop", directory / box.user / "mail", box)
+        return _done(cost, box, directory)
+
+    return Contender("mpop", turn, "Maildir, fsync each", missing=stage.peers.missing("mpop"))
+
+
+def _mpop_then_s5cmd(stage: Stage, box: Mailbox) -> Contender:
+    def turn(name: str) -> Sample:
+        directory = stage.directory(name)
+        programs = stage.peers.there("mpop"), stage.peers.there("s5cmd")
+        [file] = peers.mpop_files(directory, stage.server(), [box])
+        cost = peers.mpop_then_s5cmd(
+            programs,
+            file,
+            endpoint_url=stage.s3.endpoint_url,
+            target=f"s3://{BUCKET}/{name}/",
+            environment=stage.s3.environment,
+        )
+        sizes = stage.objects(name)
+        if (len(sizes), sum(sizes)) != (box.count, box.lf_octets):
+            raise BenchError(f"the bucket has {len(sizes)} objects of {sum(sizes)} octets")
+        return _done(cost, box, directory)
+
+    return Contender(
+        "mpop, then s5cmd", turn, "Maildir, then S3", missing=stage.peers.missing("mpop", "s5cmd")
+    )
+
+
+def _limits(stage: Stage, box: Mailbox) -> Contender:
+    """The bare reader and the leanest PUTs at once, each alone at its work: the slower one counts."""
+
+    def turn(name: str) -> Sample:
+        reader = Child(
+            CLIENTS, "download", users=[box.user], count=box.count, window=0, threads=1, **stage.access()
+        )
+        writer = lean_puts(stage, name, box.count, UPLOADS)
+        with reader, writer:
+            costs = together(reader, writer)
+        check_objects(stage, name, box)
+        slower = max(costs, key=lambda cost: cost.seconds)
+        cpu = sum(cost.client_cpu_seconds for cost in costs)
+        peak = sum(cost.peak_bytes for cost in costs)
+        machine = max(cost.machine_cpu_seconds for cost in costs)
+        return Sample(box.count, box.octets, slower.seconds, cpu, machine, peak)
+
+    return Contender(
+        "reader and PUTs at once",
+        turn,
+        f"two processes that know nothing of each other; {UPLOADS} threads of obstore",
+        missing=None if stage.peers.python else "obstore is not installed",
+    )
+
+
+def lean_puts(stage: Stage, name: str, count: int, threads: int) -> Child:
+    """obstore's PUTs of the corpus, ready to go."""
+    if stage.peers.python is None:
+        raise BenchError("obstore is not installed")
+    return Child(
+        CLIENTS,
+        "obstore",
+        python=stage.peers.python,
+        environment=stage.s3.environment,
+        directory=str(stage.corpus.messages),
+        count=count,
+        threads=threads,
+        bucket=BUCKET,
+        prefix=name,
+        endpoint_url=stage.s3.endpoint_url,
+    )
+
+
+def check_objects(stage: Stage, prefix: str, box: Mailbox) -> None:
+    """Whether the bucket holds a mailbox's messages, all and whole."""
+    sizes = stage.objects(prefix)
+    if (len(sizes), sum(sizes)) != (box.count, box.octets):
+        raise BenchError(f"the bucket has {len(sizes)} objects of {sum(sizes)} octets, not those of {box}")
+
+
+def _by_poplib(stage: Stage, box: Mailbox, line: FarLine | None) -> Contender:
+    def turn(_: str) -> Sample:
+        cost = measured(CLIENTS, "poplib", user=box.user, **stage.access(line))
+        if (cost.told["count"], cost.told["octets"]) != (box.count, box.octets):
+            raise BenchError(f"read {cost.told} of {box}")
+        return Sample.of(cost, box.count, box.octets)
+
+    return Contender("poplib loop", turn, "keeps nothing")
+
+
+def _getmail(stage: Stage, box: Mailbox, line: FarLine | None) -> Contender:
+    def turn(name: str) -> Sample:
+        directory = stage.directory(name)
+        cost = peers.getmail(stage.peers.there("getmail"), directory, stage.server(line), box)
+        return _done(cost, box, directory)
+
+    return Contender(
+        "getmail6",
+        turn,
+        f"Maildir; the first {box.count} messages",
+        rounds=stage.scale.slow_rounds,
+        missing=stage.peers.missing("getmail"),
+    )
+
+
+def _fetchmail(stage: Stage, box: Mailbox, line: FarLine | None) -> Contender:
+    def turn(name: str) -> Sample:
+        directory = stage.directory(name)
+        cost = peers.fetchmail(
+            stage.peers.there("fetchmail"), directory / "fetchmail", stage.server(line), box
+        )
+        return _done(cost, box, directory)
+
+    return Contender(
+        "fetchmail",
+        turn,
+        "one file of BSMTP, no fsync",
+        rounds=stage.scale.slow_rounds,
+        missing=stage.peers.missing("fetchmail"),
+    )
+
+
+def _done(cost: Cost, box: Mailbox, directory: Path) -> Sample:
+    shutil.rmtree(directory)
+    return Sample.of(cost, box.count, box.octets)
