@@ -22,6 +22,7 @@ closed to all its accounts until a time, and then tried with one poll.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
@@ -217,10 +218,15 @@ _HEALTH = {"well": ("failures = 0", ":looked_at"), "failing": ("failures > 0", "
 
 def _worded(connection: Connection, template: str, sessions: HostSessions) -> sa.TextClause:
     """The statement in the words of this database, with a case for each host that is named."""
-    dialect = _SQLITE if connection.dialect.name == "sqlite" else _POSTGRESQL
+    return _in_words_of(connection.dialect.name, template, len(sessions.named))
+
+
+@cache
+def _in_words_of(name: str, template: str, named: int) -> sa.TextClause:
+    dialect = _SQLITE if name == "sqlite" else _POSTGRESQL
     words = {name: dialect[name] for name in ("now", "until", "skip_locked")}
     for table in ("taken", "placed", "front"):
-        cases = "".join(f" WHEN :name_{n} THEN :most_{n}" for n in range(len(sessions.named)))
+        cases = "".join(f" WHEN :name_{n} THEN :most_{n}" for n in range(named))
         most = f"CASE {table}.host{cases} ELSE :others END" if cases else ":others"
         words[f"most_of_{table}"] = f"CAST({most} AS integer)"
     lines = ""

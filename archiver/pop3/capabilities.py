@@ -6,7 +6,9 @@ both under- and over-report, so this is advice; only what would be harmful to
 try unasked (PIPELINING) depends on it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from archiver.pop3.failures import printable
 
@@ -16,7 +18,7 @@ class Capabilities:
     """A capability list. ``lines`` are for people; parameters of a repeated tag add up."""
 
     lines: tuple[str, ...]
-    parameters: dict[str, tuple[str, ...]]
+    parameters: Mapping[str, tuple[str, ...]]
 
     def __contains__(self, tag: str) -> bool:
         return tag in self.parameters
@@ -60,8 +62,9 @@ _LONGEST_DELAY_SECONDS = 86400.0
 _LONGEST_EXPIRE_DAYS = 36500
 
 
+@lru_cache(maxsize=64)
 def parse_capabilities(block: bytes) -> Capabilities:
-    """Read the multi-line response to CAPA."""
+    """Read the multi-line response to CAPA. A server gives the same one at each session."""
     lines: list[str] = []
     parameters: dict[str, tuple[str, ...]] = {}
     for octets in block.splitlines():

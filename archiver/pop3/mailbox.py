@@ -925,12 +925,12 @@ class Mailbox:
     def _next(self, idle: _Time, deadline: _Time) -> Event:
         """The next event of the reply that is due. An error here ends the session."""
         due = self._outstanding[0]
-        with self._named(due.label, fatal=True):
-            try:
-                while (event := self._receiver.next_event()) is None:
-                    self._receiver.feed(self._receive(idle, deadline))
-            except Pop3Error as error:
-                self._note_what_broke(error, due)
+        try:
+            while (event := self._receiver.next_event()) is None:
+                self._receiver.feed(self._receive(idle, deadline))
+        except Pop3Error as error:
+            self._note_what_broke(error, due)
+            with self._named(due.label, fatal=True):
                 raise
         if isinstance(event, BlockEnd) or (
             isinstance(event, Reply) and not (event.ok and due.shape is Shape.BLOCK)

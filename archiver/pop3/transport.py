@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 RECEIVE_OCTETS: Final = 65536
 """Asked of each read. A TLS record holds 16 KiB; from 128 KiB on, malloc would map memory for each read."""
 
+_LARGE_RECORD_OCTETS: Final = 1024
+"""A smaller one is an answer that is complete, most likely: to look for more would be for nothing."""
+
 _TIME_IS_OVER: Final = "the time for this step is over"
 
 
@@ -344,7 +347,27 @@ class Transport:
             )
 
     def receive_now(self) -> bytes | None:
-        """What has arrived, b"" at the end of the stream, None when there is nothing yet."""
+        """What has arrived, b"" at the end of the stream, None when there is nothing yet.
+
+        TLS gives one record at a time, and servers make small ones: of a large
+        message, those that are there are taken together.
+        """
+        octets = self._receive_some()
+        if octets is None or len(octets) < _LARGE_RECORD_OCTETS:
+            return octets
+        taken, size = [octets], len(octets)
+        while size < RECEIVE_OCTETS:
+            try:
+                more = self._receive_some()
+            except Pop3Error:
+                break  # it breaks again at the next call, after what came before
+            if not more:
+                break
+            taken.append(more)
+            size += len(more)
+        return b"".join(taken)
+
+    def _receive_some(self) -> bytes | None:
         try:
             return self._socket.recv(RECEIVE_OCTETS)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from botocore import exceptions as boto
-from botocore.auth import S3SigV4Auth
+from botocore.auth import SIGV4_TIMESTAMP, S3SigV4Auth
 from botocore.awsrequest import AWSRequest
+from botocore.compat import get_current_datetime
 from botocore.httpsession import where
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
@@ -55,6 +56,9 @@ _AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]+/\d{8}/([^/,]+)/(
 _OF_SIGNATURE = {"authorization", "x-amz-content-sha256", "x-amz-date", "x-amz-security-token"}
 _OF_BOTO3 = {"amz-sdk-invocation-id", "amz-sdk-request", "expect"}  # for its retries, and for large bodies
 
+# Proxies may change it (botocore.auth.SIGNED_HEADERS_BLACKLIST).
+_UNSIGNED = {"user-agent"}
+
 # What boto3 answers by looking up the bucket's region, beside every redirection.
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 
@@ -70,9 +74,10 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What boto3's request showed. ``base_url`` is all that comes before the key."""
+    """What boto3's request showed. ``base_path`` is all of the path that comes before the key."""
 
-    base_url: str
+    host: str
+    base_path: str
     service: str
     region: str
     user_agent: str
@@ -104,13 +109,11 @@ class SmallPut:
             plan = self._plan = self._plan or self._planned(put)
         if plan is None:
             return None
-        url = plan.base_url + _quoted(put["Key"])
-        request = AWSRequest("PUT", url, headers=_headers(put, plan.user_agent))
-        request.context["sha256"] = sha256.hex()
+        path = plan.base_path + _quoted(put["Key"])
         # Asked for each time: those of a role are renewed now and then.
-        credentials = plan.credentials.get_frozen_credentials()
-        _Signer(credentials, plan.service, plan.region).add_auth(request)
-        answer = plan.connections.put(urlsplit(url).path, request.headers.items(), put["Body"])
+        signer = _Signer(plan.credentials.get_frozen_credentials(), plan.service, plan.region)
+        headers = signer.sign_put(plan.host, path, _headers(put, plan.user_agent), sha256)
+        answer = plan.connections.put(path, headers, put["Body"])
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return answer.headers
         if answer.status >= HTTPStatus.BAD_REQUEST:
@@ -177,7 +180,9 @@ class SmallPut:
             read_timeout_seconds=config.read_timeout,
         )
         region, service = authorization.groups()
-        return _Plan(base_url, service, region, ours["user-agent"], credentials, connections)
+        base_path = urlsplit(base_url).path
+        host = _host_header(base_url)
+        return _Plan(host, base_path, service, region, ours["user-agent"], credentials, connections)
 
 
 class _RehearsedError(Exception):
@@ -189,10 +194,35 @@ class _RehearsedError(Exception):
 
 
 class _Signer(S3SigV4Auth):
-    """Signs the body, too, by the SHA-256 that is known; botocore's leaves it out over https."""
+    """Signs by botocore's arithmetic, but words the canonical request itself: that is most of the work.
 
-    def payload(self, request: AWSRequest) -> str:
-        return str(request.context["sha256"])
+    The body is covered, too, by the SHA-256 that is known; botocore leaves it
+    out over https. What is signed is what botocore would sign:
+    https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    """
+
+    def sign_put(
+        self, host: str, path: str, headers: Mapping[str, str], sha256: bytes
+    ) -> list[tuple[str, str]]:
+        """The headers of the request, with its signature. ``path`` is quoted, as it is sent."""
+        request = AWSRequest()
+        timestamp = request.context["timestamp"] = get_current_datetime().strftime(SIGV4_TIMESTAMP)
+        digest = sha256.hex()
+        added = {"X-Amz-Date": timestamp, "X-Amz-Content-SHA256": digest}
+        if self.credentials.token:
+            added["X-Amz-Security-Token"] = self.credentials.token
+        sent = {**headers, **added}
+        signed = {name.lower(): " ".join(value.split()) for name, value in sent.items()}
+        signed["host"] = host
+        names = sorted(signed.keys() - _UNSIGNED)
+        lines = "".join(f"{name}:{signed[name]}\n" for name in names)
+        canonical = f"PUT\n{path}\n\n{lines}\n{';'.join(names)}\n{digest}"
+        signature = self.signature(self.string_to_sign(request, canonical), request)
+        sent["Authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={self.scope(request)}, "
+            f"SignedHeaders={';'.join(names)}, Signature={signature}"
+        )
+        return list(sent.items())
 
 
 class _Connections:
@@ -336,6 +366,14 @@ def _text(value: str | bytes) -> str:
 
 def _quoted(name: str) -> str:
     return quote(name, safe="/~")
+
+
+def _host_header(url: str) -> str:
+    """As http.client sends it: with the port, unless that is the scheme's own."""
+    to = urlsplit(url)
+    host = f"[{to.hostname}]" if ":" in (to.hostname or "") else to.hostname or ""
+    usual = {"http": 80, "https": 443}[to.scheme]
+    return host if to.port in (None, usual) else f"{host}:{to.port}"
 
 
 def _has_proxy(url: str) -> bool:

@@ -170,7 +170,7 @@ def test_a_count_reserves_no_memory(claim: bytes) -> None:
 
 def test_an_answer_in_the_wrong_order_is_no_listing() -> None:
     """What comes behind the listing answers nothing; the session ends before anything is done by it."""
-    message = Send(b"+OK\r\nSubject: x\r\n\r\n1 forged\r\n.\r\n+OK\r\n1 5\r\n.\r\n")
+    message = Send(b"+OK\r\nSubject: x\r\n\r\n1 forged\r\n.\r\n+OK\r\n1 5\r\n.\r\n+OK more\r\n")
     play = MailboxPlay([], faults={"UIDL": message})
     with ScriptedPop3(play) as server, Mailbox.connect(server.endpoint) as mailbox:
         mailbox.login("secret")
