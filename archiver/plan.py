@@ -25,6 +25,10 @@ from archiver.model import NEVER_DELETE, UNKNOWN_SIZE, DeletePolicy, Resolved, S
 ABSENCES_AT_ONCE = 5_000
 """Absences that are held in memory, and go into one segment: of a mailbox that was emptied there are many."""
 
+UNNAMED_LOOKED_AT = 1_000
+"""Messages without a UIDL whose sizes are compared with those that we asked to be deleted. A server that has
+more of them has no UIDL at all."""
+
 Listed = tuple[bytes, int, pop3.Entry]
 Held = tuple[SightingKey, Known]
 
@@ -42,8 +46,11 @@ class Item(NamedTuple):
 class Plan:
     """What is to be done about a listing. Messages are indices of ``listing.entries``.
 
+    Of what the policy lets go, ``due`` was fetched by earlier sessions, and
+    ``deletable`` in this one.
     ``believed``: the listing was read whole, so what it does not show is not
-    there; ``named``: every message has a UIDL. ``absent`` has the first of those
+    there; ``unnamed_sizes`` are those of the messages without a UIDL, None where
+    one may have any size. ``absent`` has the first of those
     that are shown no more; ``overflows`` tells that ``find_more_absent`` has others.
     ``suspect``: the mailbox looks renumbered, so nothing is to be told as absent,
     and nothing deleted, until contents were seen. ``contents`` are sightings
@@ -57,9 +64,10 @@ class Plan:
     delete: DeletePolicy
     now: datetime
     believed: bool
-    named: bool
+    unnamed_sizes: frozenset[int] | None
     aside: Mapping[SightingKey, Known]
     fetch: "array[int]" = field(default_factory=lambda: array("I"))
+    due: "array[int]" = field(default_factory=lambda: array("I"))
     deletable: "array[int]" = field(default_factory=lambda: array("I"))
     uncertain: set[int] = field(default_factory=set)
     attempts: dict[SightingKey, int] = field(default_factory=dict)
@@ -93,8 +101,9 @@ class Plan:
         the policy that is in force.
         """
         order = listing.by_uidl()
-        named = not order or listing.entries[order[0]].uidl is not None
-        plan = cls(listing, order, delete, now, listing.skipped_lines == 0, named, aside)
+        plan = cls(
+            listing, order, delete, now, listing.skipped_lines == 0, _unnamed_sizes(listing, order), aside
+        )
         for uidl, listed, rows in _side_by_side(_listed(listing, order), _by_uidl(held)):
             plan._take(uidl, listed, rows)
         plan.suspect = plan.believed and policy.may_be_renumbered(
@@ -139,6 +148,7 @@ class Plan:
     def begin_epoch(self) -> None:
         """Forget what was known by the old ids; nothing is to be told or deleted by them."""
         self.delete = NEVER_DELETE
+        self.due = array("I")
         self.deletable = array("I")
         self.absent.clear()
         self.overflows = False
@@ -153,6 +163,11 @@ class Plan:
     def take_absent(self) -> list[Resolved]:
         """The absences that were found by now, once."""
         taken, self.absent = self.absent, []
+        return taken
+
+    def take_deletable(self) -> "array[int]":
+        """What was fetched in this session by now, and may go; once."""
+        taken, self.deletable = self.deletable, array("I")
         return taken
 
     def find_more_absent(self, held: Iterable[Held], after: SightingKey) -> None:
@@ -203,9 +218,8 @@ class Plan:
                 if known.delete_requested:
                     self.still_there.append(key)
                 if policy.may_delete(self.delete, known.first_seen_at, self.now):
-                    self.deletable.append(index)
-                else:
-                    self.keep(known.first_seen_at)
+                    self.due.append(index)
+                self.keep(known.first_seen_at)
             case "quarantined" if known.retry_at is None or known.retry_at > self.now:
                 self.quarantined += 1
                 self.earliest_retry = _earlier(self.earliest_retry, known.retry_at)
@@ -239,8 +253,8 @@ class Plan:
             self.overflows = True
 
     def _absences(self, uidl: bytes, listed: list[Listed], rows: list[Held]) -> list[Resolved]:
-        """Which of these rows are shown no more. A message without a UIDL may be any of those with one."""
-        if not self.believed or (uidl and not self.named):
+        """Which of these rows are shown no more."""
+        if not self.believed:
             return []
         shown = {_key(entry) for _, _, entry in listed}
         return [
@@ -249,13 +263,38 @@ class Plan:
             )
             for key, known in rows
             if (uidl and not listed if key.content else key not in shown)
+            and (not uidl or self._is_not_unnamed(key, known))
         ]
+
+    def _is_not_unnamed(self, key: SightingKey, known: Known) -> bool:
+        """Whether none of the messages without a UIDL may be this one, which has one.
+
+        Any of them may be, but one that we asked to be deleted is most likely
+        not, and is not at all if none has its size.
+        """
+        sizes = self.unnamed_sizes
+        if sizes is None or key.size == UNKNOWN_SIZE:
+            return sizes == frozenset()
+        return not sizes or (known.delete_requested and key.size not in sizes)
 
 
 def without_own_id(entries: Iterable[pop3.Entry]) -> int:
     """How many messages of a listing only their content identifies."""
     times = Counter(entry.uidl for entry in entries)
     return sum(count for uidl, count in times.items() if uidl is None or count > 1)
+
+
+def _unnamed_sizes(listing: pop3.Listing, order: "array[int]") -> frozenset[int] | None:
+    """The sizes of the messages without a UIDL, which come first in ``order``."""
+    sizes = set()
+    for looked_at, index in enumerate(order):
+        _, uidl, size = listing.entries[index]
+        if uidl is not None:
+            break
+        if size is None or looked_at >= UNNAMED_LOOKED_AT:
+            return None
+        sizes.add(size)
+    return frozenset(sizes)
 
 
 def _key(entry: pop3.Entry) -> SightingKey:

@@ -10,12 +10,13 @@ repeated in place; the schedule does that.
 
 import contextlib
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from archiver import policy, pop3
 from archiver.db import Database, reads, record
@@ -50,6 +51,9 @@ from archiver.store.spool import BytesBody, Spool, SpooledMessage
 
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
+
+READING_AGAIN_SECONDS = 300.0
+"""How long one session reads again what it is to delete: a connection lost before QUIT makes that vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,21 @@ class _Batch:
             or (bool(self.fetched) and monotonic - self.opened_at >= limits.seconds)
         )
 
+    def is_stored(self) -> bool:
+        """Whether every upload has come to its end, good or bad."""
+        return all(fetched.upload.done() for fetched in self.fetched)
+
+
+_Candidate = tuple[Item, reads.Provable]
+
+
+class _Object(NamedTuple):
+    """What the store must have. Neither digest nor size is known of a segment that an earlier poll wrote."""
+
+    key: str
+    sha256: bytes | None
+    octets: int | None = None
+
 
 class _Poll:
     """The state of one poll. ``tell`` is the story; the methods below it are its verbs, in order."""
@@ -197,11 +216,13 @@ class _Poll:
         self.watch = watch
         self.started_at = tools.monotonic()
         self.head = JournalHead(0, b"")
+        self.digests: dict[int, bytes] = {}
         self.journal_uncertain = lease.claim.recover
         self.mailbox: pop3.Session | None = None
         self.server: MailServer | None = None
         self.listing: pop3.Listing | None = None
         self.asked: dict[int, Item] = {}
+        self.asked_messages = self.asked_octets = 0
         self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
@@ -342,27 +363,33 @@ class _Poll:
         if not plan.suspect and plan.overflows:
             self._tell_absences(plan)
         batch = _Batch(self.tools.monotonic(), resolved=[] if plan.suspect else plan.take_absent())
+        # The last messages of a full batch are on their way to the store still:
+        # the next ones are fetched meanwhile.
+        full: deque[_Batch] = deque()
         try:
             for outcome in mailbox.retrieve(self._supply(plan), self._open_spool):
                 item = self.asked.pop(outcome.entry.number)
                 match outcome:
                     case pop3.Retrieved(sink=spooled):
+                        spooled.seal()
                         self._send_to_store(item, spooled, batch, plan)
                     case pop3.Refused(error=error):
                         self._set_aside(item, str(error), batch, plan)
                 if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
-                    full, batch = batch, _Batch(self.tools.monotonic())
-                    self._record(full, plan)
+                    full.append(batch)
+                    batch = _Batch(self.tools.monotonic())
+                while full and (self.store_failed or len(full) > 1 or full[0].is_stored()):
+                    self._record(full.popleft(), plan)
         except (TryLater, OperatorNeeded):
             # The spool has no room for a message: those before it must not be fetched for nothing.
-            self._record(batch, plan)
+            self._record_all([*full, batch], plan)
             raise
         except pop3.Pop3Error as error:
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
                 self._blame(self.asked[mailbox.in_transit.number], str(error), batch, plan)
-            self._record(batch, plan)
+            self._record_all([*full, batch], plan)
             raise
-        self._record(batch, plan)
+        self._record_all([*full, batch], plan)
         if not plan.suspect:
             self._tell_absences(plan)
             self._tell_vanished_contents(plan)
@@ -390,10 +417,13 @@ class _Poll:
             return
         with self.tools.database.reading() as connection:
             present = reads.present_sightings(connection, self.account.id, self.account.epoch)
+            # One that had no id may have one since, and one whose id stood twice may have it alone.
             by_id = {
-                named
+                former
                 for key, known in present
-                if not key.content and (named := key._replace(content=known.sha256 or b"")) in vanished
+                if not key.content and known.sha256 is not None
+                for former in (key._replace(content=known.sha256), SightingKey(b"", key.size, known.sha256))
+                if former in vanished
             }
         now = self.tools.now()
         lines = [
@@ -416,22 +446,25 @@ class _Poll:
 
     def _supply(self, plan: Plan) -> Iterator[pop3.Entry]:
         """The entries to ask for, until something holds back. The client takes them as its window moves."""
-        octets: int | None = None
-        for asked_before, place in enumerate(plan.fetch):
+        for place in plan.fetch:
             item = plan.item(place)
             if self.tools.stopping():
                 return
-            self.held_back = self._holds_back(asked_before, octets, item.entry.size or 0)
+            self.held_back = self._holds_back(item.entry.size or 0)
             if self.held_back is not None:
                 return
-            octets = max(octets or 0, self.octets) + (item.entry.size or 0)
-            self.asked[item.entry.number] = item
-            yield item.entry
+            yield self._asking_for(item)
 
-    def _holds_back(self, messages: int, octets: int | None, size: int) -> HeldBack | None:
+    def _asking_for(self, item: Item) -> pop3.Entry:
+        self.asked_messages += 1
+        self.asked_octets = max(self.asked_octets, self.octets) + (item.entry.size or 0)
+        self.asked[item.entry.number] = item
+        return item.entry
+
+    def _holds_back(self, size: int) -> HeldBack | None:
         """What keeps this poll from asking for one message more, of that size."""
         budget, seconds = self.tools.budget, self.tools.monotonic() - self.started_at
-        asked_for = max(octets or 0, self.octets)
+        asked_for = max(self.asked_octets, self.octets)
         if budget.ends_at is not None and self.tools.now() >= budget.ends_at:
             return "blackout"
         day_octets = self.account.day_octets or budget.day_octets
@@ -440,7 +473,7 @@ class _Poll:
             return "day"
         if (
             seconds >= self.tools.session_seconds
-            or (budget.messages is not None and messages >= budget.messages)
+            or (budget.messages is not None and self.asked_messages >= budget.messages)
             or (budget.octets is not None and asked_for and asked_for + size > budget.octets)
         ):
             return "session"
@@ -453,7 +486,6 @@ class _Poll:
 
     def _send_to_store(self, item: Item, spooled: SpooledMessage, batch: _Batch, plan: Plan) -> None:
         """Hand a message over: the upload goes on while the next messages arrive."""
-        spooled.seal()
         attempts = plan.attempts.get(item.sighting, 0)
         if not item.certain:
             self._tell_apart(item.sighting, batch, plan)
@@ -464,8 +496,7 @@ class _Poll:
         fetched = _Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
         batch.fetched.append(fetched)
         batch.octets += spooled.size
-        self.octets += spooled.size
-        self.watch.fetched(spooled.size)
+        self._count_read(spooled.size)
 
     def _tell_apart(self, sighting: SightingKey, batch: _Batch, plan: Plan) -> None:
         """Messages that failed before, and have no id of their own, are all known by content at last."""
@@ -486,8 +517,7 @@ class _Poll:
 
     def _set_aside(self, item: Item, reason: str, batch: _Batch, plan: Plan) -> None:
         """This message alone cannot be had: it is quarantined, and the others go on."""
-        if (spooled := self.spooled.pop(item.entry.number, None)) is not None:
-            spooled.close()
+        self._drop_spooled(item.entry.number)
         attempts = plan.attempts.get(item.sighting, 0) + 1
         now = self.tools.now()
         batch.resolved.append(
@@ -506,6 +536,10 @@ class _Poll:
         )
         if policy.is_fatal(attempts):
             self._set_aside(item, reason, batch, plan)
+
+    def _record_all(self, batches: Iterable[_Batch], plan: Plan) -> None:
+        for batch in batches:
+            self._record(batch, plan)
 
     def _record(self, batch: _Batch, plan: Plan) -> None:
         """Steps 2 to 4 of a batch: objects, journal segment, rows; each durable before the next."""
@@ -624,58 +658,152 @@ class _Poll:
         claim = self.lease.claim
         self.tools.database.transact(lambda connection: record.segment(connection, claim, segment, digest))
         self.head = JournalHead(segment.sequence, digest)
+        self.digests[segment.sequence] = digest
 
     def _delete(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Ask the server to delete what the policy lets go, and of that only what is proved to be archived.
 
         Each of these stands in this session's one listing, with the same UIDL
-        and size as in a transaction that is committed; and its object is looked
-        at in the store now.
+        and size as in a transaction that is committed; its content was read in
+        this session; and its object and the journal are looked at in the store now.
         """
         if plan.suspect:
             return
-        for start in range(0, len(plan.deletable), DELETIONS_AT_ONCE):
+        self._delete_at_once(mailbox, plan, plan.take_deletable())
+        began_at = self.tools.monotonic()
+        for places in _in_parts(plan.due):
             if self.tools.stopping():
                 return
-            items = [plan.item(place) for place in plan.deletable[start : start + DELETIONS_AT_ONCE]]
-            self._ask_to_delete(mailbox, self._prove(items, plan))
+            same = self._read_again(mailbox, self._old_enough(places, plan), plan, began_at)
+            self._ask_to_delete(mailbox, self._prove(same))
+        # What came under the id of another may go by its own age.
+        self._delete_at_once(mailbox, plan, plan.take_deletable())
 
-    def _prove(self, candidates: list[Item], plan: Plan) -> list[Item]:
-        """Those whose capture is old enough. Raises IntegrityError if one's object is not as it must be."""
+    def _delete_at_once(self, mailbox: pop3.Session, plan: Plan, fetched: "array[int]") -> None:
+        """Delete what this session fetched."""
+        for places in _in_parts(fetched):
+            if self.tools.stopping():
+                return
+            self._ask_to_delete(mailbox, self._prove(self._old_enough(places, plan)))
+
+    def _old_enough(self, places: "array[int]", plan: Plan) -> list[_Candidate]:
+        """Those of these messages whose capture is old enough for the policy."""
         account, now = self.account, self.tools.now()
+        items = [plan.item(place) for place in places]
         with self.tools.database.reading() as connection:
             found = reads.provable(
-                connection, account.id, account.epoch, [item.sighting.uidl for item in candidates]
+                connection, account.id, account.epoch, [item.sighting.uidl for item in items]
             )
-        chosen = [
-            (item, *found[item.sighting])
-            for item in candidates
+        return [
+            (item, found[item.sighting])
+            for item in items
             if item.sighting in found
-            and policy.may_delete(plan.delete, found[item.sighting][1].captured_at, now)
+            and policy.may_delete(plan.delete, found[item.sighting].captured_at, now)
         ]
-        looks = self.tools.uploads.map(lambda each: self._look_at(each[1], each[2].octets), chosen)
-        for fault in looks:
+
+    def _read_again(
+        self, mailbox: pop3.Session, candidates: list[_Candidate], plan: Plan, began_at: float
+    ) -> list[_Candidate]:
+        """Those that are, octet for octet, what an earlier session captured, as far as this one gets.
+
+        RFC 1939 section 7 lets a server give an id to another message once its
+        own is gone; between two polls nobody sees that, and of two messages
+        with one size only their content tells. Another content is archived as
+        a new message's is. One that the server refuses stays where it is.
+        """
+        expected = {item.entry.number: (item, provable) for item, provable in candidates}
+        same: list[_Candidate] = []
+        batch = _Batch(self.tools.monotonic())
+        supply = self._supply_again([item for item, _ in candidates], began_at)
+        try:
+            for outcome in mailbox.retrieve(supply, self._open_spool):
+                number = outcome.entry.number
+                item = self.asked.pop(number)
+                match outcome:
+                    case pop3.Retrieved(sink=spooled):
+                        spooled.seal()
+                        if spooled.sha256 == expected[number][1].sha256:
+                            same.append(expected[number])
+                            self._count_read(spooled.size)
+                            self._drop_spooled(number)
+                        else:
+                            self._replace(item, expected[number][1].sha256, spooled, batch, plan)
+                    case pop3.Refused():
+                        self._drop_spooled(number)
+                if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
+                    full, batch = batch, _Batch(self.tools.monotonic())
+                    self._record(full, plan)
+        except (TryLater, OperatorNeeded, pop3.Pop3Error):
+            self._record(batch, plan)
+            raise
+        self._record(batch, plan)
+        return same
+
+    def _supply_again(self, items: list[Item], began_at: float) -> Iterator[pop3.Entry]:
+        """What to read again, as far as the budgets go. What is left out waits for the next poll."""
+        for item in items:
+            if (
+                self.tools.stopping()
+                or self.tools.monotonic() - began_at >= READING_AGAIN_SECONDS
+                or self._holds_back(item.entry.size or 0) is not None
+            ):
+                return
+            yield self._asking_for(item)
+
+    def _replace(self, item: Item, former: bytes, spooled: SpooledMessage, batch: _Batch, plan: Plan) -> None:
+        """Under this id and size there is another message: the former one went, by our hand or another's."""
+        ours = item.sighting in plan.still_there
+        batch.resolved.append(
+            Resolved(
+                What.DELETED if ours else What.GONE,
+                item.sighting._replace(content=former),
+                self.tools.now(),
+                sha256=former,
+            )
+        )
+        self.known -= 1
+        self._send_to_store(item, spooled, batch, plan)
+
+    def _drop_spooled(self, number: int) -> None:
+        if (spooled := self.spooled.pop(number, None)) is not None:
+            spooled.close()
+
+    def _count_read(self, octets: int) -> None:
+        self.octets += octets
+        self.watch.fetched(octets)
+
+    def _prove(self, candidates: list[_Candidate]) -> list[Item]:
+        """Their messages. Raises IntegrityError if an object or a journal segment is not as it must be."""
+        account = self.account.id
+        objects = [
+            _Object(message_key(account, each.sha256), each.sha256, each.octets) for _, each in candidates
+        ]
+        # The head stands for the sightings, which segments after a capture's own may tell of.
+        sequences = {each.sequence for _, each in candidates} | {self.head.sequence}
+        segments = [_Object(segment_key(account, each), self.digests.get(each)) for each in sorted(sequences)]
+        for fault in self.tools.uploads.map(self._look_at, [*objects, *segments] if candidates else []):
             if fault is not None:
                 raise IntegrityError(
-                    fault, hint="it was not deleted from the mail server; run: archiver verify"
+                    fault, hint="nothing was deleted from the mail server; run: archiver verify"
                 )
-        return [item for item, _, _ in chosen]
+        return [item for item, _ in candidates]
 
-    def _look_at(self, sha256: bytes, octets: int) -> str | None:
-        """What is wrong with a capture's object, or None. It is read where the store keeps no checksum."""
-        key = message_key(self.account.id, sha256)
-        found = self.tools.store.stat(key)
+    def _look_at(self, wanted: _Object) -> str | None:
+        """What is wrong with an object, or None. It is read where the store keeps no checksum."""
+        found = self.tools.store.stat(wanted.key)
         if found is None:
-            return f"{key} was captured, and is missing in the store"
+            return f"{wanted.key} was written, and is missing in the store"
+        if wanted.sha256 is None:
+            return None if found.size else f"{wanted.key} was written, and is empty in the store"
         seen = found.sha256
-        if seen is None and found.size == octets:
+        if seen is None and wanted.octets in (None, found.size):
             digest = hashlib.sha256()
-            with self.tools.store.get(key) as chunks:
+            with self.tools.store.get(wanted.key) as chunks:
                 for chunk in chunks:
                     digest.update(chunk)
             seen = digest.digest()
-        if (found.size, seen) != (octets, sha256):
-            return f"{key} was captured, and is altered in the store"
+        if wanted.octets not in (None, found.size) or seen != wanted.sha256:
+            return f"{wanted.key} was written, and is altered in the store"
         return None
 
     def _ask_to_delete(self, mailbox: pop3.Session, chosen: list[Item]) -> None:
@@ -778,6 +906,12 @@ class _Poll:
 _KNOWN_BY_CONTENT = "it is known by its content"
 _KNOWN_BY_ID = "it is known by its id"
 """Why a sighting ended, although its message is there still."""
+
+
+def _in_parts(places: "array[int]") -> Iterator["array[int]"]:
+    """Some hundreds at a time."""
+    return (places[at : at + DELETIONS_AT_ONCE] for at in range(0, len(places), DELETIONS_AT_ONCE))
+
 
 _CONNECTION_DIED = frozenset({pop3.FailureKind.TRANSIENT, pop3.FailureKind.PROTOCOL})
 

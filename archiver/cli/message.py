@@ -9,6 +9,8 @@ from archiver.cli import lookup
 from archiver.cli.output import Json, emit, say, show, size, table
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
     from archiver.bootstrap import Archiver
 
 app = typer.Typer(no_args_is_help=True, help="What was captured: list it, look at one, get its raw octets.")
@@ -119,6 +121,9 @@ def retry(
 ) -> None:
     """Fetch again, now, what is in quarantine; as `sync` of this account, which polls it.
 
+    With --uidl also a message that was captured, if the mail server still shows it: where the
+    store lost its object, that puts it back.
+
     Exit code 1 when the poll did not end well.
     """
     from archiver.bootstrap import Archiver
@@ -135,12 +140,18 @@ def retry(
         except UnicodeEncodeError:
             raise UsageError(f"{uidl!r} is no UIDL", hint=f"archiver account show {account}") from None
         now = archiver.now()
-        count = archiver.database.transact(
-            lambda connection: record.retry_quarantined(connection, found.id, now, wanted)
-        )
-        if not count:
-            what = "nothing" if uidl is None else f"no message of UIDL {uidl!a}"
-            raise UsageError(f"{what} of {account} is in quarantine", hint=f"archiver account show {account}")
+
+        def mark(connection: "Connection") -> int:
+            count = record.retry_quarantined(connection, found.id, now, wanted)
+            return count if wanted is None else count + record.fetch_again(connection, found.id, wanted)
+
+        if not archiver.database.transact(mark):
+            what = (
+                "nothing is in quarantine"
+                if uidl is None
+                else f"the mail server shows no message of UIDL {uidl!a}"
+            )
+            raise UsageError(f"{what} for {account}", hint=f"archiver account show {account}")
     sync([account], json=json)
 
 

@@ -12,7 +12,7 @@ from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, s
 
 if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
-    from archiver.model import Account, PollReport
+    from archiver.model import Account, HeldBack, PollReport
     from archiver.pop3 import Endpoint
 
 
@@ -47,7 +47,8 @@ def sync(
 
     A URL needs no set-up: it becomes an account of that name, so that the next
     sync of it fetches only what is new. Schedule and backoff are not waited
-    for. Exit code 1 when a poll did not end well.
+    for. Exit code 1 when a poll did not end well, or left messages to come that
+    no day's budget holds back.
     """
     from archiver.bootstrap import Archiver
     from archiver.settings import load
@@ -85,7 +86,7 @@ def sync(
             _tell(report)
     if not chosen and not json:
         note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
-    if archiver.stopping.is_set() or any(report.outcome != "ok" for report in reports):
+    if archiver.stopping.is_set() or not all(map(_is_done, reports)):
         raise typer.Exit(1)
 
 
@@ -108,6 +109,11 @@ def as_json(report: "PollReport") -> dict[str, Any]:
         "error": report.error,
         "warnings": report.warnings,
     }
+
+
+def _is_done(report: "PollReport") -> bool:
+    """Whether all that was listed is archived or set aside, or waits for another day by our budget."""
+    return report.outcome == "ok" and (not report.to_come or report.held_back == "day")
 
 
 def _check(
@@ -215,6 +221,18 @@ def _ask_passwords(
             archiver.passwords[account.id] = options.ask(account.name)
 
 
+def _why_held_back(report: "PollReport") -> str:
+    if report.held_back is None:
+        return ""
+    reasons: dict[HeldBack, str] = {
+        "session": "its session's budget or time is spent",
+        "room": "others wait",
+        "blackout": "a blackout began",
+        "day": "its day's budget is spent",
+    }
+    return f" ({reasons[report.held_back]})"
+
+
 def _tell(report: "PollReport") -> None:
     if report.outcome != "ok":
         say(f"{report.account}: {report.outcome.replace('_', ' ')}: {one_line(report.error)}")
@@ -224,7 +242,7 @@ def _tell(report: "PollReport") -> None:
     if report.quarantined:
         counts.append(f"{report.quarantined} in quarantine")
     if report.to_come:
-        counts.append(f"{report.to_come} still to come")
+        counts.append(f"{report.to_come} still to come{_why_held_back(report)}")
     if report.delete_requested:
         counts.append(f"{report.delete_requested} asked to be deleted")
     if report.deleted:

@@ -33,6 +33,15 @@ class Held(NamedTuple):
     octets: int
 
 
+class Provable(NamedTuple):
+    """A capture behind a sighting, and the journal segment that names it."""
+
+    sha256: bytes
+    captured_at: datetime
+    octets: int
+    sequence: int
+
+
 class BeforePoll(NamedTuple):
     """What a poll begins with: where journal and mailbox stand, as far as the database knows.
 
@@ -162,9 +171,9 @@ def absent_quarantined(connection: Connection, account_id: str, epoch: int) -> d
 
 def provable(
     connection: Connection, account_id: str, epoch: int, uidls: Sequence[bytes]
-) -> dict[SightingKey, tuple[bytes, Held]]:
-    """The digest and the capture behind each present sighting that has one of these UIDLs for itself."""
-    found: dict[SightingKey, tuple[bytes, Held]] = {}
+) -> dict[SightingKey, Provable]:
+    """The capture behind each present sighting that has one of these UIDLs for itself."""
+    found: dict[SightingKey, Provable] = {}
     for start in range(0, len(uidls), LOOKUP_ROWS):
         rows = connection.execute(
             sa.select(
@@ -173,6 +182,7 @@ def provable(
                 capture.c.sha256,
                 capture.c.captured_at,
                 capture.c.octets,
+                capture.c.sequence,
             )
             .join(
                 capture,
@@ -187,9 +197,7 @@ def provable(
                 sighting.c.absent_at.is_(None),
             )
         )
-        found.update(
-            (SightingKey(row.uidl, row.size), (row.sha256, Held(row.captured_at, row.octets))) for row in rows
-        )
+        found.update((SightingKey(uidl, size), Provable(*capture_of)) for uidl, size, *capture_of in rows)
     return found
 
 

@@ -101,14 +101,35 @@ def still_there(connection: Connection, claim: Claim, epoch: int, sightings: Seq
 
 def retry_quarantined(connection: Connection, account_id: str, at: datetime, uidl: bytes | None) -> int:
     """Have what is set aside, of that UIDL or all of it, tried again at the next poll. Returns how many."""
-    wanted = [
-        sighting.c.account_id == account_id,
-        sighting.c.state == "quarantined",
-        sighting.c.absent_at.is_(None),
-    ]
+    wanted = [sighting.c.account_id == account_id, sighting.c.absent_at.is_(None)]
     if uidl is not None:
         wanted.append(sighting.c.uidl == uidl)
-    found = connection.execute(sa.update(sighting).where(*wanted).values(retry_at=at))
+    found = connection.execute(
+        sa.update(sighting).where(*wanted, sighting.c.state == "quarantined").values(retry_at=at)
+    )
+    distrust(connection, account_id)
+    return found.rowcount
+
+
+def fetch_again(connection: Connection, account_id: str, uidl: bytes) -> int:
+    """Have a captured message that is still there fetched and put into the store at the next poll.
+
+    That mends an object which the store lost: the same content has the same
+    key, and one that is there is left as it is. Till then it is not deleted. The
+    row keeps its digest, so that another content under this id does not hide
+    the former one. Those known by their content are fetched at every poll anyway.
+    """
+    found = connection.execute(
+        sa.update(sighting)
+        .where(
+            sighting.c.account_id == account_id,
+            sighting.c.uidl == uidl,
+            sighting.c.content == b"",
+            sighting.c.state == "captured",
+            sighting.c.absent_at.is_(None),
+        )
+        .values(state="pending")
+    )
     distrust(connection, account_id)
     return found.rowcount
 
@@ -218,28 +239,33 @@ def _keep_former_contents(connection: Connection, written: Segment) -> None:
     """Where an id was given again to another message, the former one's sighting is kept by its content.
 
     Some servers count from the start when a mailbox is made anew (Cyrus), and
-    two messages may have one size. The row by id is then the new message's.
+    two messages may have one size. The row by id is then the new message's,
+    and the former one is not on the server any more.
     """
     held = (line for line in written.lines if line.what in _HELD)
     lines = {line.sighting: line.sha256 for line in held if not line.sighting.content}
     if not lines:
         return
-    absent = connection.execute(
+    rows = connection.execute(
         sa.select(sighting).where(
             sighting.c.account_id == written.account_id,
             sighting.c.epoch == written.epoch,
             sighting.c.uidl.in_({key.uidl for key in lines}),
             sighting.c.content == b"",
             sighting.c.sha256.is_not(None),
-            sighting.c.absent_at.is_not(None),
         )
     )
     former = [
-        row._asdict()
-        for row in absent
-        if lines.get(SightingKey(row.uidl, row.size)) not in (None, row.sha256)
+        row._asdict() for row in rows if lines.get(SightingKey(row.uidl, row.size)) not in (None, row.sha256)
     ]
-    _insert(connection, sighting, [row | {"content": row["sha256"]} for row in former])
+    _insert(
+        connection,
+        sighting,
+        [
+            row | {"content": row["sha256"], "absent_at": row["absent_at"] or written.written_at}
+            for row in former
+        ],
+    )
     _by_key(
         connection,
         sa.delete(sighting),

@@ -358,9 +358,9 @@ class SizeColumn(_Column[int]):
 def join(uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = None) -> Listing:
     """One listing from both, finished; None stands for a command that the server does not know.
 
-    UIDL was asked first, so a number beyond all that it told arrived in
-    between; it is left to the next session. A gap below that is a message
-    without a uid.
+    A number that UIDL did not tell is a message without a uid. Beyond all that
+    UIDL told it may be one that arrived in between, as UIDL was asked first; but
+    of one that never gets a uid nobody would ever hear if it were left out.
     """
     entries = _joined(uidl, sizes)
     return Listing(
@@ -401,6 +401,9 @@ def _joined_by_number(uidl: UidlColumn, sizes: SizeColumn) -> Entries:
         found = at < end and sizes.numbers[at] == number
         sized.append(sizes.sizes[at] if found else _UNKNOWN)
         at += found
+    told.extend(sizes.numbers[at:])
+    sized.extend(sizes.sizes[at:])
+    placed.extend(array("I", [_NOWHERE]) * (end - at))
     return Entries(told, sized, uidl, placed)
 
 

@@ -208,6 +208,22 @@ def test_a_store_that_says_it_has_what_it_has_not(
     assert (verdict.code, verdict.json[0]["missing"]) == (1, MESSAGES - GOOD_PUTS)
 
 
+def test_a_store_that_says_it_has_a_segment_of_the_journal_which_it_has_not(
+    moody: Moody, mailbox: Callable[..., Mailbox], mail: list[bytes]
+) -> None:
+    box = mailbox(mail)
+    moody.endpoint.mood = lambda request: (
+        Answer(200) if request.method == "PUT" and "/journal/" in request.key else None
+    )
+
+    report = moody.poll(box)
+
+    assert (report["outcome"], report["delete_requested"]) == ("integrity", 0)
+    assert "journal/" in report["error"]
+    assert "missing in the store" in report["error"]
+    assert box.messages() == mail
+
+
 def test_an_object_that_is_not_what_it_was_when_it_is_looked_at(
     moody: Moody, mailbox: Callable[..., Mailbox], mail: list[bytes]
 ) -> None:

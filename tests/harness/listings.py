@@ -53,11 +53,9 @@ def slowly_listed(uidl: bytes | None, sizes: bytes | None) -> tuple[list[Entry],
     """The entries, the lines skipped, and the digest that must come out."""
     uids, skipped_uids = _told(uidl or b"", _uid)
     octets, skipped_sizes = _told(sizes or b"", _size)
-    last = max(uids, default=LARGEST_NUMBER)
-    numbers = sorted(number for number in {*uids, *octets} if number <= last)
     entries = []
     digest = hashlib.sha256()
-    for number in numbers:
+    for number in sorted({*uids, *octets}):
         uid, size = uids.get(number), octets.get(number)
         entries.append(Entry(number, uid, size))
         digest.update(b"%d %d" % (number, -1 if size is None else size))

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from archiver.cli import app
 from archiver.cli.output import show, table
+from archiver.cli.sync import _is_done
 from archiver.db import Database, accounts, migrate
 from archiver.db.tables import account as account_table
 from archiver.errors import ArchiverError, UsageError
-from archiver.model import Account
-from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send
+from archiver.model import Account, PollReport
+from tests.harness.scripted_pop3 import HangUp, MailboxPlay, ScriptedPop3, Send
 from tests.scenarios.story import message
 
 KEY = base64.b64encode(bytes(32)).decode()
@@ -183,10 +184,46 @@ def test_a_quarantined_message_that_is_gone_needs_nobody(commands: Commands) -> 
         commands.run("sync", "work")
     assert commands.json("status")[0]["quarantined"] == 0
     shown = commands.run("account", "show", "work")
-    assert "no longer on the server" in shown
+    assert "not shown any more" in shown
     # A server's words are shown as they are.
     assert "[SYS/PERM] [/red] :x:" in shown
     assert ":100:[/x]" in shown
+
+
+def test_what_a_server_trips_over_is_shown_and_can_be_forgotten(commands: Commands) -> None:
+    play = MailboxPlay([(b"a", message("a"))], faults={"CAPA": HangUp()})
+    with ScriptedPop3(play) as server:
+        commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+        commands.run("sync", "work")
+        # Once may be chance, and is nothing to tell.
+        assert commands.json("account", "show", "work")[0]["avoids"] == []
+        assert "avoids" not in commands.run("account", "show", "work")
+        commands.run("sync", "work")
+        (avoids,) = commands.json("account", "show", "work")[0]["avoids"]
+        assert avoids["name"] == "CAPA"
+        assert avoids["since"] < avoids["until"]
+        line = f"avoids CAPA until {avoids['until']}: {avoids['reason']}"
+        assert line in " ".join(commands.run("account", "show", "work").split())
+
+        play.faults = {}
+        commands.run("sync", "work")
+        assert server.commands["CAPA"] == 2
+        commands.run("account", "edit", "work", "--forget-quirks")
+        assert commands.json("account", "show", "work")[0]["avoids"] == []
+        commands.run("sync", "work")
+        assert server.commands["CAPA"] > 2
+
+
+def test_a_flag_that_forbade_pipelining_is_forgotten_too(commands: Commands, server: ScriptedPop3) -> None:
+    commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    database = commands.database()
+    database.transact(
+        lambda connection: connection.execute(sa.update(account_table).values(pipelining=False))
+    )
+    commands.run("account", "edit", "work", "--forget-quirks")
+    with database.reading() as connection:
+        assert connection.execute(sa.select(account_table.c.pipelining)).scalar_one()
+    database.close()
 
 
 def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,8 +298,25 @@ def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) 
         assert (report["outcome"], report["new"], report["quarantined"]) == ("ok", 1, 1)
         [report] = commands.json("message", "retry", "x")
         assert (report["new"], report["quarantined"]) == (1, 0)
-        with pytest.raises(UsageError, match="nothing of x is in quarantine"):
+        with pytest.raises(UsageError, match="nothing is in quarantine for x"):
             commands.run("message", "retry", "x")
+        [report] = commands.json("message", "retry", "x", "--uidl", "b")
+        assert (report["outcome"], report["new"], report["known"]) == ("ok", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("left", "done"),
+    [
+        ({}, True),
+        ({"known": 0, "held_back": "session"}, False),
+        ({"known": 0}, False),
+        ({"known": 0, "held_back": "day"}, True),
+        ({"outcome": "try_later"}, False),
+    ],
+)
+def test_a_sync_that_left_messages_to_come_does_not_end_well(left: dict[str, Any], done: bool) -> None:
+    report = replace(PollReport("x", "ok", listed=1, known=1), **left)
+    assert _is_done(report) == done
 
 
 def test_what_would_be_deleted_is_told_before(commands: Commands, server: ScriptedPop3) -> None:

@@ -1,5 +1,6 @@
 """What goes from a server, by whose hand, and what is told of it; and what no policy may delete."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from archiver import policy
-from archiver.db import accounts, reads
+from archiver.db import accounts, reads, record
 from archiver.errors import TryLater
-from archiver.model import Account, DeletePolicy, SightingKey, What
-from archiver.poll import BatchLimits
+from archiver.model import Account, DeletePolicy, SightingKey, What, message_key, segment_key
+from archiver.poll import BatchLimits, Budget
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
-from tests.harness.scripted_pop3 import MailboxPlay, Send
+from tests.harness.scripted_pop3 import HangUp, MailboxPlay, Send
 from tests.scenarios.story import Archive, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, DAY, mailbox
 
@@ -133,6 +134,152 @@ def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
     assert [key.uidl for key in everything] == sorted(uidls)
     for place, key in enumerate(everything):
         assert present(key) == everything[place + 1 :]
+
+
+# An id that was given again to a message of the same size, when nobody looked.
+
+
+def given_again(archive: Archive, **settings: object) -> tuple[MailboxPlay, Account]:
+    """Under the id of a captured message, which had the same size, there is another one."""
+    play = MailboxPlay([(b"1", message("a")), (b"2", message("c"))])
+    account = archive.add(archive.serve(play))
+    assert archive.sync(account).new == 2
+    archive.clock.advance(2 * DAY)
+    play.messages[0] = (b"1", message("b"))
+    change(archive, account, **settings)
+    return play, account
+
+
+def test_an_id_given_again_between_two_polls_loses_nothing(archive: Archive) -> None:
+    play, account = given_again(archive, delete=AFTER_ARCHIVED)
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.known, report.to_come) == ("ok", 1, 1, 0)
+    assert (report.gone, report.delete_requested) == (1, 2)
+    assert play.messages == []
+    assert set(archive.archived(account)) == {message("a"), message("b"), message("c")}
+    former = hashlib.sha256(message("a")).digest()
+    assert [line.sha256 for line in archive.lines(account) if line.what is What.GONE] == [former]
+    report = archive.sync(account)
+    assert (report.deleted, report.gone, report.lost) == (2, 0, 0)
+    assert archive.verify(account).clean
+
+
+def test_what_came_under_the_id_of_another_waits_for_its_own_days(archive: Archive) -> None:
+    play, account = given_again(archive, delete=DeletePolicy(2.0))
+    assert archive.sync(account).delete_requested == 1
+    assert play.messages == [(b"1", message("b"))]
+    archive.clock.advance(2 * DAY)
+    assert archive.sync(account).delete_requested == 1
+    assert play.messages == []
+
+
+def test_what_cannot_be_read_again_stays(archive: Archive) -> None:
+    play, account = given_again(archive, delete=AFTER_ARCHIVED)
+    play.faults = {"RETR 1": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
+    report = archive.sync(account)
+    assert (report.outcome, report.delete_requested) == ("ok", 1)
+    assert play.messages == [(b"1", message("b"))]
+    play.faults = {}
+    assert archive.poll_on_schedule(account).new == 1
+    assert message("b") in archive.archived(account)
+
+
+def test_a_connection_lost_while_reading_again_loses_nothing(archive: Archive) -> None:
+    play, account = given_again(archive, delete=AFTER_ARCHIVED)
+    play.faults = {"RETR 2": HangUp()}
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.delete_requested) == ("try_later", 1, 0)
+    assert len(play.messages) == 2
+    play.faults = {}
+    assert archive.sync(account).delete_requested == 2
+
+
+def test_reading_again_is_within_the_budgets(archive: Archive) -> None:
+    play = mailbox("a", "b", "c")
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    change(archive, account, delete=AFTER_ARCHIVED)
+    small = archive.tools(budget=Budget(messages=2))
+    assert [archive.poll_on_schedule(account, small).delete_requested for _ in range(2)] == [2, 1]
+    assert play.messages == []
+
+
+# The journal is looked at, too.
+
+
+class StoreWithoutJournal(FilesystemStore):
+    """Says that it took a segment of the journal, and did not."""
+
+    def put(self, key: str, body: Body) -> PutResult:
+        return (
+            PutResult(created=True, version_id=None) if key.startswith("journal/") else super().put(key, body)
+        )
+
+
+def test_nothing_is_deleted_without_its_segment_in_the_store(archive: Archive) -> None:
+    play = mailbox("a", "b", "c")
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    report = archive.sync(account, archive.tools(store=StoreWithoutJournal(archive.directory / "store")))
+    assert (report.outcome, report.delete_requested) == ("integrity", 0)
+    assert "journal/" in str(report.error)
+    assert len(play.messages) == 3
+
+
+def test_nothing_is_deleted_whose_segment_of_an_earlier_poll_is_missing(archive: Archive) -> None:
+    play = mailbox("a")
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    play.messages.append((b"b", message("b")))
+    archive.sync(account)
+    change(archive, account, delete=AFTER_ARCHIVED)
+    (archive.directory / "store" / segment_key(account.id, 1)).unlink()
+    report = archive.sync(account)
+    assert (report.outcome, report.delete_requested) == ("integrity", 0)
+    assert len(play.messages) == 2
+
+
+def test_an_object_that_the_store_lost_is_put_back_from_the_mail_server(archive: Archive) -> None:
+    play = mailbox("a")
+    account = archive.add(archive.serve(play), delete=DeletePolicy(1.0))
+    archive.sync(account)
+    path = archive.directory / "store" / message_key(account.id, hashlib.sha256(message("a")).digest())
+    path.unlink()
+    archive.clock.advance(DAY)
+    assert archive.sync(account).outcome == "integrity"
+    assert archive.database.transact(lambda connection: record.fetch_again(connection, account.id, b"a")) == 1
+    report = archive.sync(account)
+    assert (report.outcome, report.new, report.known, report.delete_requested) == ("ok", 0, 1, 0)
+    assert path.read_bytes() == message("a")
+    assert archive.verify(account).clean
+    assert archive.sync(account).delete_requested == 1
+
+
+def test_a_deletion_is_told_though_another_message_has_no_id(archive: Archive) -> None:
+    """Unless it has the size of that message: then it may be it."""
+    play = mailbox("a")
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    assert archive.sync(account).delete_requested == 1
+    change(archive, account, delete=DeletePolicy())
+    play.messages[:] = [(b"none", message("b")), (b"z", message("z"))]
+    play.faults = {"UIDL": Send(b"+OK\r\n2 z\r\n.\r\n")}
+    assert archive.sync(account).deleted == 0
+    play.messages[0] = (b"none", message("of another size"))
+    assert archive.sync(account).deleted == 1
+
+
+def test_a_message_that_only_list_shows_is_archived_and_told_once(archive: Archive) -> None:
+    """It came between UIDL and LIST, and has an id at the next poll; or it never has one."""
+    play = mailbox("a", "b")
+    play.faults = {"UIDL": Send(b"+OK\r\n1 a\r\n.\r\n")}
+    account = archive.add(archive.serve(play))
+    report = archive.sync(account)
+    assert (report.listed, report.new, report.to_come) == (2, 2, 0)
+    report = archive.sync(account)
+    assert (report.new, report.known, report.gone) == (0, 2, 0)
+    play.faults = {}
+    report = archive.sync(account)
+    assert (report.new, report.known, report.gone, report.to_come) == (0, 2, 0, 0)
+    assert archive.verify(account).clean
 
 
 # Messages that their ids do not tell apart.

@@ -70,10 +70,16 @@ def test_the_walk_side_by_side_finds_what_sets_find(pairs: Pairs, held: dict[Sig
     assert set(plan.fetch) == set(range(len(pairs))) - by_id - aside
     assert len(plan.fetch) == len(set(plan.fetch))
 
-    named = all(uidl for uidl, _ in pairs)
+    unnamed = {size for uidl, size in pairs if not uidl}
     listed = {SightingKey(*pair) for pair in pairs}
-    absent = {key for key in held if not key.content and key not in listed and (named or not key.uidl)}
-    absent |= {key for key in held if key.content and key.uidl and not times[key.uidl] and named}
+    gone = {key for key in held if not key.content and key not in listed}
+    gone |= {key for key in held if key.content and key.uidl and not times[key.uidl]}
+    # A message without a UIDL may be any that is missing; but none of another size that we asked to delete.
+    absent = {
+        key
+        for key in gone
+        if not (key.uidl and unnamed) or (held[key].delete_requested and key.size not in unnamed)
+    }
     assert {line.sighting for line in plan.absent} == absent
     for line in plan.absent:
         assert line.what is (What.DELETED if held[line.sighting].delete_requested else What.GONE)

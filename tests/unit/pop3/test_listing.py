@@ -105,9 +105,9 @@ def test_any_order_and_gaps_are_lawful() -> None:
     assert listing.entries == (Entry(2, b"a", 5), Entry(9, b"c", 6))
 
 
-def test_mail_that_came_between_uidl_and_list_waits_for_the_next_session() -> None:
-    listing = listed(b"1 a\r\n", b"1 5\r\n2 6\r\n")
-    assert listing.entries == (Entry(1, b"a", 5),)
+def test_a_message_beyond_all_that_uidl_told_is_listed_without_a_uid() -> None:
+    listing = listed(b"1 a\r\n", b"1 5\r\n2 6\r\n3 7\r\n")
+    assert listing.entries == (Entry(1, b"a", 5), Entry(2, None, 6), Entry(3, None, 7))
 
 
 def test_a_message_that_uidl_passed_over_is_listed_without_a_uid() -> None:
