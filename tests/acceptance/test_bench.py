@@ -1,4 +1,7 @@
-"""The bench works: every row, in small, by its exit code. What it measured here means nothing."""
+"""The bench works: every row, in small, by its exit code. What it measured here means nothing.
+
+Peers that are not installed are told of, and the rows run without them.
+"""
 
 import os
 import subprocess
@@ -31,4 +34,5 @@ def test_every_row_can_be_measured(server_directory: Path) -> None:
         timeout=BENCH_SECONDS,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    sys.stderr.write(ended.stderr)
+    assert ended.returncode == 0

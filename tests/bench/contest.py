@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tests.bench.machine import BenchError, Cost
 
-Figure = Literal["rate", "seconds", "client_cpu_ms", "server_cpu_ms"]
+Figure = Literal["rate", "seconds", "seconds_each", "client_cpu_ms", "server_cpu_ms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,8 @@ def figure_of(sample: Sample, figure: Figure) -> float:
             return sample.units / sample.seconds
         case "seconds":
             return sample.seconds
+        case "seconds_each":
+            return sample.seconds / sample.units
         case "client_cpu_ms":
             return sample.client_cpu_seconds * 1000 / sample.units
         case "server_cpu_ms":

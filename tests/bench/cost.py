@@ -1,15 +1,22 @@
 """What a fleet of mailboxes needs, derived from what was measured.
 
-Owns the measured costs, in one place (``MEASURED``), the assumptions about
-mail and machines, the prices, and the arithmetic. ``python -m tests.bench.cost``
-writes the tables of docs/performance/cost.md anew.
+Owns the assumptions about mail and machines, the prices, and the arithmetic;
+and the measured costs (``MEASURED``), which ``make bench`` keeps in
+docs/performance/costs.json for as many as its rows measure. It writes the
+tables of docs/performance/cost.md with them; ``python -m tests.bench.cost``
+does so without measuring.
 """
 
+import json
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from tests.bench.contest import Figure, Sample, figure_of
+from tests.bench.corpus import FULL
+from tests.bench.many_mailboxes import FAR_POLLS, IN_BUCKET
 from tests.bench.report import fill
 
 DOCS = Path(__file__).parents[2] / "docs" / "performance"
@@ -36,16 +43,15 @@ class Costs:
     """Memory of a worker's process that polls 64 mailboxes at once (simulation)."""
 
 
-# Taken while others worked on the same two cores: too much rather than too little.
-MEASURED: Final = Costs(
-    poll_worker_ms=10.0,
-    poll_database_ms=3.6,
-    poll_seconds=0.97,
-    message_worker_ms=1.4,
-    batch_worker_ms=9.0,
-    batch_database_ms=4.0,
-    worker_mib=134,
-)
+_KEPT = "costs.json"
+
+
+def kept(docs: Path = DOCS) -> Costs:
+    """What was measured last."""
+    return Costs(**json.loads((docs / _KEPT).read_text()))
+
+
+MEASURED: Final = kept()
 
 POLLS_A_DAY: Final = 24 * 60 // 5
 MESSAGES_A_DAY: Final = 20
@@ -134,9 +140,9 @@ def need(mailboxes: int, costs: Costs = MEASURED) -> Need:
     )
 
 
-def tables() -> str:
+def tables(costs: Costs = MEASURED) -> str:
     """What cost.md shows."""
-    needs = [need(size) for size in SIZES]
+    needs = [need(size, costs) for size in SIZES]
     head = (
         "| | " + " | ".join(f"{each.mailboxes:,}" for each in needs) + " |\n| --- |" + " ---: |" * len(needs)
     )
@@ -169,7 +175,6 @@ def tables() -> str:
             for price in PRICES
         ),
     ]
-    costs = MEASURED
     measured = (
         "| measured | |\n| --- | ---: |\n"
         f"| a poll with nothing new, worker | {costs.poll_worker_ms:g} ms of CPU |\n"
@@ -195,9 +200,52 @@ def _pooler(each: Need) -> str:
     return "yes" if each.connections > DATABASE_CONNECTIONS else "no"
 
 
-def write(docs: Path = DOCS) -> None:
-    """The tables, into the page."""
-    fill(docs / "cost.md", "cost", tables())
+def measured_by(rows: Path, costs: Costs) -> Costs:
+    """These costs, anew where the rows a, c and d are there; the simulation's are kept."""
+    if not all((rows / f"{letter}.json").exists() for letter in "acd"):
+        return costs
+    [backfill] = _contests(rows, "a")
+    many, _ = _contests(rows, "c")
+    near, far = _contests(rows, "d")
+    poll_ms = _median(near, IN_BUCKET, "client_cpu_ms")
+    message_ms = _median(backfill, "archiver", "client_cpu_ms")
+    mailbox_ms = FULL.in_each * _median(many, IN_BUCKET, "client_cpu_ms")
+    return replace(
+        costs,
+        poll_worker_ms=_rounded(poll_ms),
+        poll_database_ms=_rounded(_median(near, IN_BUCKET, "server_cpu_ms")),
+        # By Little's law: how many were under way, by how many ended in a second.
+        poll_seconds=_rounded(min(FAR_POLLS, FULL.mailboxes) / _median(far, IN_BUCKET, "rate")),
+        message_worker_ms=_rounded(message_ms),
+        batch_worker_ms=_rounded(max(0.0, mailbox_ms - FULL.in_each * message_ms - poll_ms)),
+    )
+
+
+def _contests(rows: Path, letter: str) -> list[dict[str, list[Sample]]]:
+    """The samples of each contest of a row, by contender."""
+    contests = json.loads((rows / f"{letter}.json").read_text())["measured"]["contests"]
+    return [
+        {name: [Sample(**each) for each in of_it] for name, of_it in contest["samples"].items()}
+        for contest in contests
+    ]
+
+
+def _median(contest: dict[str, list[Sample]], name: str, figure: Figure) -> float:
+    return statistics.median(figure_of(sample, figure) for sample in contest[name])
+
+
+def _rounded(value: float) -> float:
+    """Two digits that count: more is not known."""
+    return float(f"{value:.2g}")
+
+
+def write(rows: Path | None = None, docs: Path = DOCS) -> None:
+    """The tables, into the page, with the costs that these rows measured, which are kept."""
+    costs = kept(docs)
+    if rows is not None:
+        costs = measured_by(rows, costs)
+        (docs / _KEPT).write_text(json.dumps(asdict(costs), indent=1) + "\n")
+    fill(docs / "cost.md", "cost", tables(costs))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from archiver.db import Database, migrate
+from tests.bench.machine import cpu_seconds_of
 from tests.harness.cli import Cli, Running, cli, wait_for
 from tests.harness.many_mailboxes import PASSWORD, ManyMailboxes, many_mailboxes
 from tests.harness.postgres import Postgres, postgres
 
-_TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _LATE_EVERY_SECONDS = 0.1
 
 
@@ -121,35 +121,15 @@ class Fleet:
     def cost(self, running: Running, seconds: float) -> Cost:
         """What the service and PostgreSQL do in so many seconds from now."""
         polls, began = self.polls(), time.monotonic()
-        service, database = _cpu_ms(running.pid), self._database_ms()
+        service, database = cpu_seconds_of(running.pid), cpu_seconds_of(self.server.pid)
         time.sleep(seconds)
         spent = time.monotonic() - began
         return Cost(
             self.polls() - polls,
             spent,
-            _cpu_ms(running.pid) - service,
-            self._database_ms() - database,
+            (cpu_seconds_of(running.pid) - service) * 1000,
+            (cpu_seconds_of(self.server.pid) - database) * 1000,
         )
-
-    def _database_ms(self) -> float:
-        pid = self.server.pid
-        return _cpu_ms(pid, children_too=True) + sum(_cpu_ms(child) for child in _children(pid))
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def _cpu_ms(pid: int, *, children_too: bool = False) -> float:
-    """CPU that a process has spent (proc(5), utime and stime; cutime and cstime of children that ended)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return 0.0
-    fields = text.rpartition(")")[2].split()
-    ticks = fields[11:15] if children_too else fields[11:13]
-    return sum(map(int, ticks)) * 1000 / _TICKS_A_SECOND
 
 
 def _resident_mb(pid: int) -> float:

@@ -8,6 +8,7 @@ time of the reading alone, and of the order by uid.
 
 import sys
 import time
+from functools import partial
 
 from tests.bench.wire import best_seconds
 from tests.harness.listings import listed
@@ -28,7 +29,7 @@ def main() -> None:
     for count in _COUNTS:
         uidl, sizes = _responses(count)
         whole = listed(uidl, sizes, _READ_OCTETS)
-        reading = best_seconds(lambda uidl=uidl, sizes=sizes: listed(uidl, sizes, _READ_OCTETS))
+        reading = best_seconds(partial(listed, uidl, sizes, _READ_OCTETS))
         started = time.perf_counter()
         whole.by_uidl()
         ordering = time.perf_counter() - started

@@ -196,12 +196,17 @@ def machine_cpu_seconds() -> float:
 
 
 def cpu_seconds_of(pid: int) -> float:
-    """What a process, its descendants and those of them that it has waited for have used so far."""
+    """What a process, its descendants and those of them that it has waited for have used so far.
+
+    What lives is asked by its clock, in nanoseconds; what has ended stands in
+    ``/proc/PID/stat`` (proc(5), cutime and cstime), in steps of 10 ms.
+    """
     total = 0.0
-    for each in _tree(pid):
+    for each in tree(pid):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-            total += sum(map(int, fields[11:15])) / _TICKS
+            # Linux's number of a process's clock: what clock_getcpuclockid(3) makes of its id.
+            total += time.clock_gettime(~each << 3 | 2) + sum(map(int, fields[13:15])) / _TICKS
     return total
 
 
@@ -240,7 +245,7 @@ def _watched(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
 
     def watch() -> None:
         while not ended.wait(_LOOK_SECONDS):
-            peaks[0] = max(peaks[0], sum(map(peak_bytes_of, _tree(process.pid))))
+            peaks[0] = max(peaks[0], sum(map(peak_bytes_of, tree(process.pid))))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -251,7 +256,8 @@ def _watched(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
         watcher.join()
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
+    """A process and its descendants, itself first."""
     found, ahead = [], [pid]
     while ahead:
         found.append(each := ahead.pop())

@@ -303,7 +303,7 @@ def know(*, port: int, ca_file: str, password: str, user: str) -> Iterator[Work]
                 lambda connection: connection.execute(
                     sa.update(lease_table)
                     .where(lease_table.c.account_id == account.id)
-                    .values(owner=None, expires_at=None, recover=False)
+                    .values(owner=None, slot=None, expires_at=None, recover=False)
                 )
             )
             return {"count": len(keys)}

@@ -163,13 +163,9 @@ def measure(sized: Sized, chance: random.Random) -> dict[str, Callable[[int], ob
         if found < _PRESENT_EACH:
             raise RuntimeError(f"{found} present sightings")
 
-    def absent(n: int) -> None:
-        account = accounts[n]
-        wanted = [f"{chance.randint(1, 900):08x}{account[:8]}".encode() for _ in range(_BATCH)]
+    def before(n: int) -> None:
         with database.reading() as connection:
-            found = reads.absent_sightings(connection, account, 1, wanted)
-        if len(found) != len(set(wanted)):
-            raise RuntimeError(f"{len(found)} of {len(wanted)} found again")
+            reads.before_poll(connection, accounts[n])
 
     def held(n: int) -> None:
         with database.reading() as connection:
@@ -186,7 +182,7 @@ def measure(sized: Sized, chance: random.Random) -> dict[str, Callable[[int], ob
 
     return {
         f"what is present of an account ({_PRESENT_EACH} rows)": present,
-        f"which of {_BATCH} ids were there before": absent,
+        "what a poll begins with": before,
         f"which of {_BATCH} contents are held": held,
         f"a segment of {_BATCH} captures recorded": insert,
     }

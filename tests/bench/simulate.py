@@ -70,11 +70,10 @@ def simulate(mailboxes: int, interval: float, seconds: float, pods: int, workers
         _fill(environment, mail, mailboxes, interval, secret)
         fleet = stack.enter_context(_running(pods, environment, place))
         database = stack.enter_context(psycopg.connect(url, autocommit=True))
-        pid = int((place / "postgres" / "data" / "postmaster.pid").read_text().split()[0])
         _first_polls(database, fleet, 2 * interval + _PATIENCE_SECONDS)
-        before = _count(database, fleet, pid, store)
+        before = _count(database, fleet, server.pid, store)
         late = _watch(database, fleet, seconds)
-        after = _count(database, fleet, pid, store)
+        after = _count(database, fleet, server.pid, store)
         _tell(before, after, late, mailboxes / interval, [peak_bytes_of(each.pid) for each in fleet])
 
 

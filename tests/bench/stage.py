@@ -20,6 +20,7 @@ from tests.bench.corpus import PASSWORD, Corpus, Mailbox, Scale
 from tests.bench.machine import BenchError, Child, Cost, cpu_seconds_of, measured
 from tests.bench.peers import Peers, Server
 from tests.bench.proxy import FarLine, far_line
+from tests.bench.service import Service, service
 from tests.harness.postgres import Postgres, postgres
 from tests.harness.seaweedfs import SeaweedFS, seaweedfs
 
@@ -88,8 +89,7 @@ class Stage:
 
     def postgres_cpu_seconds(self) -> float:
         """What PostgreSQL has used so far, all its processes."""
-        pid = (self.scratch / "postgres" / "data" / "postmaster.pid").read_text().split()[0]
-        return cpu_seconds_of(int(pid))
+        return cpu_seconds_of(self.postgres.pid)
 
     def directory(self, name: str) -> Path:
         """An empty directory that the servers' user may enter, on the disk of the mail."""
@@ -173,6 +173,21 @@ class Stage:
         if (len(sizes), sum(sizes)) != (sample.units, sample.octets):
             raise BenchError(f"the archive holds {len(sizes)} messages of {sum(sizes)} octets: {sample}")
         return sample
+
+    @contextmanager
+    def service(
+        self, archive: Archive, line: FarLine | None = None, *, polls: int, interval_seconds: float
+    ) -> Iterator[Service]:
+        """``archiver run`` on an archive whose accounts exist, near or at the end of a line."""
+        with service(
+            archive.environment,
+            self.directory("service"),
+            url=f"pop3s://{{}}@{processes.HOST}:{self.server(line).port}",
+            password=PASSWORD,
+            polls=polls,
+            interval_seconds=interval_seconds,
+        ) as running:
+            yield running
 
     def forget(self, archive: Archive) -> None:
         """Remove what a turn left in a directory; a bucket goes with its row."""

@@ -78,7 +78,9 @@ def test_the_pages_are_made_from_what_was_kept(tmp_path: Path) -> None:
         "title": "Row",
         "at": "2026-01-01T00:00:00+00:00",
         "seconds": 60.0,
+        "commit": "0123abc",
         "load": 1.0,
+        "others": 0.02,
         "machine": {"processors": "1 x p", "memory": "1 GiB", "system": "s", "python": "3"},
         "versions": {"mpop": "1.4"},
         "corpus": {"messages": 1, "octets": 1, "median": 1, "mean": 1, "largest": 1},
@@ -96,6 +98,7 @@ def test_the_pages_are_made_from_what_was_kept(tmp_path: Path) -> None:
         "not measured |",
     ]
     assert "A note." in page
+    assert "| 0123abc | a | 1.0 | 2% to 2% |" in page
     assert picture.count("<rect") == 2
 
 
