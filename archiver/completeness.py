@@ -135,7 +135,8 @@ def _concern(row: Any, now: datetime, lost: int) -> Concern:
 # As JSON: the same by command and by HTTP. Fields are only ever added.
 
 
-def overview_json(found: Overview) -> dict[str, Any]:
+def overview_json(found: Overview, *, deletion_forbidden: bool) -> dict[str, Any]:
+    """``deletion_forbidden`` is a setting: whether nothing is deleted, whatever policies say."""
     standing = found.standing
     return {
         "accounts": sum(standing.accounts.values()),
@@ -148,6 +149,7 @@ def overview_json(found: Overview) -> dict[str, Any]:
         "never_polled": standing.never_polled,
         "waiting": standing.waiting,
         "deletion_held": standing.held,
+        "deletion_forbidden": deletion_forbidden,
         "late": standing.late,
         "failing_hosts": standing.hosts,
         "since": found.since.isoformat(),

@@ -119,5 +119,6 @@ def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "Abstrac
             health,
             token=None if token is None else token.get_secret_value(),
             on_loopback=on_loopback,
+            deletion_forbidden=archiver.settings.forbid_deletion,
         ),
     )

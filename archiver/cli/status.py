@@ -58,7 +58,7 @@ def status(
         where = archiver.settings.store_url
         forbidden = archiver.settings.forbid_deletion
     if json:
-        emit(completeness.overview_json(found) | {"deletion_forbidden": forbidden})
+        emit(completeness.overview_json(found, deletion_forbidden=forbidden))
     else:
         if forbidden:
             say("nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -46,8 +47,18 @@ class Health:
     standing: Callable[[], reads.Standing]
 
 
-def application(database: Database, health: Health, *, token: str | None, on_loopback: bool) -> Starlette:
-    """The routes. Handlers are plain functions: Starlette runs them in threads, as the database blocks."""
+def application(
+    database: Database,
+    health: Health,
+    *,
+    token: str | None,
+    on_loopback: bool,
+    deletion_forbidden: bool,
+) -> Starlette:
+    """The routes. Handlers are plain functions: Starlette runs them in threads, as the database blocks.
+
+    ``deletion_forbidden`` is told by ``/v1/status``, and changes nothing.
+    """
 
     def events(request: Request) -> Response:
         refusal = _refusal(request, token, on_loopback=on_loopback)
@@ -64,13 +75,10 @@ def application(database: Database, health: Health, *, token: str | None, on_loo
             return _problem(503, str(error))
         return JSONResponse({"events": found, "next": found[-1]["position"] if found else after})
 
-    return Starlette(
-        routes=[
-            *_of_process(health),
-            Route("/v1/events", events),
-            *_of_accounts(database, token, on_loopback=on_loopback),
-        ]
+    accounts_routes = _of_accounts(
+        database, token, on_loopback=on_loopback, deletion_forbidden=deletion_forbidden
     )
+    return Starlette(routes=[*_of_process(health), Route("/v1/events", events), *accounts_routes])
 
 
 def _ask(database: Database, name: str) -> Response:
@@ -164,7 +172,9 @@ def _of_process(health: Health) -> list[Route]:
     return [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
 
 
-def _of_accounts(database: Database, token: str | None, *, on_loopback: bool) -> list[Route]:
+def _of_accounts(
+    database: Database, token: str | None, *, on_loopback: bool, deletion_forbidden: bool
+) -> list[Route]:
     """The routes about accounts: how they stand, by one look at the database each, and polls asked for."""
 
     def told(request: Request, answer: Callable[[Connection, Request], dict[str, Any] | None]) -> Response:
@@ -193,19 +203,20 @@ def _of_accounts(database: Database, token: str | None, *, on_loopback: bool) ->
         except ArchiverError as error:
             return _problem(503, str(error))
 
+    status = partial(_status, deletion_forbidden=deletion_forbidden)
     return [
-        Route("/v1/status", lambda request: told(request, _status)),
+        Route("/v1/status", lambda request: told(request, status)),
         Route("/v1/accounts/{name:path}/poll", poll, methods=["POST"]),
         # A name may be anything that can be printed: slashes, too.
         Route("/v1/accounts/{name:path}/days", lambda request: told(request, _account_days)),
     ]
 
 
-def _status(connection: Connection, request: Request) -> dict[str, Any]:
+def _status(connection: Connection, request: Request, *, deletion_forbidden: bool) -> dict[str, Any]:
     days = _number(request, "days", 0, DAYS_AT_MOST)
     limit = _number(request, "limit", completeness.SHOWN, ACCOUNTS_AT_MOST)
     found = completeness.overview(connection, datetime.now(UTC), days=days or None, limit=limit)
-    return completeness.overview_json(found)
+    return completeness.overview_json(found, deletion_forbidden=deletion_forbidden)
 
 
 def _account_days(connection: Connection, request: Request) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.acceptance
 
 PASSWORD = "the same for all"
 MESSAGES = 3
-POINTS = int(os.environ.get("FAULT_POINTS", "12"))
+POINTS = int(os.environ.get("FAULT_POINTS", "8"))
 """Places in a TLS session, evenly spread. FAULT_POINTS=500 takes some minutes."""
 
 LIMITS = {

@@ -24,9 +24,9 @@ from tests.soak.kill import Siege
 
 pytestmark = pytest.mark.acceptance
 
-KILLS, SEED = 20, 41
+KILLS, SEED = 12, 41
 
-KILLS_OF_A_SIEGE, LANES = 16, 4
+KILLS_OF_A_SIEGE, LANES = 8, 4
 FIRST, MORE = 200, 15
 """Messages before the first poll, and delivered before each further one."""
 
@@ -44,7 +44,7 @@ TAKE_OVER_SECONDS = 20.0
 _COMMAND = re.compile(rb"^[A-Z]{4}( \S+)?\r?\n?$")
 
 
-def test_twenty_kills_lose_nothing_and_double_nothing(
+def test_a_dozen_kills_lose_nothing_and_double_nothing(
     archive: Archive, mailbox: Callable[..., Mailbox]
 ) -> None:
     chance = random.Random(SEED)

@@ -88,7 +88,12 @@ class Cut:
     after_octets: int
 
 
-Fault = Send | SendEndlessly | Stall | HangUp | Cut
+@dataclass(frozen=True, slots=True)
+class HangUpIfPipelined:
+    """Close where the next command came before this one was answered; otherwise give the right answer."""
+
+
+Fault = Send | SendEndlessly | Stall | HangUp | Cut | HangUpIfPipelined
 """Instead of the right answer. After Send the session goes on."""
 
 CAPABILITIES = ("TOP", "UIDL", "USER", "SASL PLAIN", "RESP-CODES", "PIPELINING", "IMPLEMENTATION scripted")
@@ -277,6 +282,11 @@ class Channel:
         for line in got.split(b"\r\n")[:-1]:
             self._server.note(line, by_tls=self.by_tls)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether a whole line came behind the one that was read last."""
+        return b"\r\n" in self._buffer
+
     def line(self) -> bytes:
         while b"\r\n" not in self._buffer:
             self._read()
@@ -357,6 +367,10 @@ class _MailboxSession:
                 message = self._messages[int(argument) - 1][1]
                 self._channel.send(b"+OK\r\n" + stuffed(message)[: fault.after_octets])
                 return
+            if isinstance(fault, HangUpIfPipelined):
+                if self._channel.has_more:
+                    return
+                fault = None
             if fault is not None:
                 if _play_step(self._channel, fault):
                     return

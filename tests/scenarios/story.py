@@ -246,6 +246,8 @@ class Archive:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What it left claimed must not take up the host's slots of the next story in this database.
+        self.execute(sa.update(lease).values(owner=None, expires_at=None, slot=None))
         self._stack.close()
 
     def serve(self, play: MailboxPlay) -> ScriptedPop3:

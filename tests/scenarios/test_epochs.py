@@ -69,13 +69,15 @@ def calls_of_the_poll_after(archive: Archive) -> list[str]:
     return fuse.calls
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive, after: bool) -> None:
+def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive) -> None:
+    """Before each of its calls: what a death after one leaves is what one before the next leaves."""
     calls = calls_of_the_poll_after(archive)
     assert calls.count("put journal") > 1
-    for index in range(len(calls)):
+    # What differs between the databases is what a transaction leaves: there, its calls are enough.
+    everywhere = archive.database.engine.dialect.name == "sqlite"
+    for index in [at for at, call in enumerate(calls) if everywhere or call in {"transact", "commit"}]:
         _, account = renumbered(archive)
-        archive.poll_until_death(account, archive.mortal_tools(Fuse(index, after=after)))
+        archive.poll_until_death(account, archive.mortal_tools(Fuse(index)))
         assert What.GONE not in {line.what for line in archive.lines(account)}
         for _ in range(2):
             assert archive.sync(account).outcome == "ok", (index, calls[index])

@@ -162,7 +162,10 @@ def ask(sqlite_url: str) -> Iterator[Callable[..., tuple[int, Any]]]:
         with ExitStack() as stack:
             address = stack.enter_context(
                 web.serving(
-                    "127.0.0.1:0", lambda _: web.application(database, health, token=token, on_loopback=True)
+                    "127.0.0.1:0",
+                    lambda _: web.application(
+                        database, health, token=token, on_loopback=True, deletion_forbidden=False
+                    ),
                 )
             )
             request = urllib.request.Request(

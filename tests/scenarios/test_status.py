@@ -155,6 +155,7 @@ class Commands:
 
     directory: Path
     database: Database
+    settings: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str) -> Account:
         identity = new_account_id()
@@ -181,6 +182,7 @@ class Commands:
         environment = {
             "ARCHIVER_DATABASE_URL": f"sqlite:///{self.directory / 'archiver.db'}",
             "ARCHIVER_STORE_URL": f"file:{self.directory / 'store'}",
+            **self.settings,
         }
         result = CliRunner().invoke(app, arguments, env=environment)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -287,7 +289,9 @@ def test_an_account_shows_its_days(commands: Commands) -> None:
     assert commands.json("account", "show", "work", "--days", "3")["days"] == shown["days"]
 
 
-def test_http_tells_what_the_commands_tell(commands: Commands) -> None:
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_http_tells_what_the_commands_tell(commands: Commands, forbidden: bool) -> None:
+    commands.settings["ARCHIVER_FORBID_DELETION"] = str(forbidden)
     account = commands.add("work/of anna")
     commands.poll(account, listed=5, new=3, quarantined=1, lost=2)
 
@@ -298,7 +302,9 @@ def test_http_tells_what_the_commands_tell(commands: Commands) -> None:
     health = web.Health(lambda: True, lambda: None, standing)
     with web.serving(
         "127.0.0.1:0",
-        lambda _: web.application(commands.database, health, token="a token", on_loopback=True),
+        lambda _: web.application(
+            commands.database, health, token="a token", on_loopback=True, deletion_forbidden=forbidden
+        ),
     ) as at:
 
         def get(path: str) -> Any:
@@ -307,8 +313,8 @@ def test_http_tells_what_the_commands_tell(commands: Commands) -> None:
                 return answer.read().decode()
 
         told = json.loads(get("/v1/status?days=2"))
-        said = commands.json("status", "--days", "2", code=1)
-        assert {name: said[name] for name in told} == told
+        assert told == commands.json("status", "--days", "2", code=1)
+        assert told["deletion_forbidden"] is forbidden
         told = json.loads(get("/v1/accounts/work%2Fof%20anna/days?days=3"))
         shown = commands.json("account", "show", "work/of anna", "--days", "3")
         assert {name: told[name] for name in ("lost", "days", "gaps")} == {

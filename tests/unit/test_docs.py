@@ -123,6 +123,10 @@ def log_events() -> set[str]:
                     found.add(event)
                 case ast.Attribute(value=ast.Attribute(attr="log"), attr=method) if method in LOG_METHODS:
                     found.add(event)
+                case ast.Attribute(value=ast.Call(func=ast.Attribute(attr="get_logger")), attr=method) if (
+                    method in LOG_METHODS
+                ):
+                    found.add(event)
                 case ast.Name(id="say") if re.fullmatch(r"[a-z]+\.[a-z_]+", event):
                     found.add(event)
     return found

@@ -67,7 +67,11 @@ def serve(database: Database) -> Iterator[Serve]:
 
             def application(found: bool) -> Any:
                 return web.application(
-                    database, health, token=token, on_loopback=found if on_loopback is None else on_loopback
+                    database,
+                    health,
+                    token=token,
+                    on_loopback=found if on_loopback is None else on_loopback,
+                    deletion_forbidden=False,
                 )
 
             address = stack.enter_context(web.serving("127.0.0.1:0", application))
@@ -187,7 +191,10 @@ def test_metrics_are_there_when_the_database_is_not(database: Database) -> None:
     health = web.Health(lambda: True, lambda: None, away)
     with (
         web.serving(
-            "127.0.0.1:0", lambda _: web.application(database, health, token=None, on_loopback=True)
+            "127.0.0.1:0",
+            lambda _: web.application(
+                database, health, token=None, on_loopback=True, deletion_forbidden=False
+            ),
         ) as at,
         urllib.request.urlopen(f"{at}/metrics", timeout=20) as answer,
     ):
@@ -227,7 +234,9 @@ def _serve_briefly(listen: str, database: Database, health: web.Health) -> bool:
 
     def make(on_loopback: bool) -> Any:
         found.append(on_loopback)
-        return web.application(database, health, token=None, on_loopback=on_loopback)
+        return web.application(
+            database, health, token=None, on_loopback=on_loopback, deletion_forbidden=False
+        )
 
     with web.serving(listen, make):
         pass
@@ -252,7 +261,7 @@ def test_loopback_is_known(database: Database, host: str, loopback: bool) -> Non
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_every_address_is_that_of_ipv4_too(database: Database) -> None:
     health = web.Health(lambda: True, lambda: None, lambda: STANDING)
-    application = web.application(database, health, token=None, on_loopback=False)
+    application = web.application(database, health, token=None, on_loopback=False, deletion_forbidden=False)
     with web.serving("[::]:0", lambda _: application) as address:
         assert address.startswith("http://[::]:")
         port = address.rpartition(":")[2]

@@ -36,17 +36,20 @@ class Library:
         self._mail.mkdir()
         (directory / "password").write_text(_PASSWORD)
         self.ca_file, _ = self_signed(directory)
-        (port,) = processes.free_ports(1)
-        self.ports = {Tls.STARTTLS: port, Tls.NONE: port} if name == "wildduck" else {Tls.NONE: port}
+        plain, tls = processes.free_ports(2)
+        self.ports = {Tls.STARTTLS: plain} if name == "wildduck" else {Tls.IMPLICIT: tls}
+        self.ports[Tls.NONE] = plain
         self._numbers = count(1)
         program = "wildduck_core.js" if name == "wildduck" else "twisted_mail.py"
         shutil.copy(_HERE / program, directory)
-        command: list[str | Path] = [sys.executable]
+        run: list[str | Path] = [sys.executable]
+        ports = [str(plain), str(tls)]
         if name == "wildduck":
-            command = ["env", f"NODE_PATH={servers.CACHE / 'node' / 'node_modules'}", _node() or "node"]
+            run = ["env", f"NODE_PATH={servers.CACHE / 'node' / 'node_modules'}", _node() or "node"]
+            ports = [str(plain)]
         with (directory / "log").open("wb") as said:
             self._process = subprocess.Popen(
-                [*command, directory / program, directory, str(port)],
+                [*run, directory / program, directory, *ports],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
@@ -93,7 +96,8 @@ def _node() -> str | None:
 
 def unavailable(name: str, _directory: Path) -> str | None:
     if name == "twisted":
-        reason = None if importlib.util.find_spec("twisted") else "twisted is not installed"
+        found = all(importlib.util.find_spec(each) for each in ("twisted", "OpenSSL", "service_identity"))
+        reason = None if found else "twisted, or what it needs for TLS, is not installed"
     elif _node() is None:
         reason = "node is not installed"
     elif not (servers.CACHE / "node" / "node_modules" / "@zone-eu" / "wildduck").is_dir():

@@ -1,4 +1,8 @@
-"""twisted.mail as a POP3 server over a directory: ``twisted_mail.py DIRECTORY PORT``."""
+"""twisted.mail as a POP3 server over a directory: ``twisted_mail.py DIRECTORY PORT TLS_PORT``.
+
+Its POP3 server knows no STLS, so TLS has a port of its own, with ``cert.pem``
+and ``key.pem`` of the directory.
+"""
 
 import io
 import sys
@@ -75,11 +79,14 @@ class Factory(protocol.ServerFactory):
         return session
 
 
-def main(directory: Path, port: str) -> None:
+def main(directory: Path, port: str, tls_port: str) -> None:
     factory = Factory(directory)
-    endpoints.serverFromString(reactor, f"tcp:{port}:interface=127.0.0.1").listen(factory)
+    tls = f"ssl:{tls_port}:privateKey={directory / 'key.pem'}:certKey={directory / 'cert.pem'}"
+    # The plain port last: whoever is greeted there finds both open.
+    for endpoint in (tls, f"tcp:{port}"):
+        endpoints.serverFromString(reactor, f"{endpoint}:interface=127.0.0.1").listen(factory)
     reactor.run()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
