@@ -214,11 +214,21 @@ class Plan:
             self.attempts[key] = known.attempts
         match known.state:
             case "captured" if known.sha256 is not None:
-                self.known += 1
                 if known.delete_requested:
                     self.still_there.append(key)
-                if policy.may_delete(self.delete, known.first_seen_at, self.now):
+                if not policy.may_delete(self.delete, known.first_seen_at, self.now):
+                    if known.delete_requested:
+                        # It went, perhaps, and another has its id: the content tells.
+                        self.fetch.append(index)
+                        return
+                elif policy.may_ask_again(
+                    requested=known.delete_requested,
+                    unheeded=known.attempts,
+                    retry_at=known.retry_at,
+                    now=self.now,
+                ):
                     self.due.append(index)
+                self.known += 1
                 self.keep(known.first_seen_at)
             case "quarantined" if known.retry_at is None or known.retry_at > self.now:
                 self.quarantined += 1

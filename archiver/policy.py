@@ -24,6 +24,8 @@ is paused: a server that locks accounts out does so after more, or after faster,
 QUARANTINE_BASE_SECONDS = 3600.0
 QUARANTINE_CAP_SECONDS = 7 * 86400.0
 
+UNHEEDED_RETRY_SECONDS = 86400.0
+
 FATAL_ATTEMPTS = 3
 """How often the connection may die over one message before that message is set aside."""
 
@@ -168,6 +170,18 @@ LATE_LEAST_SECONDS = 600.0
 def late_after_seconds(after_seconds: float | None) -> float:
     """How long nobody may look into a mailbox until that is a gap: twice the wait that was planned."""
     return max(LATE_LEAST_SECONDS, 2.0 * (after_seconds or 0.0))
+
+
+def may_ask_again(*, requested: bool, unheeded: int, retry_at: datetime | None, now: datetime) -> bool:
+    """Whether a deletion is asked for in this session; ``requested`` tells that the last one was to no avail.
+
+    That may have been a lost connection. A server that does not heed it time
+    and again (Gmail and GMX obey a setting instead) is asked once a day: each
+    time the message is read again first.
+    """
+    if requested:
+        return unheeded == 0
+    return retry_at is None or retry_at <= now
 
 
 def quarantine_retry_seconds(attempts: int) -> float:

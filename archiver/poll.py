@@ -351,9 +351,9 @@ class _Poll:
             )
         self.known, self.quarantined = plan.known, plan.quarantined
         if plan.still_there:
-            claim = self.lease.claim
+            claim, now = self.lease.claim, self.tools.now()
             self.tools.database.transact(
-                lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there)
+                lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there, now)
             )
         self.watch.listed(len(listing.entries), len(plan.fetch), plan.octets_to_fetch())
         return plan

@@ -64,12 +64,27 @@ def test_a_request_that_the_server_did_not_heed_is_taken_back(archive: Archive) 
 
 
 def test_it_is_asked_for_again_as_long_as_the_policy_says_so(archive: Archive) -> None:
+    """Once more at once; then daily, since it is read again each time."""
     play = mailbox("a", faults={"DELE 1": Send(b"+OK\r\n")})
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    assert [archive.poll_on_schedule(account).delete_requested for _ in range(3)] == [1, 1, 1]
+    assert [archive.poll_on_schedule(account).delete_requested for _ in range(4)] == [1, 1, 0, 0]
+    assert [row.octets > 0 for row in archive.polls(account)] == [True, True, False, False]
+    archive.clock.advance(DAY)
+    assert [archive.poll_on_schedule(account).delete_requested for _ in range(3)] == [1, 0, 0]
     play.faults = {}
+    archive.clock.advance(DAY)
     assert archive.poll_on_schedule(account).delete_requested == 1
     assert archive.poll_on_schedule(account).deleted == 1
+
+
+def test_what_took_the_place_of_a_deleted_message_is_read_under_any_policy(archive: Archive) -> None:
+    play = MailboxPlay([(b"1", message("a"))])
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    assert archive.sync(account).delete_requested == 1
+    play.messages[:] = [(b"1", message("b"))]
+    change(archive, account, delete=DeletePolicy())
+    assert archive.sync(account).new == 1
+    assert message("b") in archive.archived(account)
 
 
 def test_where_deletion_is_forbidden_no_policy_deletes(archive: Archive) -> None:
