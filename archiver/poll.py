@@ -381,8 +381,10 @@ class _Poll:
                 while full and (self.store_failed or len(full) > 1 or full[0].is_stored()):
                     self._record(full.popleft(), plan)
         except (TryLater, OperatorNeeded):
-            # The spool has no room for a message: those before it must not be fetched for nothing.
-            self._record_all([*full, batch], plan)
+            # The spool has no room for a message, or the store none for one: the others must not be
+            # fetched for nothing. But where the journal is ahead of the database, nothing goes on.
+            if not self.journal_uncertain:
+                self._record_all([*full, batch], plan)
             raise
         except pop3.Pop3Error as error:
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:

@@ -448,7 +448,8 @@ class Archive:
                 (row.uidl, row.size, row.content): (
                     row.state,
                     row.sha256,
-                    row.attempts,
+                    # Of a captured one these count requests to delete it that came to nothing.
+                    0 if row.state == "captured" else row.attempts,
                     row.absent_at is not None,
                     row.delete_requested_at is not None,
                 )
