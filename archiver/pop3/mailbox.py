@@ -561,6 +561,8 @@ class Mailbox:
 
         After STLS and before the login. Never unasked for: some servers hang up
         at a verb that they do not know. One that refuses goes on as it was.
+        LANG is not needed beside it: until it is sent, a server that has it
+        speaks i-default (section 3), which is what ``failures`` can read.
         """
         self._send(command("UTF8"))
         self._utf8 = self._reply(self._idle, self._deadline).ok
