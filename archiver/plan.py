@@ -210,7 +210,7 @@ class Plan:
         if known is None:
             self.fetch.append(index)
             return
-        if known.attempts:
+        if known.attempts and known.state != "captured":
             self.attempts[key] = known.attempts
         match known.state:
             case "captured" if known.sha256 is not None:

@@ -91,7 +91,14 @@ class Endings:
             while not mine.done():
                 with self._lock:
                     together, self._waiting = self._waiting[:ENDINGS_AT_ONCE], self._waiting[ENDINGS_AT_ONCE:]
-                self._write(together)
+                try:
+                    self._write(together)
+                except BaseException as error:
+                    # This thread is made to end. The others must not wait for ever.
+                    for _, future in together:
+                        if not future.done():
+                            future.set_exception(error)
+                    raise
         return mine.result()
 
     def _write(self, together: list[tuple[Ending, "Future[Ended]"]]) -> None:

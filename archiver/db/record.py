@@ -321,7 +321,8 @@ def _sighting_values(line: Resolved) -> dict[str, Any]:
         "at": line.at,
         "state": _STATES[line.what],
         "sha256": line.sha256,
-        "attempts": line.attempts,
+        # The tries that it took are the journal's; see SightingRow for what is counted from here on.
+        "attempts": 0 if line.what in _HELD else line.attempts,
         "reason": line.reason,
     }
 

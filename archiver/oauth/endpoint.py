@@ -195,7 +195,10 @@ def _default_tls() -> ssl.SSLContext:
 
 def _check_status(host: str, response: http.client.HTTPResponse) -> None:
     status = response.status
-    if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT} or status >= 500:  # noqa: PLR2004
+    if (
+        status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
+        or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    ):
         raise TryLater(
             f"{host} answered {status} when asked for a token",
             wait_seconds=_wait_seconds(response.getheader("Retry-After")),
