@@ -8,23 +8,21 @@ finishes or repeats the work and ends in the same state. The session is never
 repeated in place; the schedule does that.
 """
 
-import contextlib
 import hashlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
-from archiver import policy, pop3
-from archiver.db import Database, reads, record
+from archiver import mailserver, policy, pop3
+from archiver.db import reads, record
 from archiver.errors import (
     ArchiverError,
     IntegrityError,
     LeaseLost,
-    MessageRefused,
     OperatorNeeded,
     Outcome,
     TryLater,
@@ -32,7 +30,6 @@ from archiver.errors import (
 from archiver.evidence import journal
 from archiver.model import (
     Account,
-    Claim,
     HeldBack,
     JournalHead,
     LastLook,
@@ -46,101 +43,15 @@ from archiver.model import (
     segment_key,
 )
 from archiver.plan import ABSENCES_AT_ONCE, Item, Plan
-from archiver.store import ObjectDiffers, PutResult, Store
-from archiver.store.spool import BytesBody, Spool, SpooledMessage
+from archiver.store import ObjectDiffers, PutResult
+from archiver.store.spool import BytesBody, SpooledMessage
+from archiver.tools import BatchLimits, Lease, Tools, Unwatched, Watch
 
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
 
 READING_AGAIN_SECONDS = 300.0
 """How long one session reads again what it is to delete: a connection lost before QUIT makes that vain."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """A batch closes on whichever comes first, so that a crash repeats little."""
-
-    messages: int = 100
-    octets: int = 32 * 1024 * 1024
-    seconds: float = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What one poll may fetch, and what one account may in a day (UTC) unless it says so itself.
-
-    A poll that went on for ``slice_seconds`` ends when others wait for its
-    thread or its host. ``ends_at`` is when the account's next blackout begins.
-    One message is fetched at least, however large: a budget slows down, and
-    does not stop.
-    """
-
-    messages: int | None = None
-    octets: int | None = None
-    day_octets: int | None = None
-    slice_seconds: float = 60.0
-    ends_at: datetime | None = None
-
-
-class Watch(Protocol):
-    """Told of a poll's progress while it goes on."""
-
-    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
-        """The listing was read: so many messages on the server, so many (of so many octets) to fetch."""
-
-    def fetched(self, octets: int) -> None:
-        """One message more was read from the server."""
-
-
-class Unwatched:
-    """Nobody looks."""
-
-    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None: ...
-    def fetched(self, octets: int) -> None: ...
-
-
-class Lease(Protocol):
-    """The right to poll, while it lasts."""
-
-    @property
-    def claim(self) -> Claim: ...
-
-    def check(self) -> None:
-        """Raises LeaseLost when so much time has gone by without a renewal that another may hold it soon."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a poll works with. ``connect`` opens a session with an account's server, not yet logged in.
-
-    ``another_password`` is asked for one in place of that which the server
-    refused; None where there is no other: an access token can be had anew, a
-    password cannot.
-    ``stopping`` tells that the process wants to end: what is under way is
-    finished, nothing more is asked for. ``session_seconds`` is when a poll of a
-    large mailbox makes room for others. ``full_listing_seconds`` is how long a
-    mailbox that looks unchanged is not listed. With ``forbid_deletion`` nothing
-    is deleted from any server, whatever the accounts say. ``make_room`` asks
-    whether others wait; a poll that is told so ends.
-    """
-
-    connect: Callable[[Account], pop3.Session]
-    password: Callable[[Account], str]
-    store: Store
-    database: Database
-    spool: Spool
-    uploads: Executor
-    now: Callable[[], datetime]
-    monotonic: Callable[[], float]
-    stopping: Callable[[], bool]
-    batch: BatchLimits = BatchLimits()
-    session_seconds: float = 1800.0
-    full_listing_seconds: float = 4 * 3600.0
-    forbid_deletion: bool = False
-    uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
-    another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None
-    budget: Budget = Budget()
-    make_room: Callable[[], bool] = lambda: False
 
 
 def poll(
@@ -249,8 +160,8 @@ class _Poll:
         """The poll, from the journal's end to QUIT."""
         try:
             before = self._catch_up_with_journal(before)
-            with translated(), self._log_in() as mailbox:
-                self.server = _server(mailbox.facts)
+            with mailserver.translated(), self._log_in() as mailbox:
+                self.server = mailserver.of_facts(mailbox.facts)
                 if may_glance and self._is_unchanged(mailbox, before):
                     self._quit(mailbox)
                     return self._report_unchanged(before)
@@ -892,12 +803,12 @@ class _Poll:
             suspect=() if facts is None else tuple(sorted(facts.suspect)),
             login_delay_seconds=None if facts is None else facts.login_delay_seconds,
             implementation=None if facts is None else facts.implementation,
-            warnings=() if facts is None else (*warnings(self.account, facts), *self._warn_of_budget()),
+            warnings=() if facts is None else (*mailserver.warnings(self.account, facts), *self._of_budget()),
             reached=self.mailbox is not None if self.calling else None,
             held_back=self.held_back,
         )
 
-    def _warn_of_budget(self) -> Iterator[str]:
+    def _of_budget(self) -> Iterator[str]:
         if self.held_back == "day":
             yield (
                 f"the day's budget is spent: {self.spent_today + self.octets} octets were fetched since "
@@ -916,62 +827,3 @@ def _in_parts(places: "array[int]") -> Iterator["array[int]"]:
 
 
 _CONNECTION_DIED = frozenset({pop3.FailureKind.TRANSIENT, pop3.FailureKind.PROTOCOL})
-
-
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """The client's failures, as what happens next."""
-    try:
-        yield
-    except pop3.Pop3Error as error:
-        match error.kind:
-            case pop3.FailureKind.TRANSIENT | pop3.FailureKind.PROTOCOL:
-                raise TryLater(
-                    str(error), hint=_how_to_raise(error.limit), wait_seconds=error.wait_seconds
-                ) from error
-            case pop3.FailureKind.POISON:
-                raise MessageRefused(str(error), hint=_how_to_raise(error.limit)) from error
-            case _:
-                raise OperatorNeeded(str(error)) from error
-
-
-def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
-    """What is wrong with this server, or with how it is used, though polls of it work. A pure function."""
-    found = []
-    if account.tls_minimum not in pop3.SAFE_TLS_VERSIONS and facts.tls_version is not None:
-        old = facts.tls_version not in _SAFE_TLS_NAMES
-        found.append(
-            f"{facts.tls_version} is broken (RFC 8996): on the way, the password and the mail may be read"
-            if old
-            else f"TLS {account.tls_minimum} is allowed for this account and not needed: "
-            f"the server speaks {facts.tls_version}; set its tls_minimum to 1.2"
-        )
-    if facts.expire_days == 0:
-        found.append("the server may remove messages once they were read (EXPIRE 0), whatever our policy is")
-    return tuple(found)
-
-
-_SAFE_TLS_NAMES = {f"TLSv{version}" for version in pop3.SAFE_TLS_VERSIONS}
-
-_OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"})
-"""Limits in whose place an account's own timeout stands, where it has one."""
-
-
-def _how_to_raise(limit: str | None) -> str | None:
-    """The setting of a limit of the client's bears its name; docs/settings.md describes each."""
-    if limit is None:
-        return None
-    own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""
-    return f"if that is right for this server, raise ARCHIVER_{limit.upper()}{own}"
-
-
-def _server(facts: pop3.ServerFacts) -> MailServer:
-    return MailServer(
-        host=facts.host,
-        port=facts.port,
-        greeting=facts.greeting,
-        mechanism=facts.mechanism,
-        tls_version=facts.tls_version,
-        cipher=facts.cipher,
-        certificate_sha256=facts.certificate_sha256,
-    )

@@ -24,8 +24,9 @@ from archiver.db.endings import Ending, Endings, Standing
 from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import PAUSED_BY_HAND, Account, Claim, PollReport, mail_host
-from archiver.poll import Tools, Watch, poll
+from archiver.poll import poll
 from archiver.timetable import Timetable
+from archiver.tools import Tools, Watch
 
 TICK_SECONDS = 1.0
 LINE_UP_SECONDS = 2.0

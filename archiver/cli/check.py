@@ -42,8 +42,8 @@ def check(
     """
     from archiver.bootstrap import Archiver
     from archiver.errors import ArchiverError
+    from archiver.mailserver import translated, warnings
     from archiver.model import Account
-    from archiver.poll import translated, warnings
     from archiver.secrets import PROMPT
     from archiver.settings import load
 

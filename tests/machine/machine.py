@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from archiver.model import NEVER_DELETE, PollReport, message_key
-from archiver.poll import Unwatched
+from archiver.tools import Unwatched
 from archiver.worker import Chance
 from tests.machine.mailbox import Fault, Letter, ModelMailbox
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Process, Turn, Uploads

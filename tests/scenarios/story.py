@@ -25,11 +25,11 @@ from archiver.db.tables import event, lease, mailbox, poll, sighting
 from archiver.evidence import journal
 from archiver.evidence.verify import Verdict, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
-from archiver.poll import BatchLimits, Tools, Unwatched
 from archiver.poll import poll as tell_poll
 from archiver.store import Body, PutResult, Store, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
+from archiver.tools import BatchLimits, Tools, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
 

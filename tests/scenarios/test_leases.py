@@ -33,10 +33,10 @@ from archiver.model import (
     Segment,
     segment_key,
 )
-from archiver.poll import Tools, Unwatched
 from archiver.poll import poll as tell_poll
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
+from archiver.tools import Tools, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.machine.process import Uploads

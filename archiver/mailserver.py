@@ -1,0 +1,73 @@
+"""What a mail server said and showed, in the words of this project.
+
+The border to the client: its failures become what happens next, once, here;
+what is wrong with a server becomes a sentence for whoever runs this; and what
+is kept of it for the record is chosen.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from archiver import pop3
+from archiver.errors import MessageRefused, OperatorNeeded, TryLater
+from archiver.model import Account, MailServer
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """The client's failures, as what happens next."""
+    try:
+        yield
+    except pop3.Pop3Error as error:
+        match error.kind:
+            case pop3.FailureKind.TRANSIENT | pop3.FailureKind.PROTOCOL:
+                raise TryLater(
+                    str(error), hint=_how_to_raise(error.limit), wait_seconds=error.wait_seconds
+                ) from error
+            case pop3.FailureKind.POISON:
+                raise MessageRefused(str(error), hint=_how_to_raise(error.limit)) from error
+            case _:
+                raise OperatorNeeded(str(error)) from error
+
+
+def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
+    """What is wrong with this server, or with how it is used, though polls of it work. A pure function."""
+    found = []
+    if account.tls_minimum not in pop3.SAFE_TLS_VERSIONS and facts.tls_version is not None:
+        old = facts.tls_version not in _SAFE_TLS_NAMES
+        found.append(
+            f"{facts.tls_version} is broken (RFC 8996): on the way, the password and the mail may be read"
+            if old
+            else f"TLS {account.tls_minimum} is allowed for this account and not needed: "
+            f"the server speaks {facts.tls_version}; set its tls_minimum to 1.2"
+        )
+    if facts.expire_days == 0:
+        found.append("the server may remove messages once they were read (EXPIRE 0), whatever our policy is")
+    return tuple(found)
+
+
+_SAFE_TLS_NAMES = {f"TLSv{version}" for version in pop3.SAFE_TLS_VERSIONS}
+
+_OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"})
+"""Limits in whose place an account's own timeout stands, where it has one."""
+
+
+def _how_to_raise(limit: str | None) -> str | None:
+    """The setting of a limit of the client's bears its name; docs/settings.md describes each."""
+    if limit is None:
+        return None
+    own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""
+    return f"if that is right for this server, raise ARCHIVER_{limit.upper()}{own}"
+
+
+def of_facts(facts: pop3.ServerFacts) -> MailServer:
+    """What the journal keeps of the server."""
+    return MailServer(
+        host=facts.host,
+        port=facts.port,
+        greeting=facts.greeting,
+        mechanism=facts.mechanism,
+        tls_version=facts.tls_version,
+        cipher=facts.cipher,
+        certificate_sha256=facts.certificate_sha256,
+    )
