@@ -168,7 +168,8 @@ def edit(
     calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_octets)
     given.check_password()
     with Archiver(load()) as archiver:
-        account = calendar.applied_to(given.applied_to(lookup.active_account(archiver, name)))
+        former = lookup.active_account(archiver, name)
+        account = calendar.applied_to(given.applied_to(former))
         if url is not None or tls is not None:
             endpoint = given.endpoint(url or account.url)
             account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
@@ -176,7 +177,9 @@ def edit(
             account = replace(account, secret=_secret(archiver, account, given))
         if forget_quirks:
             account = replace(account, avoids=(), pipelining=True)
-        archiver.database.transact(lambda connection: accounts.change(connection, account, archiver.now()))
+        archiver.database.transact(
+            lambda connection: accounts.change(connection, account, archiver.now(), former=former)
+        )
     say(f"{name} is changed")
 
 

@@ -111,7 +111,7 @@ def authorize(
             else:
                 credential = _by_device(poster, theirs, client, endpoint.user)
             reference = oauth.reference_to(archiver.secrets.seal(account.id, credential.document()))
-        _take(archiver, replace(account, url=endpoint.url, secret=reference))
+        _take(archiver, account, replace(account, url=endpoint.url, secret=reference))
     if json:
         emit({"account": name, "url": endpoint.url, "scope": credential.scope})
         return
@@ -226,13 +226,13 @@ def _by_browser(poster: "Poster", provider: "Provider", client: "Client", user: 
         return browser.wait(poster, sys.stdin)
 
 
-def _take(archiver: "Archiver", account: "Account") -> None:
+def _take(archiver: "Archiver", former: "Account", account: "Account") -> None:
     """Keep the new way in, and poll again, unless somebody paused the account by hand."""
     from archiver.db import accounts, schedule
     from archiver.model import PAUSED_BY_HAND
 
     def work(connection: "Connection") -> None:
-        accounts.change(connection, account, archiver.now())
+        accounts.change(connection, account, archiver.now(), former=former)
         if account.paused_reason != PAUSED_BY_HAND:
             schedule.resume(connection, account.id)
 

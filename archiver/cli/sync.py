@@ -202,7 +202,9 @@ def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given
         return archiver.database.transact(
             lambda connection: accounts.add(connection, account, archiver.now())
         )
-    archiver.database.transact(lambda connection: accounts.change(connection, account, archiver.now()))
+    archiver.database.transact(
+        lambda connection: accounts.change(connection, account, archiver.now(), former=found)
+    )
     return account
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -58,39 +59,17 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
     return new
 
 
-def change(connection: Connection, changed: Account, at: datetime) -> None:
+def change(connection: Connection, changed: Account, at: datetime, *, former: Account | None = None) -> None:
     """Give an account other settings. Its id, and so its objects and its journal, stays.
 
-    It is due at once, or as its cron expression says. Raises UsageError when
-    another account has the URL.
+    Of ``former``, from which ``changed`` was made, what is equal is left as it
+    is: a poll may have written there since. The account is due at once, or as
+    its cron expression says. Raises UsageError when another account has the URL.
     """
     _refuse_second(connection, changed)
-    connection.execute(
-        sa.update(account)
-        .where(account.c.id == changed.id)
-        .values(
-            url=changed.url,
-            tls=changed.tls,
-            secret=changed.secret,
-            ca_file=changed.ca_file,
-            delete_policy=str(changed.delete),
-            interval_seconds=changed.interval_seconds,
-            timeout_seconds=changed.timeout_seconds,
-            pipelining=changed.pipelining,
-            avoids=" ".join(changed.avoids),
-            tls_pins=" ".join(changed.tls_pins),
-            tls_minimum=changed.tls_minimum,
-            tls_server_name=changed.tls_server_name,
-            client_certificate=changed.client_certificate,
-            client_key=changed.client_key,
-            cron=changed.cron,
-            time_zone=changed.time_zone,
-            interval_max_seconds=changed.interval_max_seconds,
-            blackout=changed.blackout,
-            day_octets=changed.day_octets,
-            removed_at=None,
-        )
-    )
+    before = {} if former is None else _settings(former)
+    values = dict(_settings(changed).items() - before.items())
+    connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values, removed_at=None))
     # Another address may be another mailbox, and another policy lets other messages go.
     connection.execute(
         sa.update(mailbox).where(mailbox.c.account_id == changed.id).values(trusted_until=None)
@@ -178,33 +157,40 @@ def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | No
     return None if row is None else _account(row)
 
 
+def _settings(of: Account) -> dict[str, Any]:
+    """The columns that an operator may change."""
+    return {
+        "url": of.url,
+        "tls": of.tls,
+        "secret": of.secret,
+        "ca_file": of.ca_file,
+        "delete_policy": str(of.delete),
+        "interval_seconds": of.interval_seconds,
+        "timeout_seconds": of.timeout_seconds,
+        "pipelining": of.pipelining,
+        "avoids": " ".join(of.avoids),
+        "tls_pins": " ".join(of.tls_pins),
+        "tls_minimum": of.tls_minimum,
+        "tls_server_name": of.tls_server_name,
+        "client_certificate": of.client_certificate,
+        "client_key": of.client_key,
+        "cron": of.cron,
+        "time_zone": of.time_zone,
+        "interval_max_seconds": of.interval_max_seconds,
+        "blackout": of.blackout,
+        "day_octets": of.day_octets,
+    }
+
+
 def _row(new: Account, at: datetime) -> AccountRow:
     return AccountRow(
         id=new.id,
         name=new.name,
-        url=new.url,
-        tls=new.tls,
-        secret=new.secret,
-        ca_file=new.ca_file,
-        delete_policy=str(new.delete),
-        interval_seconds=new.interval_seconds,
-        timeout_seconds=new.timeout_seconds,
-        pipelining=new.pipelining,
         epoch=new.epoch,
         paused_reason=new.paused_reason,
-        tls_pins=" ".join(new.tls_pins),
-        tls_minimum=new.tls_minimum,
-        tls_server_name=new.tls_server_name,
-        client_certificate=new.client_certificate,
-        client_key=new.client_key,
-        cron=new.cron,
-        time_zone=new.time_zone,
-        interval_max_seconds=new.interval_max_seconds,
-        blackout=new.blackout,
-        day_octets=new.day_octets,
-        avoids=" ".join(new.avoids),
         deletion_hold=new.deletion_hold,
         created_at=at,
+        **_settings(new),
     )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,20 @@ def test_what_a_server_trips_over_is_shown_and_can_be_forgotten(commands: Comman
         assert commands.json("account", "show", "work")[0]["avoids"] == []
         commands.run("sync", "work")
         assert server.commands["CAPA"] > 2
+
+
+def test_an_edit_leaves_alone_what_it_did_not_change(commands: Commands, server: ScriptedPop3) -> None:
+    """A refresh token may be exchanged by a poll while somebody edits the account."""
+    commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
+    database = commands.database()
+    with database.reading() as connection:
+        former = accounts.by_name(connection, "work")
+    assert former is not None
+    database.transact(lambda c: accounts.exchange_secret(c, former.id, former.secret, "env:RENEWED"))
+    edited = replace(former, interval_seconds=60.0)
+    database.transact(lambda c: accounts.change(c, edited, datetime.now(UTC), former=former))
+    with database.reading() as connection:
+        assert accounts.by_name(connection, "work") == replace(edited, secret="env:RENEWED")
 
 
 def test_a_flag_that_forbade_pipelining_is_forgotten_too(commands: Commands, server: ScriptedPop3) -> None:
