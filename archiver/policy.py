@@ -24,6 +24,7 @@ is paused: a server that locks accounts out does so after more, or after faster,
 QUARANTINE_BASE_SECONDS = 3600.0
 QUARANTINE_CAP_SECONDS = 7 * 86400.0
 
+UNHEEDED_REQUESTS = 2
 UNHEEDED_RETRY_SECONDS = 86400.0
 
 FATAL_ATTEMPTS = 3
@@ -175,12 +176,13 @@ def late_after_seconds(after_seconds: float | None) -> float:
 def may_ask_again(*, requested: bool, unheeded: int, retry_at: datetime | None, now: datetime) -> bool:
     """Whether a deletion is asked for in this session; ``requested`` tells that the last one was to no avail.
 
-    That may have been a lost connection. A server that does not heed it time
-    and again (Gmail and GMX obey a setting instead) is asked once a day: each
-    time the message is read again first.
+    A session that ended before its QUIT was answered does not count. A server
+    that says +OK to QUIT and deletes nothing (Gmail and GMX obey a setting
+    instead) is asked once more, and then once a day: each time the message is
+    read again first.
     """
     if requested:
-        return unheeded == 0
+        return unheeded < UNHEEDED_REQUESTS
     return retry_at is None or retry_at <= now
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 
 from archiver.db import Database, history, schedule, seconds_on
 from archiver.db.schedule import Trouble
-from archiver.db.tables import account, host, lease, mailbox, poll
+from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.errors import ArchiverError
 from archiver.model import Claim, PollReport, mail_host
 from archiver.policy import NextPoll, Setbacks, late_after_seconds
@@ -136,6 +136,7 @@ def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
     accounts = _accounts(connection, fresh)
     _note_gaps(connection, fresh, leases)
     _remember_mailboxes(connection, fresh)
+    _count_requests(connection, fresh)
     releases = [_released(connection, ending, leases, accounts) for ending in fresh]
     if releases:
         connection.execute(_release(connection.dialect.name), releases)
@@ -224,6 +225,17 @@ def _remember_mailboxes(connection: Connection, endings: list[Ending]) -> None:
     spent = [_spent_row(each) for each in endings if each.report.octets]
     if spent:
         connection.execute(_SPEND, spent)
+
+
+def _count_requests(connection: Connection, endings: list[Ending]) -> None:
+    """The deletions that were asked for up to an answered QUIT, and of which the next listing tells."""
+    ids = [
+        each.claim.account_id
+        for each in endings
+        if each.report.delete_requested and each.report.outcome == "ok"
+    ]
+    if ids:
+        connection.execute(_COUNT_REQUESTS, {"ids": ids})
 
 
 def _idle(ending: Ending) -> bool:
@@ -338,6 +350,15 @@ _REMEMBER = (
             )
         }
     )
+)
+_COUNT_REQUESTS = (
+    sa.update(sighting)
+    .where(
+        sighting.c.account_id.in_(sa.bindparam("ids", expanding=True)),
+        sighting.c.absent_at.is_(None),
+        sighting.c.delete_requested_at.is_not(None),
+    )
+    .values(attempts=sighting.c.attempts + 1)
 )
 _DISTRUST = sa.update(mailbox).where(_OF_MAILBOX).values(trusted_until=None)
 _TODAY = sa.bindparam("b_today", type_=mailbox.c.day.type)

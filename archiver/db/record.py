@@ -27,7 +27,7 @@ from archiver.model import (
     message_key,
     uidl_text,
 )
-from archiver.policy import UNHEEDED_RETRY_SECONDS, quarantine_retry_seconds, why_held
+from archiver.policy import UNHEEDED_REQUESTS, UNHEEDED_RETRY_SECONDS, quarantine_retry_seconds, why_held
 
 FEED_LOCK = 0x61726368
 """The advisory lock that orders the feed on PostgreSQL: "arch" in ASCII."""
@@ -90,18 +90,18 @@ def still_there(
     """A listing shows messages whose deletion was asked for, or that had been absent: neither is so any more.
 
     If they vanish later without our asking again, it is not told as our doing.
-    A deletion that was not heeded for the second time is asked for a day later.
+    A deletion that was to no avail so often, although the server took it, is
+    asked for a day later.
     """
     schedule.fence(connection, claim)
     requested = sighting.c.delete_requested_at.is_not(None)
     later = at + timedelta(seconds=UNHEEDED_RETRY_SECONDS)
-    again = sa.and_(requested, sighting.c.attempts > 0)
+    again = sa.and_(requested, sighting.c.attempts >= UNHEEDED_REQUESTS)
     _by_key(
         connection,
         sa.update(sighting).values(
             absent_at=None,
             delete_requested_at=None,
-            attempts=sa.case((requested, sighting.c.attempts + 1), else_=sighting.c.attempts),
             retry_at=sa.case(
                 (again, sa.bindparam("b_later", later, type_=sighting.c.retry_at.type)),
                 else_=sighting.c.retry_at,

@@ -448,7 +448,7 @@ class Archive:
                 (row.uidl, row.size, row.content): (
                     row.state,
                     row.sha256,
-                    # Of a captured one these count requests to delete it that came to nothing.
+                    # Of a captured one these count sessions that asked to delete it.
                     0 if row.state == "captured" else row.attempts,
                     row.absent_at is not None,
                     row.delete_requested_at is not None,

@@ -77,6 +77,16 @@ def test_it_is_asked_for_again_as_long_as_the_policy_says_so(archive: Archive) -
     assert archive.poll_on_schedule(account).deleted == 1
 
 
+def test_sessions_that_break_before_quit_do_not_put_a_deletion_off(archive: Archive) -> None:
+    play = mailbox("a", faults={"QUIT": HangUp()})
+    account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
+    reports = [archive.sync(account) for _ in range(4)]
+    assert [(report.outcome, report.delete_requested) for report in reports] == [("try_later", 1)] * 4
+    play.faults = {}
+    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).deleted == 1
+
+
 def test_what_took_the_place_of_a_deleted_message_is_read_under_any_policy(archive: Archive) -> None:
     play = MailboxPlay([(b"1", message("a"))])
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
