@@ -646,7 +646,12 @@ class _Poll:
                 if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
                     full, batch = batch, _Batch(self.tools.monotonic())
                     self._record(full, plan)
-        except (TryLater, OperatorNeeded, pop3.Pop3Error):
+        except (TryLater, OperatorNeeded):
+            self._record(batch, plan)
+            raise
+        except pop3.Pop3Error as error:
+            if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
+                self._put_off_deletion(expected[mailbox.in_transit.number][0])
             self._record(batch, plan)
             raise
         self._record(batch, plan)
@@ -676,6 +681,13 @@ class _Poll:
         )
         self.known -= 1
         self._send_to_store(item, spooled, batch, plan)
+
+    def _put_off_deletion(self, item: Item) -> None:
+        """The connection died in this message, which is archived: the next polls do without reading it."""
+        claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
+        self.tools.database.transact(
+            lambda connection: record.deletion_put_off(connection, claim, epoch, item.sighting, now)
+        )
 
     def _drop_spooled(self, number: int) -> None:
         if (spooled := self.spooled.pop(number, None)) is not None:

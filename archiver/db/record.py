@@ -184,6 +184,15 @@ def deletions_requested(
     )
 
 
+def deletion_put_off(
+    connection: Connection, claim: Claim, epoch: int, key: SightingKey, at: datetime
+) -> None:
+    """A message that is to be deleted could not be read again, and cost the connection: a day later, then."""
+    schedule.fence(connection, claim)
+    until = at + timedelta(seconds=UNHEEDED_RETRY_SECONDS)
+    _by_key(connection, sa.update(sighting).values(retry_at=until), claim.account_id, epoch, [key])
+
+
 def recount(connection: Connection, account_id: str) -> bool:
     """Have what is counted of an account's captures be what is there; false where it was so already.
 
