@@ -101,9 +101,7 @@ class Plan:
         the policy that is in force.
         """
         order = listing.by_uidl()
-        plan = cls(
-            listing, order, delete, now, listing.skipped_lines == 0, _unnamed_sizes(listing, order), aside
-        )
+        plan = cls(listing, order, delete, now, listing.is_whole, _unnamed_sizes(listing, order), aside)
         for uidl, listed, rows in _side_by_side(_listed(listing, order), _by_uidl(held)):
             plan._take(uidl, listed, rows)
         plan.suspect = plan.believed and policy.may_be_renumbered(

@@ -184,6 +184,8 @@ def _quirks(facts: "ServerFacts", listing: "Listing") -> list[str]:
             f"{listing.skipped_lines} lines of UIDL and LIST make no sense: what is gone from this mailbox "
             "cannot be told while that is so."
         )
+    if not listing.has_sizes:
+        found.append("The server refused LIST, so what has no UIDL is not seen, nor what is gone.")
     if facts.bare_lf:
         found.append("The server ends its lines in a bare LF, which POP3 does not allow; it is read so.")
     return found

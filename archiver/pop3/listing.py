@@ -114,7 +114,8 @@ class Listing:
     """A mailbox at one moment, by ascending number.
 
     ``skipped_lines`` counts lines of UIDL and LIST that gave nothing usable.
-    ``has_uidl`` is false when the server does not know UIDL. ``digest`` is the
+    ``has_uidl`` and ``has_sizes`` are false where the server refused UIDL and
+    LIST; of what has no uid, LIST alone would have told. ``digest`` is the
     SHA-256 over the canonical entries, one line each: ``number SP size SP uidl
     LF``, with -1 for an unknown size, and without the last field where there is
     no uid. ``stat`` is what STAT said beside, where it was asked and made sense.
@@ -123,8 +124,14 @@ class Listing:
     entries: Entries
     skipped_lines: int
     has_uidl: bool
+    has_sizes: bool
     digest: bytes
     stat: Stat | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a message that it does not show is not there."""
+        return self.has_sizes and not self.skipped_lines
 
     def by_uidl(self) -> "array[int]":
         """The indices of ``entries`` in the order of their uid, octet by octet, then of their size.
@@ -367,6 +374,7 @@ def join(uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = 
         entries,
         skipped_lines=sum(column.skipped_lines for column in (uidl, sizes) if column is not None),
         has_uidl=uidl is not None,
+        has_sizes=sizes is not None,
         digest=_digest(entries),
         stat=stat,
     )

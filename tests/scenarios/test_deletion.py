@@ -314,6 +314,21 @@ def test_a_message_that_only_list_shows_is_archived_and_told_once(archive: Archi
     assert archive.verify(account).clean
 
 
+def test_without_list_nothing_is_told_as_gone(archive: Archive) -> None:
+    """Whatever has no id is in no other listing."""
+    only_one_has_an_id = {"UIDL": Send(b"+OK\r\n1 a\r\n.\r\n")}
+    play = mailbox("a", "b")
+    play.faults = {**only_one_has_an_id}
+    account = archive.add(archive.serve(play))
+    assert archive.sync(account).new == 2
+    play.faults = {**only_one_has_an_id, "LIST": Send(b"-ERR not now\r\n")}
+    report = archive.sync(account)
+    assert (report.outcome, report.listed, report.gone) == ("ok", 1, 0)
+    play.faults = {**only_one_has_an_id}
+    report = archive.sync(account)
+    assert (report.known, report.new, report.gone) == (2, 0, 0)
+
+
 # Messages that their ids do not tell apart.
 
 
