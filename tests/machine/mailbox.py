@@ -21,12 +21,17 @@ _CAPABILITIES = b"+OK\r\nTOP\r\nUSER\r\nSASL PLAIN\r\nRESP-CODES\r\nPIPELINING\r
 
 @dataclass(slots=True, eq=False)
 class Letter:
-    """One message. ``uidl`` is None where the server gives none; ``listed_size`` may differ from the size."""
+    """One message. ``uidl`` is None where the server gives none; ``listed_size`` may differ from the size.
+
+    ``hidden`` is one that has taken over id and size of an archived one between
+    two listings: unread, nobody can tell them apart.
+    """
 
     uidl: bytes | None
     content: bytes
     listed_size: int
     removed_by: Literal["us", "another"] | None = None
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class ModelMailbox:
         """What lies in the mailbox."""
         return [letter for letter in self.history if letter.removed_by is None]
 
-    def put(self, uidl: bytes | None, content: bytes) -> None:
-        self.history.append(Letter(uidl, content, len(content)))
+    def put(self, uidl: bytes | None, content: bytes, *, hidden: bool = False) -> None:
+        self.history.append(Letter(uidl, content, len(content), hidden=hidden))
 
     @contextmanager
     def served(self) -> Iterator[ScriptedPop3]:
@@ -174,11 +179,13 @@ class _Session:
                 if value is None
                 else b"+OK %s %b\r\n" % (argument.encode(), value)
             )
-        self._mailbox.shown = list(self._letters)
-        lines = [
-            b"%d %b\r\n" % (number, value) for number, value in enumerate(values, 1) if value is not None
-        ]
+        lines = {
+            number: b"%d %b\r\n" % (number, value)
+            for number, value in enumerate(values, 1)
+            if value is not None
+        }
         if values and values[-1] is None and lines:
             # Without a line it would be taken for one that arrived after UIDL was answered.
-            lines.append(b"%d\r\n" % len(values))
-        return b"+OK\r\n" + b"".join(lines) + b".\r\n"
+            lines[len(values)] = b"%d\r\n" % len(values)
+        self._mailbox.shown = [self._letters[number - 1] for number in lines]
+        return b"+OK\r\n" + b"".join(lines.values()) + b".\r\n"

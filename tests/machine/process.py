@@ -246,6 +246,10 @@ class GatedSession:
     def __exit__(self, *raised: object) -> None:
         self._session.__exit__(*raised)
 
+    def close(self) -> None:
+        # Of a killed process, the kernel does it.
+        self._session.close()
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._session, name)
         if not callable(found):
