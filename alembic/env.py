@@ -1,8 +1,8 @@
-"""How migrations run: in one transaction, on the connection of ``archiver db upgrade``.
+"""How migrations run: on PostgreSQL each by itself, on SQLite all in one transaction.
 
-To write a new one while developing, have ``ARCHIVER_DATABASE_URL`` name a
-database of the version before it, and run
-``alembic revision --autogenerate -m "what it does"``.
+One that changes what others work with goes by ``archiver.db.live``. To write a
+new one while developing, have ``ARCHIVER_DATABASE_URL`` name a database of the
+version before it, and run ``alembic revision --autogenerate -m "what it does"``.
 """
 
 import os
@@ -20,12 +20,15 @@ def run(connection: Connection) -> None:
         target_metadata=metadata,
         # SQLite changes a column by making the table anew.
         render_as_batch=True,
+        transaction_per_migration=True,
     )
-    context.run_migrations()
+    with context.begin_transaction():
+        context.run_migrations()
 
 
 given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    Database(os.environ["ARCHIVER_DATABASE_URL"]).transact(run)
+    with Database(os.environ["ARCHIVER_DATABASE_URL"]).engine.connect() as connection:
+        run(connection)

@@ -4,71 +4,61 @@ Runs beside a release that knows only 0001: every column that is added has a
 default, and nothing is taken away but an index.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from alembic import op
 
+from archiver.db import live
 from archiver.db.tables import UtcDateTime
 
 revision = "0002"
 down_revision = "0001"
 
 ROWS_AT_ONCE = 1_000
-LOOKS = ("looked_at", "late_at")
 LATE_SECONDS = 600.0
 
 
 def upgrade() -> None:
-    add("account", sa.Column("cron", sa.Text()))
-    add("account", sa.Column("time_zone", sa.Text(), nullable=False, server_default="UTC"))
-    add("account", sa.Column("interval_max_seconds", sa.Float()))
-    add("account", sa.Column("blackout", sa.Text(), nullable=False, server_default=""))
-    add("account", sa.Column("day_octets", sa.BigInteger()))
-    add("account", sa.Column("avoids", sa.Text(), nullable=False, server_default=""))
-    add("account", sa.Column("deletion_hold", sa.Text()))
+    with live.changes() as changes:
+        make_columns_and_tables(changes)
+        fill_in(changes)
+        make_indexes(changes)
 
-    add("lease", sa.Column("host", sa.Text(), nullable=False, server_default=""))
-    add("lease", sa.Column("slot", sa.Integer()))
-    add("lease", sa.Column("in_line", sa.Boolean(), nullable=False, server_default=sa.false()))
-    add("lease", sa.Column("asked", sa.Boolean(), nullable=False, server_default=sa.false()))
-    add("lease", sa.Column("interval_seconds", sa.Float()))
-    add("lease", sa.Column("looked_at", UtcDateTime()))
-    add("lease", sa.Column("late_at", UtcDateTime()))
-    fill_in_hosts()
-    # Two sessions in one slot of a host cannot be, whoever claims them.
-    op.create_index(
-        "uq_lease_host_slot",
+
+def make_columns_and_tables(changes: live.Changes) -> None:
+    changes.add_columns(
+        "account",
+        sa.Column("cron", sa.Text()),
+        sa.Column("time_zone", sa.Text(), nullable=False, server_default="UTC"),
+        sa.Column("interval_max_seconds", sa.Float()),
+        sa.Column("blackout", sa.Text(), nullable=False, server_default=""),
+        sa.Column("day_octets", sa.BigInteger()),
+        sa.Column("avoids", sa.Text(), nullable=False, server_default=""),
+        sa.Column("deletion_hold", sa.Text()),
+    )
+    changes.add_columns(
         "lease",
-        ["host", "slot"],
-        unique=True,
-        postgresql_where=sa.text("slot IS NOT NULL"),
-        sqlite_where=sa.text("slot IS NOT NULL"),
+        sa.Column("host", sa.Text(), nullable=False, server_default=""),
+        sa.Column("slot", sa.Integer()),
+        sa.Column("in_line", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("asked", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("interval_seconds", sa.Float()),
+        sa.Column("looked_at", UtcDateTime()),
+        sa.Column("late_at", UtcDateTime()),
     )
-    # A row is in one of these four, where it was in one index by its due time before.
-    for queue, columns, which in (
-        ("due", ["due_at"], "slot IS NULL AND NOT in_line"),
-        ("line", ["host", "due_at"], "in_line"),
-    ):
-        for health, failures in (("well", "failures = 0"), ("failing", "failures > 0")):
-            where = sa.text(f"{which} AND {failures}")
-            op.create_index(
-                f"ix_lease_{queue}_{health}", "lease", columns, postgresql_where=where, sqlite_where=where
-            )
-    op.drop_index("ix_lease_due_at", "lease")
-
-    op.create_index(
-        "ix_sighting_by_uidl",
-        "sighting",
-        ["account_id", "epoch", "uidl", "size", "content"],
-        postgresql_where=sa.text("absent_at IS NULL"),
-        sqlite_where=sa.text("absent_at IS NULL"),
+    changes.add_columns(
+        "poll",
+        *(
+            sa.Column(counted, sa.Integer(), nullable=False, server_default="0")
+            for counted in ("deleted", "gone", "lost")
+        ),
+        sa.Column("glanced", sa.Boolean(), nullable=False, server_default=sa.false()),
     )
-    op.drop_index("ix_sighting_present", "sighting")
-
-    op.create_table(
+    changes.create_table(
         "host",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("failures", sa.Integer(), nullable=False),
@@ -78,7 +68,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name="pk_host"),
     )
 
-    op.create_table(
+    changes.create_table(
         "mailbox",
         sa.Column("account_id", sa.String(16), nullable=False),
         sa.Column("captures", sa.BigInteger(), nullable=False),
@@ -100,26 +90,7 @@ def upgrade() -> None:
         # As the lease's row, this one is rewritten often.
         postgresql_with={"fillfactor": 70, "autovacuum_vacuum_scale_factor": 0.02},
     )
-    op.execute(
-        "INSERT INTO mailbox (account_id, captures, octets, quarantined, to_come, day_octets) "
-        "SELECT account.id, coalesce(held.captures, 0), coalesce(held.octets, 0), 0, 0, 0 FROM account "
-        "LEFT JOIN (SELECT account_id, count(*) AS captures, sum(octets) AS octets FROM capture "
-        "GROUP BY account_id) AS held ON held.account_id = account.id"
-    )
-    fill_in_looks()
-
-    for counted in ("deleted", "gone", "lost"):
-        add("poll", sa.Column(counted, sa.Integer(), nullable=False, server_default="0"))
-    add("poll", sa.Column("glanced", sa.Boolean(), nullable=False, server_default=sa.false()))
-    op.create_index("ix_poll_ended_at", "poll", ["ended_at"])
-    op.create_index(
-        "ix_poll_lost",
-        "poll",
-        ["ended_at"],
-        postgresql_where=sa.text("lost > 0"),
-        sqlite_where=sa.text("lost > 0"),
-    )
-    op.create_table(
+    changes.create_table(
         "poll_day",
         sa.Column("account_id", sa.String(16), nullable=False),
         sa.Column("day", sa.Date(), nullable=False),
@@ -142,15 +113,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["account_id"], ["account.id"], name="fk_poll_day_account_id_account"),
         sa.PrimaryKeyConstraint("account_id", "day", name="pk_poll_day"),
     )
-    op.create_index("ix_poll_day_day", "poll_day", ["day"])
-    op.create_index(
-        "ix_poll_day_lost",
-        "poll_day",
-        ["day"],
-        postgresql_where=sa.text("lost > 0"),
-        sqlite_where=sa.text("lost > 0"),
-    )
-    op.create_table(
+    changes.create_table(
         "gap",
         sa.Column("account_id", sa.String(16), nullable=False),
         sa.Column("began_at", UtcDateTime(), nullable=False),
@@ -158,102 +121,157 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["account_id"], ["account.id"], name="fk_gap_account_id_account"),
         sa.PrimaryKeyConstraint("account_id", "began_at", name="pk_gap"),
     )
-    op.create_index("ix_gap_ended_at", "gap", ["ended_at"])
 
 
-def add(table: str, column: sa.Column[object]) -> None:
-    op.add_column(table, column)
+def make_indexes(changes: live.Changes) -> None:
+    # Two sessions in one slot of a host cannot be, whoever claims them.
+    changes.create_index("uq_lease_host_slot", "lease", "host", "slot", unique=True, where="slot IS NOT NULL")
+    # A row is in one of these four, where it was in one index by its due time before.
+    for queue, columns, which in (
+        ("due", ("due_at",), "slot IS NULL AND NOT in_line"),
+        ("line", ("host", "due_at"), "in_line"),
+    ):
+        for health, failures in (("well", "failures = 0"), ("failing", "failures > 0")):
+            changes.create_index(
+                f"ix_lease_{queue}_{health}", "lease", *columns, where=f"{which} AND {failures}"
+            )
+    changes.drop_index("ix_lease_due_at", "lease")
+    changes.create_index(
+        "ix_sighting_by_uidl",
+        "sighting",
+        *("account_id", "epoch", "uidl", "size", "content"),
+        where="absent_at IS NULL",
+    )
+    changes.drop_index("ix_sighting_present", "sighting")
+    changes.create_index("ix_poll_ended_at", "poll", "ended_at")
+    changes.create_index("ix_poll_lost", "poll", "ended_at", where="lost > 0")
+    changes.create_index("ix_poll_day_day", "poll_day", "day")
+    changes.create_index("ix_poll_day_lost", "poll_day", "day", where="lost > 0")
+    changes.create_index("ix_gap_ended_at", "gap", "ended_at")
 
 
-def fill_in_hosts() -> None:
-    """The lease of each account names the host of the account's URL."""
-    connection = op.get_bind()
-    account = sa.table("account", sa.column("id"), sa.column("url"))
-    lease = sa.table("lease", sa.column("account_id"), sa.column("host"))
-    update = (
+# What the new columns are to say, some accounts at a time, each lease's row written once.
+
+shown = ("listed", "quarantined", "to_come")
+account = sa.table(
+    "account", *map(sa.column, ("id", "url", "interval_seconds")), sa.column("created_at", UtcDateTime())
+)
+lease = sa.table(
+    "lease",
+    *map(sa.column, ("account_id", "host")),
+    *(sa.column(name, UtcDateTime()) for name in ("looked_at", "late_at")),
+)
+capture = sa.table("capture", *map(sa.column, ("account_id", "octets")))
+poll = sa.table(
+    "poll", *map(sa.column, ("account_id", "token", *shown)), sa.column("ended_at", UtcDateTime())
+)
+mailbox = sa.table(
+    "mailbox",
+    *map(sa.column, ("account_id", "captures", "octets", "day_octets", *shown)),
+    sa.column("listed_at", UtcDateTime()),
+)
+
+
+def fill_in(changes: live.Changes) -> None:
+    for rows in pages():
+        ids = [row.id for row in rows]
+        # In one order everywhere, as polls lock them.
+        with changes.rows(
+            sa.select(lease.c.account_id).where(lease.c.account_id.in_(ids)).order_by(lease.c.account_id)
+        ):
+            listings = last_listings(ids)
+            fill_in_leases(rows, listings)
+            fill_in_mailboxes(rows, listings)
+    changes.analyze("lease", "mailbox")
+
+
+def fill_in_leases(rows: Sequence[Any], listings: dict[str, Any]) -> None:
+    """The host of each account's URL, and when its mailbox was listed last."""
+    looks = {account_id: row.ended_at for account_id, row in listings.items()}
+    op.get_bind().execute(
         sa.update(lease)
         .where(lease.c.account_id == sa.bindparam("b_account_id"))
-        .values(host=sa.bindparam("b_host"))
+        .values(
+            {
+                name: sa.bindparam(f"b_{name}", type_=lease.c[name].type)
+                for name in ("host", "looked_at", "late_at")
+            }
+        ),
+        [
+            {
+                "b_account_id": row.id,
+                "b_host": urlsplit(row.url).hostname or "",
+                "b_looked_at": looks.get(row.id),
+                "b_late_at": looks.get(row.id, row.created_at)
+                + timedelta(seconds=max(LATE_SECONDS, 2 * row.interval_seconds)),
+            }
+            for row in rows
+        ],
     )
-    for rows in pages(connection, account):
-        connection.execute(
-            update, [{"b_account_id": row.id, "b_host": urlsplit(row.url).hostname or ""} for row in rows]
-        )
 
 
-def fill_in_looks() -> None:
-    """When each mailbox was listed last, and what it showed then, as far as its polls tell."""
+def fill_in_mailboxes(rows: Sequence[Any], listings: dict[str, Any]) -> None:
+    """What each account holds, and what its last listing showed, as far as its polls tell."""
     connection = op.get_bind()
-    account = sa.table(
-        "account", *map(sa.column, ("id", "interval_seconds")), sa.column("created_at", UtcDateTime())
-    )
-    poll = sa.table(
-        "poll",
-        *map(sa.column, ("account_id", "token", "listed", "quarantined", "to_come")),
-        sa.column("ended_at", UtcDateTime()),
-    )
-    lease = sa.table("lease", sa.column("account_id"), *(sa.column(name, UtcDateTime()) for name in LOOKS))
-    shown = ("listed", "quarantined", "to_come")
-    mailbox = sa.table(
-        "mailbox", *map(sa.column, ("account_id", *shown)), sa.column("listed_at", UtcDateTime())
-    )
-    for rows in pages(connection, account):
-        newest = (
-            sa.select(poll.c.account_id, sa.func.max(poll.c.token).label("token"))
-            .where(poll.c.listed.is_not(None), poll.c.account_id.in_([row.id for row in rows]))
-            .group_by(poll.c.account_id)
-            .subquery()
-        )
-        listings = {
-            row.account_id: row
-            for row in connection.execute(
-                sa.select(poll).join(
-                    newest, sa.and_(newest.c.account_id == poll.c.account_id, newest.c.token == poll.c.token)
-                )
+    ids = [row.id for row in rows]
+    held = {
+        row.account_id: row
+        for row in connection.execute(
+            sa.select(
+                capture.c.account_id,
+                sa.func.count().label("captures"),
+                sa.func.sum(capture.c.octets).label("octets"),
             )
-        }
-        looks = {row.id: listings[row.id].ended_at for row in rows if row.id in listings}
-        connection.execute(
-            by_account(lease, *LOOKS),
-            [
-                {
-                    "b_account_id": row.id,
-                    "b_looked_at": looks.get(row.id),
-                    "b_late_at": looks.get(row.id, row.created_at)
-                    + timedelta(seconds=max(LATE_SECONDS, 2 * row.interval_seconds)),
-                }
-                for row in rows
-            ],
+            .where(capture.c.account_id.in_(ids))
+            .group_by(capture.c.account_id)
         )
-        if listings:
-            connection.execute(
-                by_account(mailbox, "listed_at", *shown),
-                [
-                    {"b_account_id": account_id, "b_listed_at": row.ended_at}
-                    | {f"b_{name}": getattr(row, name) for name in shown}
-                    for account_id, row in listings.items()
-                ],
-            )
-
-
-def by_account(table: sa.TableClause, *names: str) -> sa.Update:
-    """An update of these columns, many accounts at once."""
-    return (
-        sa.update(table)
-        .where(table.c.account_id == sa.bindparam("b_account_id"))
-        .values({name: sa.bindparam(f"b_{name}", type_=table.c[name].type) for name in names})
+    }
+    # Where this was broken off, they are counted again: captures came in since.
+    connection.execute(sa.delete(mailbox).where(mailbox.c.account_id.in_(ids)))
+    connection.execute(
+        sa.insert(mailbox),
+        [
+            {
+                "account_id": account_id,
+                "captures": held[account_id].captures if account_id in held else 0,
+                "octets": int(held[account_id].octets) if account_id in held else 0,
+                "day_octets": 0,
+                "listed_at": listings[account_id].ended_at if account_id in listings else None,
+                "listed": listings[account_id].listed if account_id in listings else None,
+                "quarantined": listings[account_id].quarantined if account_id in listings else 0,
+                "to_come": listings[account_id].to_come if account_id in listings else 0,
+            }
+            for account_id in ids
+        ],
     )
 
 
-def pages(connection: sa.Connection, account: sa.TableClause) -> Iterator[list[sa.Row[tuple[object, ...]]]]:
+def last_listings(ids: Sequence[str]) -> dict[str, Any]:
+    """The newest poll with a listing, by account."""
+    newest = (
+        sa.select(poll.c.account_id, sa.func.max(poll.c.token).label("token"))
+        .where(poll.c.listed.is_not(None), poll.c.account_id.in_(ids))
+        .group_by(poll.c.account_id)
+        .subquery()
+    )
+    found = op.get_bind().execute(
+        sa.select(poll).join(
+            newest, sa.and_(newest.c.account_id == poll.c.account_id, newest.c.token == poll.c.token)
+        )
+    )
+    return {row.account_id: row for row in found}
+
+
+def pages() -> Iterator[Sequence[Any]]:
+    """All accounts, in order."""
     last = ""
     while True:
-        rows = list(
-            connection.execute(
-                sa.select(account).where(account.c.id > last).order_by(account.c.id).limit(ROWS_AT_ONCE)
-            )
+        rows = (
+            op.get_bind()
+            .execute(sa.select(account).where(account.c.id > last).order_by(account.c.id).limit(ROWS_AT_ONCE))
+            .all()
         )
         if not rows:
             return
         yield rows
-        last = str(rows[-1].id)
+        last = rows[-1].id

@@ -4,10 +4,12 @@ The scripts lie in ``alembic/`` of the repository and in
 ``archiver/db/migrations/`` of an installed package.
 """
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from archiver.db import Database
 from archiver.errors import OperatorNeeded, UsageError
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 UPGRADE_LOCK = 0x73636865
 """The advisory lock that lets one of many starting processes upgrade: "sche" in ASCII."""
+
+TURN_SECONDS = 0.5
+"""Between looks whether the process that upgrades is done."""
 
 
 class WrongSchema(UsageError):
@@ -52,8 +57,9 @@ def upgrade(database: Database) -> tuple[str | None, str]:
     """Bring the schema to this release's version; returns the version before and after.
 
     Of several processes that do so at once, on PostgreSQL one works and the
-    others wait for it. Raises WrongSchema when the database belongs to a newer
-    release.
+    others wait for it. Workers may go on meanwhile, those of the release
+    before this one, too. May be broken off anywhere and begun again. Raises
+    WrongSchema when the database belongs to a newer release.
     """
     from alembic import command
 
@@ -62,14 +68,57 @@ def upgrade(database: Database) -> tuple[str | None, str]:
     _refuse_newer(before)
     config = _config()
 
-    def work(connection: sa.Connection) -> None:
-        if connection.dialect.name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(UPGRADE_LOCK)))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    def work(connection: sa.Connection) -> bool:
+        if connection.dialect.name == "sqlite":
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            return True
+        if not _has_turn(connection):
+            return False
+        with database.engine.connect() as changing:
+            config.attributes["connection"] = changing
+            try:
+                command.upgrade(config, "head")
+            except PendingRollbackError as error:
+                raise _before(error) from None
+        return True
 
-    database.transact(work)
+    while not database.transact(work):
+        time.sleep(TURN_SECONDS)
     return before, latest()
+
+
+def _before(error: BaseException) -> BaseException:
+    """What ended the connection; all that is tried with it after that says no more than that it has ended."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, DBAPIError):
+        found = found.__context__
+    return found or error
+
+
+def _has_turn(connection: sa.Connection) -> bool:
+    """Whether this transaction, and nobody else, may upgrade until it ends.
+
+    The changes are made on another connection, and in many transactions; a lock
+    of a session would not do, since behind PgBouncer each may be in another
+    one. An index build waits for everybody who sees an older state: so nobody
+    waits for the lock in a statement, and whoever has it sees none.
+    """
+    # Without parameters, and so by the simple protocol: one of the other kind
+    # keeps what it saw until the next one comes.
+    take = sa.text(f"SELECT pg_try_advisory_xact_lock({UPGRADE_LOCK})")
+    if not connection.execute(take).scalar():
+        return False
+    # However long it takes, this transaction is idle meanwhile, and holds nobody up.
+    connection.execute(
+        sa.text(
+            "SELECT set_config(name, '0', true) FROM pg_settings "
+            "WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"
+        )
+    )
+    # Not out of the pool, whose only connection it may be.
+    connection.detach()
+    return True
 
 
 def ensure(database: Database) -> None:
