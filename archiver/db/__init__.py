@@ -31,6 +31,8 @@ T = TypeVar("T")
 SQLITE_BUSY_SECONDS = 30.0
 TRANSACTION_ATTEMPTS = 4
 RETRY_WAIT_CAP_SECONDS = 5.0
+PREPARED_AFTER = 5
+"""Times that a connection runs a statement on PostgreSQL before it keeps the plan: psycopg's own choice."""
 
 _PASSING_SQLSTATES = frozenset({"08", "40", "53", "55", "57", "58", "25006", "25P03", "23505"})
 """By class: connection, rollback (serialization, deadlock), resources, locks, shutdown and time limits,
@@ -117,7 +119,10 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one state and writes nothing. Raises TryLater or OperatorNeeded."""
         with _translated(str(self)), self.engine.connect() as connection:
-            yield connection.execution_options(**(_READING_SQLITE if self.is_sqlite else _READING))
+            connection.execution_options(**(_READING_SQLITE if self.is_sqlite else _READING))
+            # To its commit: at a rollback the driver forgets what is prepared.
+            with connection.begin():
+                yield connection
 
     def close(self) -> None:
         self.engine.dispose()
@@ -138,13 +143,14 @@ def later(connection: Connection, seconds: float) -> sa.ColumnElement[Any]:
     return seconds_on(connection.dialect.name, seconds)
 
 
-def seconds_on(dialect: str, seconds: float | sa.BindParameter[float]) -> sa.ColumnElement[Any]:
+def seconds_on(dialect: str, seconds: float | sa.ColumnElement[float]) -> sa.ColumnElement[Any]:
     """The same for a statement that is worded before there is a connection, for databases of this dialect."""
     if dialect == "sqlite":
         return sa.func.strftime(
             "%Y-%m-%d %H:%M:%f000", "now", sa.func.printf("%+.3f seconds", seconds, type_=sa.Text())
         )
-    return sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    years_to_minutes = 6 * [sa.literal_column("0", sa.Integer())]
+    return sa.func.now() + sa.func.make_interval(*years_to_minutes, seconds)
 
 
 def _parse(text: str) -> URL:
@@ -176,8 +182,6 @@ def _parse(text: str) -> URL:
 _POSTGRESQL: dict[str, Any] = {
     "application_name": "archiver",
     "connect_timeout": 10,
-    # Behind PgBouncer in transaction mode a prepared statement may be another
-    # connection's.
     "prepare_threshold": None,
     # A server that went away without a word is noticed in a minute, not in two
     # hours: https://www.postgresql.org/docs/current/libpq-connect.html
@@ -215,8 +219,24 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
         raise UsageError(
             "the driver for PostgreSQL is not installed", hint="pip install 'archiver[postgres]'"
         ) from error
+    sa.event.listen(engine, "connect", _prepare_if_direct)
     sa.event.listen(engine, "checkin", _let_server_decide)
     return engine
+
+
+def _prepare_if_direct(connection: Any, _record: object) -> None:
+    """Have statements planned once a connection, where the connection is one with the server itself.
+
+    A claim takes longer to plan than to run. But behind PgBouncer in transaction
+    mode a prepared statement is on whatever connection the transaction was on.
+    Who stands between us and the server gives out process numbers of its own,
+    by which a query is cancelled.
+    """
+    with connection.cursor() as cursor:
+        (process,) = cursor.execute("SELECT pg_backend_pid()").fetchone()
+    connection.rollback()
+    if process == connection.info.backend_pid:
+        connection.prepare_threshold = PREPARED_AFTER
 
 
 def _let_server_decide(connection: Any, _record: object) -> None:

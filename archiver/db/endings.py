@@ -17,10 +17,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from archiver.db import Database, history, schedule, seconds_on
+from archiver.db import Database, bulk, history, schedule, seconds_on
 from archiver.db.schedule import Trouble
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.errors import ArchiverError
@@ -139,7 +138,8 @@ def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
     _count_requests(connection, fresh)
     releases = [_released(connection, ending, leases, accounts) for ending in fresh]
     if releases:
-        connection.execute(_release(connection.dialect.name), releases)
+        ids = [ending.claim.account_id for ending in fresh]
+        bulk.execute(connection, _release(connection.dialect.name), releases, ids=ids)
     hosts = {ending.claim: _tell_of_host(connection, ending, accounts) for ending in fresh}
     lost = {ending.claim for ending in endings if not _stands(ending, leases)}
     lost -= _kept_before(connection, lost)
@@ -149,7 +149,7 @@ def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
 def _fence(connection: Connection, endings: Sequence[Ending]) -> dict[str, Any]:
     """The leases, locked for the rest of this transaction, in one order everywhere: no two can deadlock."""
     ids = [ending.claim.account_id for ending in endings]
-    return {row.account_id: row for row in connection.execute(_LEASES, {"ids": ids})}
+    return {row.account_id: row for row in connection.execute(_leases(connection.dialect.name), {"ids": ids})}
 
 
 def _stands(ending: Ending, leases: dict[str, Any]) -> bool:
@@ -162,7 +162,8 @@ def _keep(connection: Connection, endings: list[Ending]) -> set[Claim]:
     if not endings:
         return set()
     by_key = {(ending.claim.account_id, ending.claim.token): ending.claim for ending in endings}
-    inserted = connection.execute(_insert(connection.dialect.name), [_poll_row(each) for each in endings])
+    insert = _insert(connection.dialect.name)
+    inserted = bulk.execute(connection, insert, [_poll_row(each) for each in endings])
     return {by_key[row.account_id, row.token] for row in inserted}
 
 
@@ -202,7 +203,9 @@ def _poll_row(ending: Ending) -> dict[str, Any]:
 
 def _accounts(connection: Connection, endings: list[Ending]) -> dict[str, Any]:
     ids = [ending.claim.account_id for ending in endings]
-    return {row.id: row for row in connection.execute(_ACCOUNTS, {"ids": ids})} if ids else {}
+    if not ids:
+        return {}
+    return {row.id: row for row in connection.execute(_accounts_of(connection.dialect.name), {"ids": ids})}
 
 
 def _note_gaps(connection: Connection, endings: list[Ending], leases: dict[str, Any]) -> None:
@@ -309,27 +312,6 @@ def _tell_of_host(connection: Connection, ending: Ending, accounts: dict[str, An
 
 # Worded once: to put a statement together costs more than to run it.
 
-_LEASES = (
-    sa.select(
-        lease.c.account_id,
-        lease.c.token,
-        lease.c.failures,
-        lease.c.refusals,
-        lease.c.interval_seconds,
-        lease.c.late_at,
-    )
-    .where(lease.c.account_id.in_(sa.bindparam("ids", expanding=True)))
-    .order_by(lease.c.account_id)
-    .with_for_update()
-)
-_ACCOUNTS = (
-    sa.select(
-        account.c.id, account.c.url, account.c.paused_reason, account.c.avoids, host.c.name.label("troubled")
-    )
-    .join(lease, lease.c.account_id == account.c.id)
-    .outerjoin(host, host.c.name == lease.c.host)
-    .where(account.c.id.in_(sa.bindparam("ids", expanding=True)))
-)
 _OF_MAILBOX = mailbox.c.account_id == sa.bindparam("b_account_id")
 _REMEMBER = (
     sa.update(mailbox)
@@ -374,36 +356,81 @@ _SPEND = (
 
 
 @cache
+def _leases(dialect: str) -> sa.Select[Any]:
+    return (
+        sa.select(
+            lease.c.account_id,
+            lease.c.token,
+            lease.c.failures,
+            lease.c.refusals,
+            lease.c.interval_seconds,
+            lease.c.late_at,
+        )
+        .where(bulk.among(dialect, lease.c.account_id, "ids"))
+        .order_by(lease.c.account_id)
+        .with_for_update()
+    )
+
+
+@cache
+def _accounts_of(dialect: str) -> sa.Select[Any]:
+    troubled = host.c.name.label("troubled")
+    return (
+        sa.select(account.c.id, account.c.url, account.c.paused_reason, account.c.avoids, troubled)
+        .join(lease, lease.c.account_id == account.c.id)
+        .outerjoin(host, host.c.name == lease.c.host)
+        .where(bulk.among(dialect, account.c.id, "ids"))
+    )
+
+
+@cache
 def _insert(dialect: str) -> Any:
-    insert = (sqlite if dialect == "sqlite" else postgresql).insert(poll)
+    insert = bulk.insert(dialect, poll, poll.c.keys())
     return insert.on_conflict_do_nothing().returning(poll.c.account_id, poll.c.token)
 
 
 @cache
 def _release(dialect: str) -> sa.Update:
-    def given(name: str, column: sa.Column[Any]) -> sa.BindParameter[Any]:
-        return sa.bindparam(name, type_=column.type)
-
-    due_at = sa.case(
-        (sa.bindparam("b_paused", type_=sa.Boolean()), sa.null()),
-        (lease.c.asked, seconds_on(dialect, sa.bindparam("b_least", type_=sa.Float()))),
-        else_=seconds_on(dialect, sa.bindparam("b_after", type_=sa.Float())),
+    row = bulk.given(
+        dialect,
+        {
+            "b_account_id": lease.c.account_id.type,
+            "b_paused": sa.Boolean(),
+            "b_least": sa.Float(),
+            "b_after": sa.Float(),
+            "b_recover": lease.c.recover.type,
+            "b_failures": lease.c.failures.type,
+            "b_refusals": lease.c.refusals.type,
+            "b_host": lease.c.host.type,
+            "b_interval": lease.c.interval_seconds.type,
+            "b_looked_at": lease.c.looked_at.type,
+            "b_late_at": lease.c.late_at.type,
+        },
     )
+    due_at = sa.case(
+        (row["b_paused"], sa.null()),
+        (lease.c.asked, seconds_on(dialect, row["b_least"])),
+        else_=seconds_on(dialect, row["b_after"]),
+    )
+    which = lease.c.account_id == row["b_account_id"]
+    if dialect != "sqlite":
+        # That it is one of a few has each of them looked for by the index.
+        which = sa.and_(which, bulk.among(dialect, lease.c.account_id, "ids"))
     return (
         sa.update(lease)
-        .where(lease.c.account_id == sa.bindparam("b_account_id"))
+        .where(which)
         .values(
-            owner=None,
-            expires_at=None,
+            owner=sa.null(),
+            expires_at=sa.null(),
             due_at=due_at,
-            recover=given("b_recover", lease.c.recover),
-            failures=given("b_failures", lease.c.failures),
-            refusals=given("b_refusals", lease.c.refusals),
-            host=given("b_host", lease.c.host),
-            slot=None,
-            asked=False,
-            interval_seconds=given("b_interval", lease.c.interval_seconds),
-            looked_at=sa.func.coalesce(given("b_looked_at", lease.c.looked_at), lease.c.looked_at),
-            late_at=sa.func.coalesce(given("b_late_at", lease.c.late_at), lease.c.late_at),
+            recover=row["b_recover"],
+            failures=row["b_failures"],
+            refusals=row["b_refusals"],
+            host=row["b_host"],
+            slot=sa.null(),
+            asked=sa.false(),
+            interval_seconds=row["b_interval"],
+            looked_at=sa.func.coalesce(row["b_looked_at"], lease.c.looked_at),
+            late_at=sa.func.coalesce(row["b_late_at"], lease.c.late_at),
         )
     )

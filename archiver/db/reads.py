@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime
+from functools import cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from archiver.db import bulk
 from archiver.db.tables import account, capture, event, host, journal, lease, mailbox, poll, sighting
 from archiver.model import PAUSED_BY_HAND, JournalHead, LastLook, SightingKey
 
@@ -86,7 +88,8 @@ def before_poll(connection: Connection, account_id: str) -> BeforePoll:
 
 def before_polls(connection: Connection, account_ids: Sequence[str]) -> dict[str, BeforePoll]:
     """The same for many, by account."""
-    return {row.id: _before(row) for row in connection.execute(_BEFORE, {"ids": account_ids})}
+    rows = connection.execute(_of_before(connection.dialect.name), {"ids": account_ids})
+    return {row.id: _before(row) for row in rows}
 
 
 def _before(row: Any) -> BeforePoll:
@@ -107,28 +110,30 @@ def _before(row: Any) -> BeforePoll:
     )
 
 
-_BEFORE = (
-    sa.select(
-        account.c.id,
-        account.c.epoch,
-        account.c.deletion_hold,
-        journal.c.sequence,
-        journal.c.digest,
-        mailbox.c.listed,
-        mailbox.c.quarantined,
-        mailbox.c.stat_count,
-        mailbox.c.stat_octets,
-        mailbox.c.last_number,
-        mailbox.c.last_uidl,
-        mailbox.c.trusted_until,
-        mailbox.c.day,
-        mailbox.c.day_octets,
+@cache
+def _of_before(dialect: str) -> sa.Select[Any]:
+    return (
+        sa.select(
+            account.c.id,
+            account.c.epoch,
+            account.c.deletion_hold,
+            journal.c.sequence,
+            journal.c.digest,
+            mailbox.c.listed,
+            mailbox.c.quarantined,
+            mailbox.c.stat_count,
+            mailbox.c.stat_octets,
+            mailbox.c.last_number,
+            mailbox.c.last_uidl,
+            mailbox.c.trusted_until,
+            mailbox.c.day,
+            mailbox.c.day_octets,
+        )
+        .join(journal, journal.c.account_id == account.c.id)
+        # An older release, which may run beside this one, adds accounts without it.
+        .outerjoin(mailbox, mailbox.c.account_id == account.c.id)
+        .where(bulk.among(dialect, account.c.id, "ids"))
     )
-    .join(journal, journal.c.account_id == account.c.id)
-    # An older release, which may run beside this one, adds accounts without it.
-    .outerjoin(mailbox, mailbox.c.account_id == account.c.id)
-    .where(account.c.id.in_(sa.bindparam("ids", expanding=True)))
-)
 
 
 def journal_head(connection: Connection, account_id: str) -> JournalHead:

@@ -8,13 +8,13 @@ constant: rows go in by the batch.
 import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from archiver.db import reads, schedule
+from archiver.db import bulk, reads, schedule
 from archiver.db.tables import account, capture, event, journal, lease, mailbox, sighting
 from archiver.errors import IntegrityError
 from archiver.model import (
@@ -223,7 +223,7 @@ def publish(connection: Connection, rows: list[dict[str, Any]]) -> None:
         return
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(FEED_LOCK)))
-    connection.execute(sa.insert(event), rows)
+    bulk.execute(connection, _insert_events(connection.dialect.name), rows)
 
 
 _STATES = {
@@ -382,12 +382,17 @@ def _epoch_row(written: Segment) -> dict[str, Any]:
 
 def _insert(connection: Connection, into: sa.Table, rows: list[dict[str, Any]]) -> None:
     if rows:
-        connection.execute(_dialect_insert(connection, into).on_conflict_do_nothing(), rows)
+        bulk.execute(connection, _insert_new(connection.dialect.name, into, tuple(rows[0])), rows)
 
 
-def _dialect_insert(connection: Connection, into: sa.Table) -> Any:
-    # ON CONFLICT has one spelling and two constructs.
-    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(into)
+@cache
+def _insert_new(dialect: str, into: sa.Table, names: tuple[str, ...]) -> Any:
+    return bulk.insert(dialect, into, names).on_conflict_do_nothing()
+
+
+@cache
+def _insert_events(dialect: str) -> Any:
+    return bulk.insert(dialect, event, ("kind", "account_id", "at", "body"))
 
 
 def _upsert_sightings(
@@ -398,43 +403,46 @@ def _upsert_sightings(
 ) -> None:
     if not values:
         return
-    rows = []
+    rows: dict[SightingKey, dict[str, Any]] = {}
     for value in values:
         key: SightingKey = value["key"]
         retry_at = None
         if value["state"] == "quarantined":
             retry_at = value["at"] + timedelta(seconds=quarantine_retry_seconds(value["attempts"]))
-        rows.append(
-            {
-                "account_id": account_id,
-                "epoch": epoch,
-                "uidl": key.uidl,
-                "size": key.size,
-                "content": key.content,
-                "state": value["state"],
-                "sha256": value["sha256"],
-                "first_seen_at": value["at"],
-                "attempts": value["attempts"],
-                "retry_at": retry_at,
-                "reason": value["reason"],
-            }
-        )
-    statement = _dialect_insert(connection, sighting)
+        # Equal messages without an id of their own are one sighting, seen first by the first of them.
+        first_seen_at = rows[key]["first_seen_at"] if key in rows else value["at"]
+        rows[key] = {
+            "account_id": account_id,
+            "epoch": epoch,
+            "uidl": key.uidl,
+            "size": key.size,
+            "content": key.content,
+            "state": value["state"],
+            "sha256": value["sha256"],
+            "first_seen_at": first_seen_at,
+            "attempts": value["attempts"],
+            "retry_at": retry_at,
+            "reason": value["reason"],
+        }
+    names = tuple(next(iter(rows.values())))
+    bulk.execute(connection, _upsert(connection.dialect.name, names), list(rows.values()))
+
+
+@cache
+def _upsert(dialect: str, names: tuple[str, ...]) -> Any:
+    statement = bulk.insert(dialect, sighting, names)
     new = statement.excluded
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["account_id", "epoch", "uidl", "size", "content"],
-            set_={
-                "state": new.state,
-                "sha256": new.sha256,
-                "attempts": new.attempts,
-                "retry_at": new.retry_at,
-                "reason": new.reason,
-                "delete_requested_at": None,
-                "absent_at": None,
-            },
-        ),
-        rows,
+    return statement.on_conflict_do_update(
+        index_elements=["account_id", "epoch", "uidl", "size", "content"],
+        set_={
+            "state": new.state,
+            "sha256": new.sha256,
+            "attempts": new.attempts,
+            "retry_at": new.retry_at,
+            "reason": new.reason,
+            "delete_requested_at": sa.null(),
+            "absent_at": sa.null(),
+        },
     )
 
 
