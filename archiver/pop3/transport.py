@@ -242,6 +242,7 @@ class Transport:
         self._monotonic = monotonic
         self._outgoing = bytearray()
         self._tls: TlsFacts | None = None
+        self._is_drained = False
         self._socket.setblocking(False)
 
     @classmethod
@@ -334,7 +335,8 @@ class Transport:
             raise TimedOut(_TIME_IS_OVER, at_deadline=True)
         limit = min(started + idle_seconds, deadline)
         while True:
-            octets = self.receive_now()
+            # After a look that found nothing, the next one is for when something came.
+            octets = None if self._is_drained else self.receive_now()
             if octets is not None:
                 return octets
             events = select.POLLIN | (select.POLLOUT if self._flush() else 0)
@@ -345,6 +347,7 @@ class Transport:
                 f"nothing came for {idle_seconds:g} s" if idle else _TIME_IS_OVER,
                 at_deadline=not idle,
             )
+            self._is_drained = False
 
     def receive_now(self) -> bytes | None:
         """What has arrived, b"" at the end of the stream, None when there is nothing yet.
@@ -370,7 +373,10 @@ class Transport:
     def _receive_some(self) -> bytes | None:
         try:
             return self._socket.recv(RECEIVE_OCTETS)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._is_drained = True
+            return None
+        except ssl.SSLWantWriteError:
             return None
         except OSError as error:
             # In TLS 1.3 a client learns only now what the server thinks of its certificate.
@@ -510,12 +516,22 @@ def _certificate(der: bytes) -> "Certificate | None":
 def _tls_facts(wrapped: ssl.SSLSocket) -> TlsFacts:
     der = wrapped.getpeercert(binary_form=True) or b""
     cipher = wrapped.cipher()
+    digest = hashlib.sha256(der).hexdigest()
+    if digest not in _ends:
+        if len(_ends) >= _ENDS_KEPT:
+            _ends.clear()
+        _ends[digest] = _not_after(wrapped, der)
     return TlsFacts(
         version=wrapped.version() or "",
         cipher=cipher[0] if cipher else "",
-        certificate_sha256=hashlib.sha256(der).hexdigest(),
-        certificate_not_after=_not_after(wrapped, der),
+        certificate_sha256=digest,
+        certificate_not_after=_ends[digest],
     )
+
+
+_ENDS_KEPT: Final = 1000
+_ends: dict[str, datetime | None] = {}
+"""When certificates end, by their digest: to decode one takes a tenth of a handshake, and few are new."""
 
 
 def _not_after(wrapped: ssl.SSLSocket, der: bytes) -> datetime | None:
