@@ -296,7 +296,12 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
     rows = connection.execute(
         sa.select(poll)
         .join(mailbox, mailbox.c.account_id == poll.c.account_id)
-        .where(poll.c.account_id.in_(these), poll.c.token > mailbox.c.counted)
+        .where(
+            poll.c.account_id.in_(these),
+            # Said of both, or all mailboxes are looked at for a few.
+            mailbox.c.account_id.in_(these),
+            poll.c.token > mailbox.c.counted,
+        )
         .order_by(poll.c.account_id, poll.c.token)
         .limit(bounds.polls)
     ).all()

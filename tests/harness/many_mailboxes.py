@@ -2,8 +2,9 @@
 
 It answers POP3 in clear from the user's name alone: ``kind-number-messages-octets``
 is a mailbox of so many messages of so many octets. ``keep`` never changes;
-``grow`` has one message more at each login; ``hang`` takes the login and never
-lists; ``slow`` rests a second in the middle of each message. What it serves is
+``grow`` has one message more at each login; ``roll`` has lost its oldest at
+each and got a new one; ``hang`` takes the login and never lists; ``slow`` rests
+a second in the middle of each message. What it serves is
 counted by user, so that a bench can tell who was polled, and when. It is a
 process of its own: its work is not the client's.
 """
@@ -47,11 +48,15 @@ class _Mailbox:
     def __init__(self, user: str, logins: int) -> None:
         self.kind, _, messages, octets = user.split("-")
         self.count = int(messages) + (logins if self.kind == "grow" else 0)
+        self._gone = logins if self.kind == "roll" else 0
         self.octets = int(octets)
         self._name = user.encode()
 
+    def uidl(self, number: int) -> bytes:
+        return b"%016x" % (self._gone + number)
+
     def message(self, number: int) -> bytes:
-        head = b"From: a@mail.example\r\nSubject: %s %d\r\n\r\n" % (self._name, number)
+        head = b"From: a@mail.example\r\nSubject: %s %d\r\n\r\n" % (self._name, self._gone + number)
         missing = self.octets - len(head)
         lines, rest = divmod(max(missing, 2), len(_LINE))
         return head + _LINE * lines + b"x" * max(rest - 2, 0) + b"\r\n"
@@ -131,9 +136,11 @@ class _Session(asyncio.Protocol):
             case "STAT":
                 yield b"+OK %d %d\r\n" % (mailbox.count, mailbox.count * mailbox.octets)
             case "UIDL" if argument:
-                yield b"+OK %d %016x\r\n" % (int(argument), int(argument))
+                yield b"+OK %d %s\r\n" % (int(argument), mailbox.uidl(int(argument)))
             case "UIDL":
-                yield from _listing(mailbox.count, lambda number: b"%d %016x\r\n" % (number, number))
+                yield from _listing(
+                    mailbox.count, lambda number: b"%d %s\r\n" % (number, mailbox.uidl(number))
+                )
             case "LIST":
                 size = mailbox.size(1) if mailbox.count else 0
                 yield from _listing(mailbox.count, lambda number: b"%d %d\r\n" % (number, size))

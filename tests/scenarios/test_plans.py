@@ -1,64 +1,338 @@
-"""What the hot statements cost at a hundred thousand accounts: by index, whatever else is in the table."""
+"""What the hot statements cost at a hundred thousand accounts: by index, whatever else is in the table.
+
+The functions that polls and people call are run, and each of their statements
+is explained on its way (see ``plans``).
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db import Database, migrate, schedule
+from archiver.db import Database, accounts, endings, history, migrate, reads, record, schedule
+from archiver.db.endings import Ending
 from archiver.db.schedule import HostSessions
+from archiver.model import Claim, LastLook, MailServer, PollReport, Resolved, Segment, SightingKey, What
+from archiver.policy import NextPoll, Setbacks
+from tests.scenarios.plans import Plans, explained, nodes
 
 ACCOUNTS = 100_000
 OF_FULL_HOST = 50_000
 CAP = 20
+SESSIONS = HostSessions(CAP)
 ROWS_AT_MOST = 2_000
 """That one claim may look at: a few times what it takes, and nothing like what is there."""
+
+OF_LARGE, OF_NEIGHBOUR = 3_000, 60
+"""Messages of the first account, and of those in its part of the table; half of them are absent."""
+
+ONE, OTHER = f"{1:016x}", f"{ACCOUNTS // 2 + 7:016x}"
+DAYS = 30
+NOW = datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
 def database(postgres: Any) -> Iterator[Database]:
     """Half of the accounts are of one host, and due; it is full. The others are due within the hour."""
-    database = Database(postgres.create_database("plans"))
-    migrate.upgrade(database)
-    database.transact(_fill)
-    with database.engine.connect() as connection:
-        connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM ANALYZE lease"))
-    yield database
-    database.close()
+    with closing(Database(postgres.create_database("plans"))) as database:
+        migrate.upgrade(database)
+        database.transact(_fill)
+        # What waits for the full host is put in line, some thousand at a time.
+        while database.transact(lambda connection: schedule.tidy(connection, sessions=SESSIONS)):
+            pass
+        with database.engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM ANALYZE")
+        yield database
     postgres.drop_database("plans")
 
 
 def _fill(connection: Connection) -> None:
-    connection.execute(
-        sa.text(
+    ids = "lpad(to_hex(n), 16, '0')"
+    every = f"FROM generate_series(1, {ACCOUNTS}) AS n"
+    for statement in (
+        # What is filled in here refers to what is there: no need to look at every row's account.
+        "SET LOCAL session_replication_role = replica",
+        (
             "INSERT INTO account (id, name, url, tls, secret, delete_policy, interval_seconds, pipelining, "
             "epoch, tls_pins, tls_minimum, created_at) "
-            "SELECT lpad(to_hex(n), 16, '0'), 'a' || n, 'pop3s://u' || n || '@h', 'implicit', 'env:X', "
-            "'never', 300, true, 1, '', '1.2', now() FROM generate_series(1, :accounts) AS n"
+            f"SELECT {ids}, 'a' || n, 'pop3s://u' || n || '@h', 'implicit', 'env:X', "
+            f"'never', 300, true, 1, '', '1.2', now() {every}"
         ),
-        {"accounts": ACCOUNTS},
-    )
-    connection.execute(
-        sa.text(
+        (
             "INSERT INTO lease (account_id, due_at, token, recover, failures, refusals, host, slot, owner, "
-            "expires_at) SELECT lpad(to_hex(n), 16, '0'), CASE WHEN n <= :cap THEN now() + interval '1 hour' "
-            "WHEN n <= :full THEN now() - interval '1 day' + n * interval '1 ms' "
+            f"expires_at, late_at) SELECT {ids}, CASE WHEN n <= {CAP} THEN now() + interval '1 hour' "
+            f"WHEN n <= {OF_FULL_HOST} THEN now() - interval '1 day' + n * interval '1 ms' "
             "ELSE now() + interval '1 hour' - n * interval '36 ms' END, 0, false, 0, 0, "
-            "CASE WHEN n <= :full THEN 'full.example' ELSE 'h' || n % 500 || '.example' END, "
-            "CASE WHEN n <= :cap THEN n END, CASE WHEN n <= :cap THEN 'w' END, "
-            "CASE WHEN n <= :cap THEN now() + interval '1 hour' END FROM generate_series(1, :accounts) AS n"
+            f"CASE WHEN n <= {OF_FULL_HOST} THEN 'full.example' ELSE 'h' || mod(n, 500) || '.example' END, "
+            f"CASE WHEN n <= {CAP} THEN n END, CASE WHEN n <= {CAP} THEN 'w' END, "
+            f"CASE WHEN n <= {CAP} THEN now() + interval '1 hour' END, now() + interval '1 hour' {every}"
         ),
-        {"accounts": ACCOUNTS, "full": OF_FULL_HOST, "cap": CAP},
+        f"INSERT INTO journal (account_id, sequence, digest, written_at) SELECT {ids}, 0, '', now() {every}",
+        (
+            "INSERT INTO mailbox (account_id, captures, octets, quarantined, to_come, day_octets, counted) "
+            f"SELECT {ids}, 2, 18, 0, 0, 0, 2 {every}"
+        ),
+        (
+            "INSERT INTO poll (account_id, token, ended_at, seconds, outcome, listed, new, known, "
+            "quarantined, "
+            "to_come, delete_requested, octets, lost) "
+            f"SELECT {ids}, m, now() - interval '{DAYS} days' * (1 - (m - random()) / 3), 1, 'ok', 2, 0, "
+            f"2, 0, 0, 0, 0, "
+            f"CASE WHEN mod(n, 1000) = m THEN 1 ELSE 0 END {every} CROSS JOIN generate_series(1, 3) AS m"
+        ),
+        (
+            "INSERT INTO poll_day (account_id, day, polls, failed, looks, new, delete_requested, deleted, "
+            "gone, lost, "
+            f"octets, seconds) SELECT {ids}, current_date - m - mod(n, {DAYS - 2}), 1, 0, 1, 0, 0, 0, 0, "
+            f"CASE WHEN mod(n, 1000) = 1 THEN 1 ELSE 0 END, 0, 1 {every} CROSS JOIN generate_series(1, 2) "
+            f"AS m"
+        ),
+        (
+            "INSERT INTO gap (account_id, began_at, ended_at) SELECT "
+            f"{ids}, now() - random() * interval '{DAYS} days' - interval '1 hour', now() {every}"
+        ),
+        "UPDATE gap SET ended_at = began_at + interval '1 hour'",
+        f"INSERT INTO event (kind, account_id, at, body) SELECT 'captured', {ids}, now(), '{{}}' {every}",
+        (
+            "INSERT INTO host (name, failures, failing_since) SELECT 'down' || n, 1, now() "
+            "FROM generate_series(1, 5) AS n"
+        ),
+        _SIGHTINGS.format(f"(SELECT {ids} AS account_id {every}) AS all_accounts", 1, 2),
+    ):
+        connection.exec_driver_sql(statement)
+    part = connection.exec_driver_sql(
+        f"SELECT tableoid::regclass FROM sighting WHERE account_id = '{ONE}'"
+    ).scalar()
+    many = f"CASE WHEN account_id = '{ONE}' THEN {OF_LARGE} ELSE {OF_NEIGHBOUR} END"
+    for statement in (
+        _SIGHTINGS.format(f"(SELECT DISTINCT account_id FROM {part}) AS neighbours", 3, many),
+        (
+            "INSERT INTO capture (account_id, sha256, octets, epoch, uidl, captured_at, token, sequence) "
+            "SELECT account_id, sha256, 9, 1, uidl, now() - random() * interval '30 days', 1, 0 FROM sighting"
+        ),
+    ):
+        connection.exec_driver_sql(statement)
+
+
+_SIGHTINGS = (
+    "INSERT INTO sighting (account_id, epoch, uidl, size, content, state, sha256, first_seen_at, attempts, "
+    "absent_at) SELECT account_id, 1, m::text::bytea, 9, '', "
+    "CASE WHEN mod(m, 500) = 4 THEN 'quarantined' ELSE 'captured' END, sha256(m::text::bytea), now(), 0, "
+    "CASE WHEN mod(m, 2) = 0 THEN now() END "
+    "FROM {} CROSS JOIN generate_series({}, {}) AS m ORDER BY m"
+)
+
+
+# What must be by index.
+
+CLAIM = Claim(ONE, 0, recover=False, host="full.example")
+OTHER_CLAIM = Claim(OTHER, 0, recover=False, host="h7.example")
+SEEN = [SightingKey(str(number).encode(), 9) for number in range(1, 301)]
+SEEN_UIDLS = [key.uidl for key in SEEN]
+SERVER = MailServer("h", 995, "+OK", "PLAIN", "TLSv1.3", None, None)
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Hot:
+    """A function, and the indexes that its statements cannot do without.
+
+    ``parts`` are those of a partitioned table that one statement may look into:
+    as many as there are accounts in it. ``whole`` names tables of which all rows
+    may be looked at, with the reason.
+    """
+
+    run: Callable[[Connection], object]
+    by: str
+    parts: int = 1
+    whole: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+
+
+def _segment(connection: Connection) -> None:
+    whats = (What.CAPTURED, What.KNOWN, What.QUARANTINED, What.DELETED, What.GONE)
+    lines = tuple(
+        Resolved(what, SightingKey(b"%d" % number, 9), NOW, sha256=b"%032d" % number, octets=9)
+        for number, what in enumerate(whats * 3)
+    )
+    for sequence, epoch, previous, digest in ((1, 1, b"", b"1"), (2, 2, b"1", b"2")):
+        written = Segment(ONE, "a1", "pop3s://u1@h", epoch, sequence, previous, 0, NOW, SERVER, 2, b"", lines)
+        record.segment(connection, CLAIM, written, digest)
+
+
+def _endings(connection: Connection) -> None:
+    look = LastLook(2, 18, 2, b"2", NOW)
+
+    def ending(claim: Claim, outcome: Any, **what: Any) -> Ending:
+        report = PollReport("a", outcome, seconds=1.0, **what)
+        return Ending(
+            claim, report, NOW + timedelta(hours=9), lambda _: NextPoll(300.0, Setbacks()), ("CAPA",)
+        )
+
+    listed = {"listed": 2, "known": 2, "octets": 9, "delete_requested": 1, "reached": True, "last_look": look}
+    endings.write(
+        connection,
+        [
+            ending(CLAIM, "ok", **listed),
+            ending(OTHER_CLAIM, "try_later", glanced=True, reached=False, error="down"),
+            ending(Claim(f"{3:016x}", 9, recover=False), "lease_lost"),
+        ],
     )
 
 
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for inner in plan.get("Plans", ()):
-        yield from _nodes(inner)
+PASS = "one pass over rows of which each account has one"
+OF_ALL_ACCOUNTS = {"account": PASS, "lease": PASS, "mailbox": PASS}
+
+HOT = {
+    # A poll, from its claim to its end.
+    "schedule.renew": Hot(lambda c: schedule.renew(c, [CLAIM, OTHER_CLAIM], lease_seconds=45), "pk_lease"),
+    "schedule.put_off": Hot(lambda c: schedule.put_off(c, CLAIM, 60), "pk_lease"),
+    "schedule.ask": Hot(lambda c: schedule.ask(c, [ONE]), "pk_lease"),
+    "schedule.claim_account": Hot(
+        lambda c: schedule.claim_account(c, OTHER, owner="w", lease_seconds=45), "pk_lease uq_lease_host_slot"
+    ),
+    "schedule.tidy": Hot(
+        schedule.tidy,
+        "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing",
+        whole={"lease": "five thousand at once: of a hundred thousand, a good part"},
+    ),
+    "schedule.claim_due": Hot(
+        lambda c: schedule.claim_due(c, owner="w", lease_seconds=45, limit=50),
+        "pk_lease uq_lease_host_slot ix_lease_due_well ix_lease_due_failing ix_lease_line_well "
+        "ix_lease_line_failing",
+    ),
+    "schedule.count_due": Hot(
+        lambda c: schedule.count_due(c, limit=50), "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing"
+    ),
+    "schedule.hosts_with_lines": Hot(
+        lambda c: schedule.hosts_with_lines(c, ["h7.example"]), "ix_lease_line_well ix_lease_line_failing"
+    ),
+    "schedule.holder": Hot(lambda c: schedule.holder(c, ONE), "pk_lease"),
+    "schedule.reconsider": Hot(lambda c: schedule.reconsider(c, ONE, "pop3s://u@h", None), "pk_lease"),
+    "accounts.by_ids": Hot(lambda c: accounts.by_ids(c, [ONE, OTHER]), "pk_account"),
+    "accounts.by_name": Hot(lambda c: accounts.by_name(c, "a77"), "uq_account_name"),
+    "accounts.by_url": Hot(lambda c: accounts.by_url(c, "pop3s://u77@h"), "ix_account_url"),
+    "accounts.page": Hot(lambda c: accounts.page(c, "a5", 100), "uq_account_name"),
+    "reads.before_polls": Hot(
+        lambda c: reads.before_polls(c, [ONE, OTHER]), "pk_account pk_journal pk_mailbox"
+    ),
+    "reads.present_sightings": Hot(lambda c: list(reads.present_sightings(c, ONE, 1)), "ix_sighting_by_uidl"),
+    "reads.present_sightings of a small one": Hot(
+        lambda c: list(reads.present_sightings(c, OTHER, 1)), "ix_sighting_by_uidl"
+    ),
+    "reads.present_sightings after": Hot(
+        lambda c: list(reads.present_sightings(c, ONE, 1, after=SEEN[100])), "ix_sighting_by_uidl"
+    ),
+    "reads.absent_quarantined": Hot(lambda c: reads.absent_quarantined(c, ONE, 1), "ix_sighting_quarantined"),
+    "reads.provable": Hot(lambda c: reads.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture"),
+    "reads.held": Hot(lambda c: reads.held(c, ONE, [b"%032d" % n for n in range(300)]), "pk_capture"),
+    "record.segment": Hot(_segment, "pk_lease pk_journal pk_account pk_mailbox pk_sighting"),
+    "record.still_there": Hot(lambda c: record.still_there(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting"),
+    "record.deletions_requested": Hot(
+        lambda c: record.deletions_requested(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting"
+    ),
+    "record.died_in_transit": Hot(
+        lambda c: record.died_in_transit(c, CLAIM, 1, SEEN[0], attempts=1, at=NOW), "pk_lease"
+    ),
+    "endings.write": Hot(_endings, "pk_lease pk_account pk_mailbox pk_poll ix_sighting_by_uidl"),
+    # What people and programs ask.
+    "reads.events": Hot(lambda c: reads.events(c, after=ACCOUNTS // 2, limit=500), "pk_event"),
+    "reads.events at the end": Hot(lambda c: reads.events(c, after=ACCOUNTS, limit=500), "pk_event"),
+    "reads.captures": Hot(
+        lambda c: list(reads.captures(c, account_id=ONE, limit=50, newest=True)),
+        "ix_capture_account_id_captured_at",
+    ),
+    "reads.find_captures": Hot(
+        lambda c: reads.find_captures(
+            c, sha256_from=b"\1" * 32, sha256_to=b"\1" * 31 + b"\2", account_id=None
+        ),
+        "ix_capture_sha256",
+        # People name a capture by its digest alone.
+        parts=32,
+    ),
+    "reads.quarantined": Hot(lambda c: reads.quarantined(c, ONE), "ix_sighting_quarantined"),
+    "reads.polls": Hot(lambda c: reads.polls(c, ONE, 10), "pk_poll"),
+    "reads.account_states": Hot(
+        lambda c: reads.account_states(c, [ONE, OTHER]), "pk_account pk_lease pk_mailbox pk_poll"
+    ),
+    "reads.standing": Hot(lambda c: reads.standing(c, NOW), "", whole=OF_ALL_ACCOUNTS),
+    "reads.need_attention": Hot(
+        lambda c: reads.need_attention(c, NOW, lost=[ONE], limit=20), "pk_poll", whole=OF_ALL_ACCOUNTS
+    ),
+    "history.losses": Hot(
+        lambda c: history.losses(c, NOW.date() - timedelta(days=7)), "ix_poll_lost ix_poll_day_lost"
+    ),
+    "history.lost": Hot(lambda c: history.lost(c, ONE), "pk_poll pk_poll_day"),
+    "history.ended_gaps": Hot(lambda c: history.ended_gaps(c, NOW - timedelta(days=1)), "ix_gap_ended_at"),
+    "history.gaps": Hot(lambda c: history.gaps(c, ONE, NOW - timedelta(days=7), NOW), "pk_gap"),
+    "history.days": Hot(
+        lambda c: history.days(c, ONE, NOW.date() - timedelta(days=7), NOW.date()), "pk_poll pk_poll_day"
+    ),
+    "history.days_of_all": Hot(
+        lambda c: history.days_of_all(c, NOW.date() - timedelta(days=1), NOW.date()),
+        "ix_poll_ended_at ix_poll_day_day",
+        whole={"mailbox": PASS} | dict.fromkeys(("poll", "poll_day"), "of all accounts, a good part of them"),
+    ),
+    # Housekeeping.
+    "history._count": Hot(lambda c: history._count(c, "", history.BOUNDS), "pk_mailbox pk_poll"),
+    "history._remove": Hot(
+        lambda c: history._remove(
+            c, datetime.min.replace(tzinfo=UTC), NOW - timedelta(days=DAYS - 1), history.BOUNDS.polls
+        ),
+        "ix_poll_ended_at pk_mailbox pk_poll",
+    ),
+}
+
+
+def _of(database: Database, hot: Hot) -> Plans:
+    """Its plans; what it changed is taken back."""
+    with database.engine.connect() as connection:
+        with explained(connection) as plans:
+            hot.run(connection)
+        connection.rollback()
+    return plans
+
+
+def _wrong(hot: Hot, plans: Plans) -> dict[str, object]:
+    found = {
+        # Only hosts in trouble have a row.
+        "all rows": plans.whole - set(hot.whole) - {"host"},
+        "parts": {table: len(parts) for table, parts in plans.parts.items() if len(parts) > hot.parts},
+        "not by": set(hot.by.split()) - (plans.indexes & plans.indexes_when_prepared),
+    }
+    return {what: which for what, which in found.items() if which}
+
+
+@pytest.mark.parametrize("name", list(HOT))
+def test_a_hot_statement_goes_by_index_and_into_its_accounts_part_alone(
+    database: Database, name: str
+) -> None:
+    plans = _of(database, HOT[name])
+    assert plans.statements > 0
+    assert _wrong(HOT[name], plans) == {}
+
+
+def test_there_is_no_index_that_no_hot_statement_needs(database: Database) -> None:
+    """Each costs every writer something."""
+    with database.reading() as connection:
+        there = set(
+            connection.exec_driver_sql(
+                "SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+                "WHERE NOT c.relispartition AND c.relnamespace = 'public'::regnamespace"
+            ).scalars()
+        )
+    # Of what is small: hosts in trouble, and the schema's version.
+    there -= {"pk_host", "alembic_version_pkc"}
+    assert there == {index for hot in HOT.values() for index in hot.by.split()}
+
+
+# What a claim looks at.
 
 
 def _looked_at(connection: Connection, statement: sa.TextClause, values: dict[str, Any]) -> int:
@@ -67,7 +341,7 @@ def _looked_at(connection: Connection, statement: sa.TextClause, values: dict[st
     found = connection.execute(explain, values).scalar_one()
     plan = (json.loads(found) if isinstance(found, str) else found)[0]["Plan"]
     rows = 0
-    for node in _nodes(plan):
+    for node in nodes(plan):
         if node.get("Relation Name") != "lease" or node["Node Type"] == "ModifyTable":
             continue
         assert "Index" in node["Node Type"] or node["Node Type"] == "Bitmap Heap Scan", node
@@ -77,36 +351,33 @@ def _looked_at(connection: Connection, statement: sa.TextClause, values: dict[st
 
 
 def test_a_claim_costs_the_same_behind_a_full_host(database: Database) -> None:
-    sessions = HostSessions(CAP)
     statement_text = schedule._TIGHT + schedule._CHOSEN + schedule._CLAIM
     values: dict[str, Any] = {
         "owner": "w",
         "lease_seconds": 45.0,
         "most_of_all": CAP,
         **schedule._limits(50, 25),
-        **schedule._values(sessions),
+        **schedule._values(SESSIONS),
     }
-    # What waits for the full host is put in line, some thousand at a time.
-    while database.transact(lambda connection: schedule.tidy(connection, sessions=sessions)):
-        pass
     with database.engine.connect() as connection:
         in_line = connection.execute(sa.text("SELECT count(*) FROM lease WHERE in_line")).scalar_one()
         assert in_line == OF_FULL_HOST - CAP
-        statement = schedule._worded(connection, statement_text, sessions)
+        statement = schedule._worded(connection, statement_text, SESSIONS)
+        schedule._take_turn(connection)
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
         # The full host has room again: its longest overdue come, and nothing else of its line is looked at.
+        schedule._take_turn(connection)
         connection.execute(sa.text("UPDATE lease SET slot = NULL, owner = NULL WHERE slot <= 10"))
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
 
 
 def test_a_claim_is_by_index_before_anybody_was_put_in_line(database: Database) -> None:
-    sessions = HostSessions(CAP)
     with database.engine.connect() as connection:
         connection.execute(sa.text("UPDATE lease SET in_line = false WHERE in_line"))
         connection.execute(sa.text("ANALYZE lease"))
-        statement = schedule._worded(connection, schedule._TIGHT + schedule._LINE_UP, sessions)
-        values = {"lined_up": 100, **schedule._values(sessions)}
+        statement = schedule._worded(connection, schedule._TIGHT + schedule._LINE_UP, SESSIONS)
+        values = {"lined_up": 100, **schedule._values(SESSIONS)}
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
