@@ -7,6 +7,7 @@ From the bottom up, each module knowing only those before it:
 - ``wire``: framing, without I/O;
 - ``listing``, ``capabilities``, ``sasl``: what replies say, and how to log in;
 - ``transport``: socket, TLS, time;
+- ``values``: what a session takes and gives;
 - ``mailbox``: a session by POP3; ``pop2``: one by its forerunner;
 - ``session``: what both can do, and ``connect``, which is all that most callers need.
 
@@ -18,11 +19,12 @@ unless ``Mailbox.quit`` was called.
 
 from archiver.pop3.failures import FailureKind, Pop3Error
 from archiver.pop3.listing import Entries, Entry, Listing, Stat
-from archiver.pop3.mailbox import AVOIDABLE, Glance, Limits, Mailbox, Refused, Retrieved, ServerFacts, Sink
+from archiver.pop3.mailbox import Mailbox
 from archiver.pop3.pop2 import Pop2Mailbox
 from archiver.pop3.session import Session, connect
 from archiver.pop3.transport import SAFE_TLS_VERSIONS, TLS_VERSIONS, TlsSettings, parse_pin
 from archiver.pop3.url import Endpoint, Tls, UrlError, Version, parse_url
+from archiver.pop3.values import AVOIDABLE, Glance, Limits, Refused, Retrieved, ServerFacts, Sink
 
 __all__ = [
     "AVOIDABLE",

@@ -29,9 +29,9 @@ from typing import Final, Self
 
 from archiver.pop3.failures import FailureKind, Pop3Error, Stage, classify, printable
 from archiver.pop3.listing import LARGEST_NUMBER, LARGEST_SIZE, Entry, Listing, SizeColumn, decimal, join
-from archiver.pop3.mailbox import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
 from archiver.pop3.transport import DEFAULT_TLS, TimedOut, TlsSettings, Transport
 from archiver.pop3.url import Endpoint, Tls
+from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
 from archiver.pop3.wire import STATUS_LINE_OCTETS, Command, command
 
 _TLS_RECORD_TYPES: Final = (b"\x15", b"\x16")

@@ -11,19 +11,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from archiver.pop3.listing import Entry, Listing
-from archiver.pop3.mailbox import (
-    DEFAULT_LIMITS,
-    Glance,
-    Limits,
-    Mailbox,
-    Refused,
-    Retrieved,
-    ServerFacts,
-    SinkT,
-)
+from archiver.pop3.mailbox import Mailbox
 from archiver.pop3.pop2 import Pop2Mailbox
 from archiver.pop3.transport import DEFAULT_TLS, TlsSettings
 from archiver.pop3.url import Endpoint, Version
+from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
 
 
 class Session(Protocol):
