@@ -650,9 +650,9 @@ class _Poll:
             self._record(batch, plan)
             raise
         except pop3.Pop3Error as error:
+            self._record(batch, plan)
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
                 self._put_off_deletion(expected[mailbox.in_transit.number][0])
-            self._record(batch, plan)
             raise
         self._record(batch, plan)
         return same

@@ -68,7 +68,8 @@ def execute(
     """Run such a statement for ``rows``, which are not empty. ``parameters`` are of all, on PostgreSQL."""
     if connection.dialect.name == "sqlite":
         return connection.execute(statement, rows)
-    return connection.execute(statement, {_ROWS: json.dumps(rows, default=_as_text), **parameters})
+    document = json.dumps(rows, default=_as_text, allow_nan=False)
+    return connection.execute(statement, {_ROWS: document, **parameters})
 
 
 def _as_text(value: object) -> str:

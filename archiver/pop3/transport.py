@@ -371,6 +371,7 @@ class Transport:
         return b"".join(taken)
 
     def _receive_some(self) -> bytes | None:
+        self._is_drained = False
         try:
             return self._socket.recv(RECEIVE_OCTETS)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -517,15 +518,15 @@ def _tls_facts(wrapped: ssl.SSLSocket) -> TlsFacts:
     der = wrapped.getpeercert(binary_form=True) or b""
     cipher = wrapped.cipher()
     digest = hashlib.sha256(der).hexdigest()
-    if digest not in _ends:
-        if len(_ends) >= _ENDS_KEPT:
-            _ends.clear()
-        _ends[digest] = _not_after(wrapped, der)
+    ends = _ends.get(digest) or _not_after(wrapped, der)
+    if len(_ends) >= _ENDS_KEPT:
+        _ends.clear()
+    _ends[digest] = ends
     return TlsFacts(
         version=wrapped.version() or "",
         cipher=cipher[0] if cipher else "",
         certificate_sha256=digest,
-        certificate_not_after=_ends[digest],
+        certificate_not_after=ends,
     )
 
 
