@@ -96,7 +96,8 @@ class _Session:
         self._channel = channel
         self._number = number
         self._letters: list[Letter] = []
-        self._marked: list[Letter] = []
+        self._uidls: list[bytes | None] = []
+        self._marked: list[int] = []
         self._times: Counter[str] = Counter()
         self._faults = {(fault.verb, fault.nth): fault.how for fault in mailbox.faults}
 
@@ -149,7 +150,7 @@ class _Session:
                     sum(letter.listed_size for letter in self._letters),
                 )
             case "UIDL" if self._mailbox.gives_uidl:
-                return self._list([letter.uidl for letter in self._letters], argument)
+                return self._list(self._uidls, argument)
             case "LIST":
                 return self._list([b"%d" % letter.listed_size for letter in self._letters], argument)
             case "RETR":
@@ -158,16 +159,25 @@ class _Session:
                     return b"-ERR it is gone\r\n"
                 return b"+OK\r\n" + stuffed(letter.content)
             case "DELE":
-                self._marked.append(self._letters[int(argument) - 1])
+                self._marked.append(int(argument) - 1)
                 return b"+OK\r\n"
             case "QUIT":
-                self._mailbox.take(self._marked, self._number)
+                self._take_marked()
                 return b"+OK\r\n"
             case _:
                 return b"-ERR unknown command\r\n"
 
+    def _take_marked(self) -> None:
+        for place in self._marked:
+            letter = self._letters[place]
+            if letter.removed_by is None:
+                # It goes by the id that this session showed, whatever it is called by now.
+                letter.uidl = self._uidls[place]
+        self._mailbox.take([self._letters[place] for place in self._marked], self._number)
+
     def _log_in(self) -> bytes:
         self._letters = [] if self._mailbox.hides_all else self._mailbox.letters
+        self._uidls = [letter.uidl for letter in self._letters]
         self._mailbox.shown = None
         return b"+OK\r\n"
 
