@@ -88,6 +88,26 @@ def recount(json: Json = False) -> None:
         say(f"{len(every)} accounts were counted, {len(mended)} had been miscounted")
 
 
+@app.command("catch-up")
+def catch_up(json: Json = False) -> None:
+    """Have each account's next poll take in journal segments that the database does not know.
+
+    For a database that was restored from a backup: the store may know more.
+    Run it before anything polls; at any other time it costs each account a
+    request to the store.
+    """
+    from archiver.bootstrap import Archiver
+    from archiver.db import schedule
+    from archiver.settings import load
+
+    with Archiver(load()) as archiver:
+        marked = archiver.database.transact(schedule.doubt_journals)
+    if json:
+        emit({"accounts": marked})
+    else:
+        say(f"{marked} accounts will look at their journals before their next poll")
+
+
 @app.command()
 def current(json: Json = False) -> None:
     """Show the schema that the database has. Exit code 1 when it is not this release's."""

@@ -416,6 +416,12 @@ def is_unsettled(connection: Connection, account_id: str) -> bool:
     return bool(found)
 
 
+def doubt_journals(connection: Connection) -> int:
+    """Have each account's next poll look for segments that the database lacks; returns how many do."""
+    doubted = sa.update(lease).where(lease.c.recover.is_(False)).values(recover=True)
+    return connection.execute(doubted).rowcount
+
+
 def fence(connection: Connection, claim: Claim) -> datetime | None:
     """Lock the lease's row for the rest of this transaction, and see that the claim still stands.
 

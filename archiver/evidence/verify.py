@@ -194,7 +194,7 @@ def _read_journal(
             detail = "the database knows it with another digest"
             verdict.add(Finding("chain_break", account.name, listed.key, detail))
         if sequence > head.sequence and not _is_younger(listed, since):
-            detail = "the database does not know it"
+            detail = "the database does not know it; if it was restored from a backup: archiver db catch-up"
             verdict.add(Finding("unrecorded", account.name, listed.key, detail))
         written.take_in(segment, known_to_database=sequence <= head.sequence)
         verdict.segments += 1

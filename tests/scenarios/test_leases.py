@@ -277,14 +277,8 @@ def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive
     assert archive.verify(account).clean
 
 
-def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archive) -> None:
-    play = mailbox()
-    account = archive.add(archive.serve(play))
-    for _ in range(3):
-        archive.sync(account)
-    play.messages.append((b"a", message("a")))
-    archive.sync(account)
-    # The database is put back to what it was before the first poll.
+def put_back(archive: Archive, account: Account) -> None:
+    """Make the database what it was before the account's first poll."""
     for table, values in (
         (lease_table, {"token": 0}),
         (journal_table, {"sequence": 0, "digest": NO_DIGEST}),
@@ -294,6 +288,15 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     for table in (capture_table, sighting_table, poll_table):
         archive.execute(sa.delete(table).where(table.c.account_id == account.id))
 
+
+def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archive) -> None:
+    play = mailbox()
+    account = archive.add(archive.serve(play))
+    for _ in range(3):
+        archive.sync(account)
+    play.messages.append((b"a", message("a")))
+    archive.sync(account)
+    put_back(archive, account)
     play.messages.append((b"b", message("b")))
     # The number of the segment is taken, by a later token: another worker's, for all that this poll knows.
     assert tell_poll(account, archive.claim(account), archive.tools()).outcome == "lease_lost"
@@ -302,6 +305,25 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     assert (report.outcome, report.new, report.known) == ("ok", 1, 1)
     assert len(archive.captures(account)) == 2
     assert len(archive.segments(account)) == 2
+    assert archive.verify(account).clean
+
+
+def test_a_database_that_was_restored_catches_up_without_new_mail(archive: Archive) -> None:
+    play = mailbox()
+    play.messages.append((b"a", message("a")))
+    account = archive.add(archive.serve(play))
+    archive.sync(account)
+    put_back(archive, account)
+    play.messages.clear()
+    archive.sync(account)
+    [finding] = archive.verify(account).findings
+    assert finding.key == segment_key(account.id, 1)
+    assert "archiver db catch-up" in finding.detail
+
+    assert archive.database.transact(schedule.doubt_journals) >= 1
+    assert archive.database.transact(schedule.doubt_journals) == 0
+    archive.sync(account)
+    assert len(archive.captures(account)) == 1
     assert archive.verify(account).clean
 
 

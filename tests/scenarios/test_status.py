@@ -286,6 +286,7 @@ def test_an_account_shows_its_days(commands: Commands) -> None:
     assert "nobody looked from" in commands.run("account", "show", "work")
     assert commands.json("db", "prune")["counted"] == 1
     assert commands.json("db", "recount") == {"accounts": 1, "mended": []}
+    assert commands.json("db", "catch-up") == {"accounts": 1}
     assert commands.json("account", "show", "work", "--days", "3")["days"] == shown["days"]
 
 
