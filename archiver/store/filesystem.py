@@ -41,8 +41,8 @@ _CHUNK_BYTES = 256 * 1024
 # A write that is alive touches its file all the time; a day without is the death of its process.
 _STALE_SECONDS = 24 * 3600
 
-# How many directories to remember as durable: some megabytes at most.
-_REMEMBERED_DIRECTORIES = 32_768
+# How many directories to remember as durable: two megabytes at most.
+_REMEMBERED_DIRECTORIES = 8_192
 
 _OBJECT_MODE = 0o444  # written once: the mode says so, too
 _ROOT_MODE = 0o700  # mail is nobody else's business; who wants it otherwise makes the directory first
