@@ -32,7 +32,7 @@ class Bounds(NamedTuple):
     """What one transaction adds up or removes: a fraction of a second, in which nobody waits for long."""
 
     accounts: int = 500
-    polls: int = 10_000
+    polls: int = 2_000
 
 
 BOUNDS = Bounds()

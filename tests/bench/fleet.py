@@ -66,6 +66,7 @@ class Fleet:
             "ARCHIVER_STORE_URL": f"file:{place / 'store'}",
             "ARCHIVER_LOG_LEVEL": "warning",
             "BENCH_PASSWORD": PASSWORD,
+            "MALLOC_ARENA_MAX": "2",  # as in the image
             **{f"ARCHIVER_{name.upper()}": str(value) for name, value in settings.items()},
         }
         with cli(place / "cli", environment) as commands:
