@@ -10,16 +10,26 @@ must end in the same state when it does. Errors of drivers come out as
 and polls ask, ``accounts`` the accounts, ``migrate`` the schema's versions.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from archiver.errors import ArchiverError, OperatorNeeded, TryLater, UsageError
@@ -31,6 +41,8 @@ T = TypeVar("T")
 SQLITE_BUSY_SECONDS = 30.0
 TRANSACTION_ATTEMPTS = 4
 RETRY_WAIT_CAP_SECONDS = 5.0
+IDLE_SECONDS = 1.0
+"""A connection to PostgreSQL that rested for so long is asked whether it lives, which is a round trip."""
 PREPARED_AFTER = 5
 """Times that a connection runs a statement on PostgreSQL before it keeps the plan: psycopg's own choice."""
 
@@ -210,7 +222,6 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=30.0,
-            pool_pre_ping=True,
             # What is written tells of somebody's mail; errors end up in logs.
             hide_parameters=True,
             connect_args=_POSTGRESQL,
@@ -221,7 +232,28 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
         ) from error
     sa.event.listen(engine, "connect", _prepare_if_direct)
     sa.event.listen(engine, "checkin", _let_server_decide)
+    sa.event.listen(engine, "checkin", _note_use)
+    sa.event.listen(engine, "checkout", partial(_see_that_it_lives, engine))
     return engine
+
+
+def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_USED_AT] = time.monotonic()
+
+
+def _see_that_it_lives(
+    engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+) -> None:
+    """Ask a connection that rested whether it lives. One that dies in use is met by ``transact``."""
+    if time.monotonic() - record.info.get(_USED_AT, math.inf) < IDLE_SECONDS:
+        return
+    try:
+        engine.dialect.do_ping(connection)
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise DisconnectionError from error  # the pool takes another
+
+
+_USED_AT = "archiver_used_at"
 
 
 def _prepare_if_direct(connection: Any, _record: object) -> None:
