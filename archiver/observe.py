@@ -50,27 +50,25 @@ def get_logger() -> Any:
 def log_json(level: str) -> None:
     """Have everything logged in this process, libraries too, as a JSON object a line on standard error."""
     shared: list[Any] = [
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
+    rendered: list[Any] = [
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(default=str),
+    ]
+    # Our own lines do without logging's records: one a poll, they would cost a twentieth of an idle one.
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        processors=[*shared, *rendered],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                structlog.processors.JSONRenderer(default=str),
-            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
         )
     )
     root = logging.getLogger()
@@ -79,7 +77,6 @@ def log_json(level: str) -> None:
     root.setLevel(logging.WARNING)
     # A tick that is late on a busy machine is made up for by the next one.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
-    logging.getLogger("archiver").setLevel(level.upper())
 
 
 def log_quietly() -> None:
