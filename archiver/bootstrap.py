@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -211,17 +211,37 @@ def _user(account: Account) -> str:
 def tls_settings(account: Account) -> pop3.TlsSettings:
     """How this account's server is verified. Raises UsageError for choices that do not go together."""
 
-    def path(name: str | None) -> Path | None:
-        return None if name is None else Path(name)
-
     try:
-        return pop3.TlsSettings(
-            ca_file=path(account.ca_file),
-            pins=frozenset(account.tls_pins),
-            minimum_version=account.tls_minimum,
-            client_certificate=path(account.client_certificate),
-            client_key=path(account.client_key),
-            server_name=account.tls_server_name,
+        return _tls_settings(
+            account.ca_file,
+            frozenset(account.tls_pins),
+            account.tls_minimum,
+            account.client_certificate,
+            account.client_key,
+            account.tls_server_name,
         )
     except ValueError as error:
         raise UsageError(f"account {account.name}: {error}") from None
+
+
+# Of many accounts few differ in this, and each poll asks.
+@lru_cache(maxsize=1024)
+def _tls_settings(
+    ca_file: str | None,
+    pins: frozenset[str],
+    minimum_version: str,
+    client_certificate: str | None,
+    client_key: str | None,
+    server_name: str | None,
+) -> pop3.TlsSettings:
+    def path(name: str | None) -> Path | None:
+        return None if name is None else Path(name)
+
+    return pop3.TlsSettings(
+        ca_file=path(ca_file),
+        pins=pins,
+        minimum_version=minimum_version,
+        client_certificate=path(client_certificate),
+        client_key=path(client_key),
+        server_name=server_name,
+    )
