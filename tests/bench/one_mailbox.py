@@ -1,6 +1,7 @@
 """Rows of one mailbox: a whole first archive, near (a) and far (b); to a directory (f); a long listing (h);
 the POP3 client alone, and its windows (w); the line itself (l)."""
 
+import itertools
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -168,8 +169,12 @@ def long_listing(stage: Stage) -> Measured:
     if known.told["count"] != listed:
         raise BenchError(f"the server shows {listed} messages, and {known.told['count']} became known")
 
+    numbers = itertools.count(1)
+
     def deliver() -> None:
-        stage.mail.deliver(user, [b"From: b@contoso.example\r\nSubject: new\r\n\r\nnew\r\n"])
+        # Each another one: what is archived already is not new.
+        text = b"From: b@contoso.example\r\nSubject: new\r\n\r\n%d\r\n" % next(numbers)
+        stage.mail.deliver(user, [text])
         measured(CLIENTS, "count-only", user=user, **stage.access())
 
     def ours(new: int, _: str) -> Sample:
