@@ -201,6 +201,8 @@ class Mailbox:
     def login(self, password: str) -> None:
         """Log in, by the best way that the server and the endpoint have in common; then ask for CAPA again.
 
+        With PIPELINING that CAPA goes out along with the next ``glance`` or
+        ``list``, and ``facts`` has what came before until then.
         ``password`` is the access token where the endpoint fixes XOAUTH2 or
         OAUTHBEARER, and goes nowhere where it fixes EXTERNAL. Another way is
         tried only when the first one was refused without a look at the password:
@@ -239,8 +241,9 @@ class Mailbox:
                 ways.clear()
             if not ways:
                 raise self._refused(refusal.label, refusal.reply, Stage.LOGIN, hint=refusal.hint)
-        if "CAPA" not in self._avoid:
-            self._ask_capabilities(deadline)
+        self._capa_is_due = "CAPA" not in self._avoid
+        if not self._pipelining:
+            self._begin()
 
     def glance(self, number: int | None = None) -> Glance:
         """What STAT says of the mailbox and, with a number, ``UIDL number`` of that message.
@@ -254,10 +257,9 @@ class Mailbox:
         asked = [command("STAT")]
         if number is not None and not self._avoid & {"UIDL", "UIDL-N"}:
             asked.append(command("UIDL", number))
-        if self._pipelining:
-            self._send(*asked)
-        stat = self._stat(asked[0])
-        uidl = self._uidl_of(number, asked[1]) if number is not None and len(asked) > 1 else None
+        sent = self._begin(*asked)
+        stat = self._stat(asked[0], sent=sent)
+        uidl = self._uidl_of(number, asked[1], sent=sent) if number is not None and len(asked) > 1 else None
         return Glance(None, None, uidl) if stat is None else Glance(stat.count, stat.octets, uidl)
 
     def list(self, *, stat: bool = False) -> Listing:
@@ -276,11 +278,10 @@ class Mailbox:
         asked |= {verb: command(verb, shape=Shape.BLOCK) for verb in ("UIDL", "LIST")}
         for verb in self._avoid & {"STAT", "UIDL"}:
             asked.pop(verb, None)
-        if self._pipelining:
-            self._send(*asked.values())
-        said = self._stat(asked["STAT"]) if "STAT" in asked else None
-        uidl = self._column(asked["UIDL"], UidlColumn()) if "UIDL" in asked else None
-        sizes = self._column(asked["LIST"], SizeColumn())
+        sent = self._begin(*asked.values())
+        said = self._stat(asked["STAT"], sent=sent) if "STAT" in asked else None
+        uidl = self._column(asked["UIDL"], UidlColumn(), sent=sent) if "UIDL" in asked else None
+        sizes = self._column(asked["LIST"], SizeColumn(), sent=sent)
         if uidl is None and sizes is None:
             raise self._error(FailureKind.PROTOCOL, "UIDL and LIST", "the server knows neither")
         return join(uidl, sizes, said)
@@ -426,6 +427,7 @@ class Mailbox:
         self._receiver = self._new_receiver()
         self._outstanding: deque[Command] = deque()
         self._capabilities: Capabilities | None = None
+        self._capa_is_due = False
         self._greeting = ""
         self._stamp: bytes | None = None
         self._utf8 = False
@@ -441,8 +443,8 @@ class Mailbox:
             raise self._refused(_GREETING.label, greeting, Stage.GREETING)
         if self._endpoint.tls is Tls.STARTTLS:
             self._upgrade(tls_settings)
-        if "CAPA" not in self._avoid:
-            self._ask_capabilities(self._until("capability_seconds"))
+        self._capa_is_due = "CAPA" not in self._avoid
+        self._begin()
         if self._capabilities is not None and "UTF8" in self._capabilities and "UTF8" not in self._avoid:
             self._switch_to_utf8()
 
@@ -482,13 +484,11 @@ class Mailbox:
         with self._named("TLS", limit=deadline.limit):
             self._transport.start_tls(tls_settings, deadline=deadline.seconds)
 
-    def _ask_capabilities(self, deadline: _Time) -> None:
-        asked = command("CAPA", shape=Shape.BLOCK)
-        self._send(asked)
-        known = None
+    def _told_capabilities(self, asked: Command, deadline: _Time) -> Capabilities | None:
+        """The answer to a CAPA that was sent; None from a server that does not know it."""
         if self._reply(self._span("capability_seconds"), deadline).ok:
-            known = parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, deadline))
-        self._capabilities = known
+            return parse_capabilities(self._block(asked, _CAPABILITY_OCTETS, deadline))
+        return None
 
     # Logging in.
 
@@ -635,23 +635,34 @@ class Mailbox:
 
     # Listing and retrieving.
 
-    def _stat(self, asked: Command) -> Stat | None:
+    def _begin(self, *asked: Command) -> bool:
+        """Ask for CAPA where it is due; with pipelining, send these along. Returns whether they were sent."""
+        pipelined = self._pipelining
+        due = [command("CAPA", shape=Shape.BLOCK)] if self._capa_is_due else []
+        self._capa_is_due = False
+        if at_once := (*due, *asked) if pipelined else due:
+            self._send(*at_once)
+        for capa in due:
+            self._capabilities = self._told_capabilities(capa, self._until("capability_seconds"))
+        return pipelined
+
+    def _stat(self, asked: Command, *, sent: bool) -> Stat | None:
         """The answer to STAT, if it makes sense."""
-        reply = self._line(asked)
+        reply = self._line(asked, sent=sent)
         match [decimal(field) for field in reply.text.split()[:2]]:
             case [int(count), int(octets)] if reply.ok and count <= LARGEST_NUMBER:
                 return Stat(count, octets)
             case _:
                 return None
 
-    def _uidl_of(self, number: int, asked: Command) -> bytes | None:
+    def _uidl_of(self, number: int, asked: Command, *, sent: bool) -> bytes | None:
         """The answer to ``UIDL number``: one line, ``+OK number uid``.
 
         A server that forgets the number (Twisted) may as well send a listing
         behind its +OK (Mailpit), which would answer the next command: it is not
         asked again.
         """
-        reply = self._line(asked)
+        reply = self._line(asked, sent=sent)
         if not reply.ok:
             return None
         column = UidlColumn()
@@ -662,15 +673,15 @@ class Mailbox:
         self._found |= {"UIDL-N"}
         return None
 
-    def _line(self, asked: Command) -> Reply:
-        """The reply to a command which, with pipelining, was sent already."""
-        if not self._pipelining:
+    def _line(self, asked: Command, *, sent: bool) -> Reply:
+        """The reply to a command which may have been sent already."""
+        if not sent:
             self._send(asked)
         return self._reply(self._span("listing_seconds"), self._deadline)
 
-    def _column(self, asked: Command, column: ColumnT) -> ColumnT | None:
+    def _column(self, asked: Command, column: ColumnT, *, sent: bool) -> ColumnT | None:
         """The response to UIDL or LIST, read into ``column``; None when the server does not know it."""
-        reply = self._line(asked)
+        reply = self._line(asked, sent=sent)
         if reply.ok:
             limits = self._limits
             for chunk in self._bounded(asked, limits.listing_octets, limits.listing_lines, self._deadline):
@@ -764,9 +775,9 @@ class Mailbox:
     def _refill(
         self, awaited: deque[Entry], supply: Iterator[Entry], render: Callable[[Entry], Command]
     ) -> None:
-        """Keep the window full: once half of it is answered, send what the supply gives."""
+        """Keep the window full: once a quarter of it is answered, send what the supply gives."""
         window = self._limits.window if self._pipelining else 1
-        if len(awaited) > window // 2:
+        if len(awaited) > window * 3 // 4:
             return
         batch = list(islice(supply, window - len(awaited)))
         if batch:

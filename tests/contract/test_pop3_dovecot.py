@@ -87,6 +87,7 @@ def test_a_whole_corpus_comes_as_it_was_delivered(mailbox: Callable[..., Box], c
 
 def test_the_facts(mailbox: Callable[..., Box], tls: Tls) -> None:
     with session(mailbox(), tls) as client:
+        client.glance()
         facts = client.facts
     assert facts.greeting.startswith("Dovecot")
     assert {"UIDL", "PIPELINING"} <= set(facts.capabilities)

@@ -184,8 +184,10 @@ def test_an_answer_in_the_wrong_order_is_no_listing() -> None:
 def test_what_comes_unasked_answers_no_command() -> None:
     login = Send(b"+OK\r\n+OK\r\n1 forged\r\n.\r\n")
     with ScriptedPop3(MailboxPlay([], faults={"AUTH": login})) as server:
-        with Mailbox.connect(server.endpoint) as mailbox, pytest.raises(Pop3Error) as caught:
+        with Mailbox.connect(server.endpoint) as mailbox:
             mailbox.login("secret")
+            with pytest.raises(Pop3Error) as caught:
+                mailbox.list()
         assert caught.value.kind is FailureKind.PROTOCOL
         assert server.commands["UIDL"] == 0
 

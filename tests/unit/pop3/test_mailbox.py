@@ -15,6 +15,7 @@ from archiver.pop3 import (
     Endpoint,
     Entry,
     FailureKind,
+    Glance,
     Limits,
     Mailbox,
     Pop3Error,
@@ -72,8 +73,6 @@ PIPELINED: list[Step] = [
     Send(b"+OK\r\n"),
     Expect(b"PASS secret\r\n"),
     Send(b"+OK\r\n"),
-    Expect(b"CAPA\r\n"),
-    Send(b"+OK\r\nPIPELINING\r\nUIDL\r\n.\r\n"),
 ]
 
 
@@ -299,6 +298,24 @@ def test_a_server_may_send_megabytes_before_it_reads_the_next_command() -> None:
         first, *others = mailbox.retrieve(entries, lambda _: io.BytesIO())
         assert first.sink.getvalue() == big
         assert [type(other) for other in others] == [Refused, Refused]
+
+
+def test_capa_is_asked_anew_along_with_the_first_look() -> None:
+    """One round trip for all. What is announced from then on may be another thing, even nothing."""
+    for capa in (b"+OK\r\nPIPELINING\r\nEXPIRE 0\r\n.\r\n", b"+OK\r\nEXPIRE 0\r\n.\r\n", b"-ERR\r\n"):
+        glance = [Expect(b"CAPA\r\nSTAT\r\nUIDL 2\r\n"), Send(capa + b"+OK 2 20\r\n+OK 2 b\r\n")]
+        listing = [
+            Expect(b"CAPA\r\nUIDL\r\nLIST\r\n"),
+            Send(capa + b"+OK\r\n1 a\r\n.\r\n+OK\r\n1 9\r\n.\r\n"),
+        ]
+        with ScriptedPop3([[*PIPELINED, *glance], [*PIPELINED, *listing]]) as server:
+            with logged_in(server) as mailbox:
+                assert mailbox.facts.expire_days is None
+                assert mailbox.glance(2) == Glance(2, 20, b"b")
+                assert mailbox.facts.expire_days == (0 if b"EXPIRE" in capa else None)
+                assert mailbox.facts.pipelining is (b"PIPELINING" in capa)
+            with logged_in(server) as mailbox:
+                assert mailbox.list().entries == [Entry(1, b"a", 9)]
 
 
 def test_the_server_sends_on_while_the_caller_works() -> None:
