@@ -30,6 +30,7 @@ from archiver.tools import Tools, Watch
 
 TICK_SECONDS = 1.0
 LINE_UP_SECONDS = 2.0
+GIVE_BACK_SECONDS = 60.0
 TIDY_SECONDS = 3600.0
 STILL_SECONDS = 60.0
 """A clock that stands still for so long will not go on by itself."""
@@ -125,6 +126,7 @@ class Worker:
         if claim:
             self._clock.add_job(self._tick, seconds=TICK_SECONDS, **every)
             self._clock.add_job(self._line_up, seconds=LINE_UP_SECONDS, **every)
+            self._clock.add_job(process.give_back_memory, seconds=GIVE_BACK_SECONDS, **every)
             self._clock.add_job(
                 self._tidy,
                 seconds=TIDY_SECONDS,

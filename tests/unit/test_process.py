@@ -1,6 +1,7 @@
 """Whether the owner of a lease is dead: said only where it can be known."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -65,3 +66,28 @@ def test_a_process_whose_start_was_not_known_is_not_taken_for_dead() -> None:
     host, namespace, pid, _ = name_owner().split("/")
     assert not is_dead(f"{host}/{namespace}/{pid}/-")
     assert not is_dead(f"{host}/{namespace}/not a number/1")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_memory_that_is_free_between_pieces_is_given_back() -> None:
+    """Run apart: how much is free depends on all that a process did."""
+    script = """if True:
+        import ctypes, os
+        from archiver.process import give_back_memory
+        malloc, free = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free"))
+        malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        pieces = [malloc(64_000) for _ in range(1_000)]
+        for piece in pieces:
+            ctypes.memset(ctypes.c_void_p(piece), 1, 64_000)
+        for number, piece in enumerate(pieces):
+            if number % 20:
+                free(piece)
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        before = resident()
+        print(give_back_memory(), before - resident())
+    """
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    gave, octets = said.split()
+    assert gave == "True"
+    assert int(octets) > 40_000_000
