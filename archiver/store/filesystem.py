@@ -181,13 +181,13 @@ class FilesystemStore:
         Also a path that was there already: another process may have made it
         just now and died before it was durable.
         """
+        if directory == self._root:
+            return
         if str(directory) in self._durable_directories and directory.is_dir():
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        for ancestor in directory.parents:
-            durable_directory(ancestor)
-            if ancestor == self._root:
-                break
+        self._make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        durable_directory(directory.parent)
         if len(self._durable_directories) >= _REMEMBERED_DIRECTORIES:
             self._durable_directories.clear()
         self._durable_directories.add(str(directory))

@@ -510,6 +510,29 @@ def test_files_are_read_only_and_nothing_else_remains(in_directory: Directory) -
     assert in_directory.root.stat().st_mode & 0o777 == 0o700
 
 
+def test_each_name_on_the_way_is_durable(in_directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory of a name, too, once: of a second object only what is new."""
+    root, synced = in_directory.root, list[Path]()
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noting)
+    store = in_directory.open()
+    for key, directories in (
+        ("messages/a/00/x", [root, root / "messages", root / "messages/a", root / "messages/a/00"]),
+        ("messages/a/01/y", [root / "messages/a", root / "messages/a/01"]),
+        ("messages/a/01/z", [root / "messages/a/01"]),
+    ):
+        synced.clear()
+        store.put(key, BytesBody(key.encode()))
+        file, *others = synced
+        assert file.parent == root / ".incoming"
+        assert others == directories
+
+
 def test_a_directory_that_was_removed_is_made_again(in_directory: Directory) -> None:
     store = in_directory.open()
     store.put(KEY, BytesBody(b"x"))
