@@ -80,6 +80,7 @@ def take_in(archiver: "Archiver", path: Path) -> int:
 
     def work(connection: "Connection") -> int:
         changed = 0
+        accounts.take_turn(connection)
         for account in wanted:
             found = accounts.by_name(connection, account.name)
             if found is None or found.paused_reason == accounts.REMOVED:

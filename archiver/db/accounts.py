@@ -22,6 +22,20 @@ REMOVED = "removed"
 """The reason that a removed account is paused for. What it captured stays."""
 
 
+_LOCK = 0x61636374
+"""The advisory lock behind ``take_turn``: "acct" in ASCII."""
+
+
+def take_turn(connection: Connection) -> None:
+    """Wait for others that have their turn, to their commit, so that what they added is seen from here on.
+
+    For processes that start together and bring the same accounts. SQLite has
+    one writer anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+
+
 def add(connection: Connection, new: Account, at: datetime) -> Account:
     """Add an account, due at once or as its cron expression says, and return it as it is kept.
 

@@ -4,12 +4,14 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from archiver.db import Database, accounts, migrate
 from archiver.db.tables import account as account_table
 from archiver.errors import ArchiverError, UsageError
 from archiver.model import Account, PollReport
+from tests.harness.cli import wait_for
 from tests.harness.scripted_pop3 import HangUp, MailboxPlay, ScriptedPop3, Send
 from tests.scenarios.story import message
 
@@ -276,6 +279,57 @@ def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Pa
                 assert accounts.every(connection) == []
         file.write_text("".join(good.format(name, name) for name in "abc"))
         assert (take_in(archiver, file), take_in(archiver, file)) == (3, 0)
+
+
+def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    """The first commits when the second has looked, or waits to look."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Event
+
+    from archiver.bootstrap import Archiver
+    from archiver.cli.accounts_file import take_in
+    from archiver.settings import Settings
+
+    file = tmp_path / "accounts.toml"
+    file.write_text('[[account]]\nname = "a"\nurl = "pop3s://a@mail.example.com"\npassword = "env:P"\n')
+    settings = Settings(database_url=postgres_url, store_url=f"file:{tmp_path / 's'}")
+    looked, committed = Event(), Event()
+
+    def after_look(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "FROM account" in statement and not looked.is_set():
+            looked.set()
+            committed.wait(60)
+
+    with (
+        Archiver(settings) as first,
+        Archiver(settings) as second,
+        psycopg.connect(postgres_url, autocommit=True) as observer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        migrate.upgrade(first.raw_database)
+        sa.event.listen(second.database.engine, "after_cursor_execute", after_look)
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+
+        def is_there_too() -> bool:
+            return looked.is_set() or observer.execute(waiting).fetchone() == (1,)
+
+        def transact(work: Callable[[sa.Connection], int]) -> int:
+            def and_then_the_other_comes(connection: sa.Connection) -> int:
+                changed = work(connection)
+                starts.append(pool.submit(take_in, second, file))
+                wait_for(is_there_too, "the second looks, or waits")
+                return changed
+
+            changed = Database.transact(first.database, and_then_the_other_comes)
+            committed.set()
+            return changed
+
+        starts: list[Future[int]] = []
+        first.database.transact = transact  # type: ignore[method-assign,assignment]
+        assert take_in(first, file) == 1
+        assert [start.result(60) for start in starts] == [0]
 
 
 def test_accounts_added_at_the_same_moment_are_told_apart(database_url: str) -> None:
