@@ -8,7 +8,8 @@ ever given a secret.
 
 import logging
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -42,6 +43,24 @@ TOKEN_REQUESTS = Counter(
 HEARTBEATS_FAILED = Counter("archiver_heartbeats_failed", "Renewals of leases that the database refused.")
 
 
+class _Forgiving:
+    """A stream whose writer goes on where it cannot be written to: a full disk, a reader that went away.
+
+    As logging does it: whether mail is archived must not hang on its log.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: it was closed
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def get_logger() -> Any:
     """The logger of this project: keyword arguments become fields."""
     return structlog.get_logger("archiver")
@@ -61,7 +80,7 @@ def log_json(level: str) -> None:
     structlog.configure(
         processors=[*shared, *rendered],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Forgiving(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
