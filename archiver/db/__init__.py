@@ -244,7 +244,11 @@ def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
 def _see_that_it_lives(
     engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
 ) -> None:
-    """Ask a connection that rested whether it lives. One that dies in use is met by ``transact``."""
+    """Ask a connection that rested whether it lives.
+
+    One that died just now is met by ``transact``, which tries again; a reader is
+    told, as of any passing fault.
+    """
     if time.monotonic() - record.info.get(_USED_AT, math.inf) < IDLE_SECONDS:
         return
     try:

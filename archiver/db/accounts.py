@@ -21,9 +21,8 @@ _BY_IDS = sa.select(account).where(account.c.id.in_(sa.bindparam("ids", expandin
 REMOVED = "removed"
 """The reason that a removed account is paused for. What it captured stays."""
 
-
-_LOCK = 0x61636374
-"""The advisory lock behind ``take_turn``: "acct" in ASCII."""
+ACCOUNTS_LOCK = 0x61636374
+"""The advisory lock of whoever brings many accounts: "acct" in ASCII."""
 
 
 def take_turn(connection: Connection) -> None:
@@ -33,7 +32,7 @@ def take_turn(connection: Connection) -> None:
     one writer anyway.
     """
     if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ACCOUNTS_LOCK)))
 
 
 def add(connection: Connection, new: Account, at: datetime) -> Account:

@@ -4,7 +4,7 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -309,26 +309,22 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
         ThreadPoolExecutor(1) as pool,
     ):
         migrate.upgrade(first.raw_database)
-        sa.event.listen(second.database.engine, "after_cursor_execute", after_look)
         waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        starts: list[Future[int]] = []
 
         def is_there_too() -> bool:
             return looked.is_set() or observer.execute(waiting).fetchone() == (1,)
 
-        def transact(work: Callable[[sa.Connection], int]) -> int:
-            def and_then_the_other_comes(connection: sa.Connection) -> int:
-                changed = work(connection)
-                starts.append(pool.submit(take_in, second, file))
-                wait_for(is_there_too, "the second looks, or waits")
-                return changed
+        def before_commit(_connection: object) -> None:
+            starts.append(pool.submit(take_in, second, file))
+            wait_for(is_there_too, "the second looks, or waits")
 
-            changed = Database.transact(first.database, and_then_the_other_comes)
+        sa.event.listen(second.database.engine, "after_cursor_execute", after_look)
+        sa.event.listen(first.database.engine, "commit", before_commit)
+        try:
+            assert take_in(first, file) == 1
+        finally:
             committed.set()
-            return changed
-
-        starts: list[Future[int]] = []
-        first.database.transact = transact  # type: ignore[method-assign,assignment]
-        assert take_in(first, file) == 1
         assert [start.result(60) for start in starts] == [0]
 
 

@@ -1,5 +1,6 @@
-"""What a connection to PostgreSQL keeps of statements, and how many rows go in by one."""
+"""What a connection to PostgreSQL keeps of statements, how many rows go in by one, and what its end costs."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,16 +9,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from archiver import db
 from archiver.db import PREPARED_AFTER, Database, bulk, migrate
 from archiver.db.tables import capture, event
+from archiver.errors import TryLater
 from tests.conftest import require
 from tests.harness import pgbouncer as harness_pgbouncer
 from tests.harness.postgres import Postgres
 
 ASKED = sa.text("SELECT CAST(:n AS integer) + 1")
+PROCESS = sa.text("SELECT pg_backend_pid()")
 PREPARED = sa.text("SELECT count(*) FROM pg_prepared_statements")
 AT = datetime(2026, 3, 4, 5, 6, 7, 890_123, tzinfo=UTC)
 
@@ -43,6 +49,36 @@ def test_a_plan_is_kept_over_readings_and_transactions(postgres_url: str) -> Non
             assert read(database, ASKED, n=n) == n + 1
             assert database.transact(lambda connection: connection.execute(ASKED, {"n": 6}).scalar()) == 7
         assert read(database, PREPARED) > before
+
+
+def end_session(database: Database, url: str) -> None:
+    """End the server's side of the one connection that lies in the pool."""
+    process = read(database, PROCESS)
+    with psycopg.connect(url, autocommit=True) as other:
+        assert other.execute("SELECT pg_terminate_backend(%s, 10000)", (process,)).fetchone() == (True,)
+
+
+def test_a_connection_that_died_while_it_rested_is_replaced(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "IDLE_SECONDS", 0.0)
+    with opened(postgres_url) as database:
+        end_session(database, postgres_url)
+        assert read(database, ASKED, n=1) == 2
+
+
+def test_a_connection_that_died_just_now_costs_no_transaction(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked whether it lives: the transaction is tried again, and a reader is told to."""
+    monkeypatch.setattr(db, "IDLE_SECONDS", math.inf)
+    with opened(postgres_url) as database:
+        end_session(database, postgres_url)
+        assert database.transact(lambda connection: connection.execute(ASKED, {"n": 6}).scalar()) == 7
+        end_session(database, postgres_url)
+        with pytest.raises(TryLater):
+            read(database, ASKED, n=1)
+        assert read(database, ASKED, n=1) == 2
 
 
 def test_behind_pgbouncer_nothing_is_prepared(
