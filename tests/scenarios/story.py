@@ -32,6 +32,7 @@ from archiver.store.spool import Spool
 from archiver.tools import BatchLimits, Tools, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
+from tests.machine.process import Uploads
 
 T = TypeVar("T")
 
@@ -293,13 +294,14 @@ class Archive:
         )
 
     def mortal_tools(self, fuse: Fuse) -> Tools:
-        """Tools of a process that the fuse kills."""
+        """Of a process that the fuse kills; uploads go one by one, so that each poll has the same calls."""
         database = MortalDatabase(self._url, fuse)
         self._stack.callback(database.close)
         return self.tools(
             store=MortalStore(self.store, fuse),
             database=database,
             connect=lambda account: MortalMailbox(self.connect(account), fuse),
+            uploads=Uploads(at_once=True),
         )
 
     def worker(self, tools: Tools | None = None, **others: Any) -> Worker:

@@ -1,15 +1,13 @@
 """A server that gives all messages other ids, or an id again: nothing is lost, doubled, or told untruly."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from archiver.db import record
 from archiver.model import Account, DeletePolicy, What
-from archiver.tools import BatchLimits, Tools
+from archiver.tools import BatchLimits
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.machine.process import Uploads
 from tests.scenarios.story import Archive, Fuse, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, mailbox
 
@@ -64,15 +62,10 @@ def test_a_renumbered_mailbox_begins_an_epoch(archive: Archive) -> None:
     assert archive.poll_on_schedule(account).glanced
 
 
-def mortal_tools(archive: Archive, fuse: Fuse) -> Tools:
-    """Of a process that the fuse kills; one upload after the other, so that each poll has the same calls."""
-    return replace(archive.mortal_tools(fuse), uploads=Uploads(at_once=True))
-
-
 def calls_of_the_poll_after(archive: Archive) -> list[str]:
     _, account = renumbered(archive)
     fuse = Fuse()
-    archive.poll_until_death(account, mortal_tools(archive, fuse))
+    archive.poll_until_death(account, archive.mortal_tools(fuse))
     return fuse.calls
 
 
@@ -84,7 +77,7 @@ def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive) -> None
     everywhere = archive.database.engine.dialect.name == "sqlite"
     for index in [at for at, call in enumerate(calls) if everywhere or call in {"transact", "commit"}]:
         _, account = renumbered(archive)
-        archive.poll_until_death(account, mortal_tools(archive, Fuse(index)))
+        archive.poll_until_death(account, archive.mortal_tools(Fuse(index)))
         assert What.GONE not in {line.what for line in archive.lines(account)}
         for _ in range(2):
             assert archive.sync(account).outcome == "ok", (index, calls[index])
@@ -178,7 +171,7 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
 def test_an_older_database_learns_the_epoch_from_the_journal(archive: Archive) -> None:
     _, account = renumbered(archive)
     before_its_row = calls_of_the_poll_after(archive).index("put journal")
-    archive.poll_until_death(account, mortal_tools(archive, Fuse(before_its_row, after=True)))
+    archive.poll_until_death(account, archive.mortal_tools(Fuse(before_its_row, after=True)))
     assert archive.segments(account)[-1].epoch == 2
     assert archive.fresh(account).epoch == 1
     archive.sync(account, archive.tools(batch=BatchLimits(messages=100)))

@@ -1,4 +1,4 @@
-"""Whether the owner of a lease is dead: said only where it can be known."""
+"""Whether the owner of a lease is dead: said only where it can be known; and memory that is given back."""
 
 import os
 import platform
