@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from archiver import mailserver, policy, pop3
 from archiver.db import reads, record
@@ -103,7 +103,12 @@ class _Batch:
 
     def is_stored(self) -> bool:
         """Whether every upload has come to its end, good or bad."""
-        return all(fetched.upload.done() for fetched in self.fetched)
+        return all(fetched.upload.done() for fetched in reversed(self.fetched))
+
+    def await_objects(self) -> None:
+        """Returns when every object is in the store; raises what kept one of them out."""
+        for fetched in self.fetched:
+            fetched.upload.result()
 
 
 _Candidate = tuple[Item, reads.Provable]
@@ -137,6 +142,7 @@ class _Poll:
         self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
+        self.recording: tuple[_Batch, Future[Counter[What]]] | None = None
         self.new = self.known = self.quarantined = 0
         self.delete_requested = self.octets = self.segments = 0
         self.deleted = self.gone = self.lost = 0
@@ -151,8 +157,11 @@ class _Poll:
         return self
 
     def __exit__(self, *_: object) -> None:
+        under_way: list[Future[Any]] = [*self.uploads]
+        if self.recording is not None:
+            under_way.append(self.recording[1])
         # One that was cancelled is not waited for: it may be behind many of other accounts.
-        wait([upload for upload in self.uploads if not upload.cancel()])
+        wait([each for each in under_way if not each.cancel()])
         for spooled in self.spooled.values():
             spooled.close()
 
@@ -274,8 +283,8 @@ class _Poll:
         if not plan.suspect and plan.overflows:
             self._tell_absences(plan)
         batch = _Batch(self.tools.monotonic(), resolved=[] if plan.suspect else plan.take_absent())
-        # The last messages of a full batch are on their way to the store still:
-        # the next ones are fetched meanwhile.
+        # The last messages of a full batch are on their way to the store still, and
+        # the one before it is being recorded: the next ones are fetched meanwhile.
         full: deque[_Batch] = deque()
         try:
             for outcome in mailbox.retrieve(self._supply(plan), self._open_spool):
@@ -289,15 +298,16 @@ class _Poll:
                 if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
                     full.append(batch)
                     batch = _Batch(self.tools.monotonic())
-                while full and (self.store_failed or len(full) > 1 or full[0].is_stored()):
-                    self._record(full.popleft(), plan)
+                self._record_what_is_stored(full, plan)
         except (TryLater, OperatorNeeded):
             # The spool has no room for a message, or the store none for one: the others must not be
             # fetched for nothing. But where the journal is ahead of the database, nothing goes on.
+            self._end_recording(plan)
             if not self.journal_uncertain:
                 self._record_all([*full, batch], plan)
             raise
         except pop3.Pop3Error as error:
+            self._end_recording(plan)
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
                 self._blame(self.asked[mailbox.in_transit.number], str(error), batch, plan)
             self._record_all([*full, batch], plan)
@@ -450,23 +460,51 @@ class _Poll:
         if policy.is_fatal(attempts):
             self._set_aside(item, reason, batch, plan)
 
+    def _record_what_is_stored(self, full: deque[_Batch], plan: Plan) -> None:
+        """Go on with the full batches. At most one is being recorded, and one waits for its uploads."""
+        if self.recording is not None and self.recording[1].done():
+            self._end_recording(plan)
+        while full and (
+            self.store_failed or len(full) > 1 or (self.recording is None and full[0].is_stored())
+        ):
+            self._begin_recording(full.popleft(), plan)
+
+    def _begin_recording(self, batch: _Batch, plan: Plan) -> None:
+        """Have a batch recorded beside all that goes on: one at a time, in their order."""
+        self._end_recording(plan)
+        if plan.suspect:
+            self._record(batch, plan)  # What it shows decides on all that follows.
+            return
+        # Here, and not where it is recorded: of all threads for uploads none may wait for another.
+        batch.await_objects()
+        self.recording = batch, self.tools.uploads.submit(self._write_down, batch, plan)
+
+    def _end_recording(self, plan: Plan) -> None:
+        """Wait for the batch that is being recorded, if there is one, and raise what went wrong with it."""
+        if self.recording is not None:
+            (batch, written), self.recording = self.recording, None
+            self._count_batch(batch, written.result(), plan)
+
     def _record_all(self, batches: Iterable[_Batch], plan: Plan) -> None:
+        self._end_recording(plan)
         for batch in batches:
             self._record(batch, plan)
 
     def _record(self, batch: _Batch, plan: Plan) -> None:
-        """Steps 2 to 4 of a batch: objects, journal segment, rows; each durable before the next."""
-        results = [(fetched, fetched.upload.result()) for fetched in batch.fetched]
-        self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
-        if not results and not batch.resolved:
-            return
+        batch.await_objects()
+        self._count_batch(batch, self._write_down(batch, plan), plan)
+
+    def _write_down(self, batch: _Batch, plan: Plan) -> Counter[What]:
+        """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
+        counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
+        if not batch.fetched and not batch.resolved:
+            return counts
         with self.tools.database.reading() as connection:
             held = reads.held(connection, self.account.id, [fetched.sha256 for fetched in batch.fetched])
         begins_epoch = plan.suspect and self._judge(plan, batch, held)
         captured: set[bytes] = set(held)
         lines = list(batch.resolved)
-        counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
-        for fetched, put in results:
+        for fetched in batch.fetched:
             sighting = fetched.item.sighting
             what = What.KNOWN if fetched.sha256 in captured else What.CAPTURED
             captured.add(fetched.sha256)
@@ -480,13 +518,17 @@ class _Poll:
                     fetched.at,
                     sha256=fetched.sha256,
                     octets=fetched.octets,
-                    version_id=put.version_id,
+                    version_id=fetched.upload.result().version_id,
                     attempts=fetched.attempts,
                 )
             )
         if lines or begins_epoch:
             self._write_segment(lines)
-        # Not before: a report must not count what the database does not know.
+        return counts
+
+    def _count_batch(self, batch: _Batch, counts: Counter[What], plan: Plan) -> None:
+        """The batch is recorded. Not before: a report must not count what the database does not know."""
+        self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
         self.new += counts[What.CAPTURED]
         self.known += counts[What.KNOWN]
         self.quarantined += counts[What.QUARANTINED]
@@ -810,7 +852,7 @@ class _Poll:
             last_look=self.last_look,
             wait_seconds=error.wait_seconds if isinstance(error, TryLater) else None,
             # Objects that no segment names yet are the next poll's to account for, too.
-            journal_uncertain=self.journal_uncertain or bool(self.uploads),
+            journal_uncertain=self.journal_uncertain or bool(self.uploads) or self.recording is not None,
             avoid=() if facts is None else tuple(sorted(facts.avoid)),
             suspect=() if facts is None else tuple(sorted(facts.suspect)),
             login_delay_seconds=None if facts is None else facts.login_delay_seconds,

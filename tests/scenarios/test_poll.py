@@ -3,6 +3,7 @@ stored twice or unaccounted for."""
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 
 from archiver import pop3
 from archiver.db.tables import lease
-from archiver.errors import IntegrityError, OperatorNeeded, TryLater
+from archiver.errors import ArchiverError, IntegrityError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, DeletePolicy, What, message_key
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
@@ -378,6 +379,50 @@ def test_a_message_that_fits_nowhere_does_not_undo_those_before_it(archive: Arch
     assert set(archive.archived(account)) == of("a", "b")
     assert tools.spool.memory_in_use == 0
     assert archive.sync(account).new == 1
+
+
+# A batch is recorded while the next one is fetched.
+
+
+class SlowJournal(FilesystemStore):
+    """Its first segment is not written before a message of a later batch has come."""
+
+    def __init__(self, root: Path, later: bytes, fault: ArchiverError | None = None) -> None:
+        super().__init__(root)
+        self._later = hashlib.sha256(later).digest()
+        self._has_come = threading.Event()
+        self._fault = fault
+
+    def put(self, key: str, body: Body) -> PutResult:
+        if key.startswith("journal/"):
+            assert self._has_come.wait(60.0), "nothing more was fetched"
+            if self._fault is not None:
+                raise self._fault
+        elif body.sha256 == self._later:
+            self._has_come.set()
+        return super().put(key, body)
+
+
+def test_the_next_batch_is_fetched_while_one_is_recorded(archive: Archive) -> None:
+    account = archive.add(archive.serve(mailbox(*"abcdef")))
+    report = archive.sync(
+        account, archive.tools(store=SlowJournal(archive.directory / "store", message("d")))
+    )
+    assert (report.outcome, report.new, report.segments) == ("ok", 6, 3)
+    assert archive.verify(account).clean
+
+
+@pytest.mark.parametrize("fault", [TryLater("throttled"), IntegrityError("altered"), LeaseLost("late")])
+def test_what_keeps_a_batch_from_being_recorded_ends_the_poll(archive: Archive, fault: ArchiverError) -> None:
+    account = archive.add(archive.serve(mailbox(*"abcdefgh")))
+    slow = SlowJournal(archive.directory / "store", message("d"), fault)
+    report = archive.sync(account, archive.tools(store=slow))
+    assert (report.outcome, report.error, report.new) == (fault.outcome, str(fault), 0)
+    assert report.journal_uncertain
+    assert archive.verify(account, later_seconds=0.0).clean
+    again = archive.sync(account)
+    assert (again.outcome, again.new) == ("ok", 8)
+    assert archive.verify(account).clean
 
 
 # Deletion, only when proved.
