@@ -216,7 +216,11 @@ class MailServer:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One object of an account's journal: its place in the chain, where its facts came from, its lines."""
+    """One object of an account's journal: its place in the chain, where its facts came from, its lines.
+
+    ``listing_count`` is of the whole mailbox, ``listing_digest`` of what was
+    listed of it, which is from message ``listing_first`` on.
+    """
 
     account_id: str
     account_name: str
@@ -230,6 +234,7 @@ class Segment:
     listing_count: int
     listing_digest: bytes
     lines: tuple[Resolved, ...]
+    listing_first: int = 1
 
 
 HeldBack = Literal["session", "room", "blackout", "day"]

@@ -121,8 +121,8 @@ class Plan:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the listing was read whole, and each of its messages has an id of its own."""
-        return self.believed and not self.uncertain and not self.suspect
+        """Whether all of the listing was understood, and each of its messages has an id of its own."""
+        return self.listing.is_legible and not self.uncertain and not self.suspect
 
     def octets_to_fetch(self) -> int | None:
         """How many octets are to be fetched, by the listing; None where it does not say."""

@@ -164,6 +164,21 @@ def trusted_until(
     return until if until > now else None
 
 
+def is_worth_a_tail(*, listed: int, new: int, spared_lines: int, pipelining: bool) -> bool:
+    """Whether to ask for each of so many new messages costs less than a listing that has them all.
+
+    ``listed`` are those of before, of which ``spared_lines`` must go with each new one.
+    """
+    return 0 < new <= (TAIL_MOST if pipelining else TAIL_MOST_SINGLY) and listed >= new * spared_lines
+
+
+TAIL_MOST = 16
+"""Two commands each: as many as are under way at once anyway."""
+
+TAIL_MOST_SINGLY = 2
+"""Where each command costs a round trip, of which a listing takes two."""
+
+
 LATE_LEAST_SECONDS = 600.0
 """However often a mailbox is polled: ten minutes without a look are not told as a gap."""
 
@@ -363,7 +378,7 @@ _REASONS = {
     "AUTH": "the server hung up at AUTH twice in a row; the login is by USER and PASS, within TLS",
     "PIPELINING": "the server lost its place, or hung up, while several commands were under way",
     "UIDL": "the server hung up at UIDL, which it does not offer; messages are told apart by content",
-    "UIDL-N": "the server answered UIDL for one message in another form than RFC 1939 says",
+    "UIDL-N": "the server answered UIDL or LIST for one message in another form than RFC 1939 says",
 }
 
 

@@ -151,6 +151,7 @@ class _Poll:
         self.held_back: HeldBack | None = None
         self.glanced = False
         self.last_look: LastLook | None = None
+        self.trusted_until: datetime | None = None
         self.store_failed = False
 
     def __enter__(self) -> Self:
@@ -171,10 +172,10 @@ class _Poll:
             before = self._catch_up_with_journal(before)
             with mailserver.translated(), self._log_in() as mailbox:
                 self.server = mailserver.of_facts(mailbox.facts)
-                if may_glance and self._is_unchanged(mailbox, before):
+                self.listing = self._look(mailbox, before, may_glance=may_glance)
+                if self.listing is None:
                     self._quit(mailbox)
                     return self._report_unchanged(before)
-                self.listing = mailbox.list()
                 plan = self._plan(self.listing)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
@@ -237,23 +238,58 @@ class _Poll:
             raise
         return mailbox
 
-    def _is_unchanged(self, mailbox: pop3.Session, before: reads.BeforePoll) -> bool:
-        """Whether STAT and the last message's UIDL are what they were, while that is to be trusted.
+    def _look(
+        self, mailbox: pop3.Session, before: reads.BeforePoll, *, may_glance: bool
+    ) -> pop3.Listing | None:
+        """The listing; None where STAT and the last message's UIDL are what they were, and may be trusted.
 
         A message that is new or gone changes the count, or the last UIDL, or
-        the octets; what slips through all three waits for the next listing.
+        the octets; what slips through all three waits for the next whole listing.
         """
         last = before.last_look
-        if last is None or last.trusted_until <= self.tools.now():
-            return False
+        if not may_glance or last is None or last.trusted_until <= self.tools.now():
+            return mailbox.list()
         self.glanced = True
         seen = mailbox.glance(last.last_number)
-        self.glanced = (seen.count, seen.octets, seen.uidl) == (
-            last.stat_count,
-            last.stat_octets,
-            last.last_uidl,
-        )
-        return self.glanced
+        if (seen.count, seen.octets, seen.uidl) == (last.stat_count, last.stat_octets, last.last_uidl):
+            return None
+        tail = self._list_tail(mailbox, before, last, seen)
+        self.glanced = False
+        return tail or mailbox.list()
+
+    def _list_tail(
+        self, mailbox: pop3.Session, before: reads.BeforePoll, last: LastLook, seen: pop3.Glance
+    ) -> pop3.Listing | None:
+        """What came behind the last message, where the mailbox did no more than grow by it.
+
+        Then the one that was last is where it was, the count grew by as many and
+        the octets by as much as these have, and no id of theirs is another's.
+        """
+        if (
+            seen.count is None
+            or seen.octets is None
+            or last.last_number != last.stat_count
+            or seen.uidl != last.last_uidl
+            or not policy.is_worth_a_tail(
+                listed=last.stat_count,
+                new=seen.count - last.stat_count,
+                spared_lines=self.tools.spared_lines,
+                pipelining=mailbox.facts.pipelining,
+            )
+        ):
+            return None
+        tail = mailbox.list_from(last.stat_count + 1, seen.count)
+        if tail is None or sum(entry.size or 0 for entry in tail.entries) != seen.octets - last.stat_octets:
+            return None
+        uidls = [entry.uidl or b"" for entry in tail.entries]
+        with self.tools.database.reading() as connection:
+            if len(set(uidls)) < len(uidls) or reads.is_any_present(
+                connection, self.account.id, self.account.epoch, uidls
+            ):
+                return None
+        self.known, self.quarantined = before.listed - before.quarantined, before.quarantined
+        self.trusted_until = last.trusted_until
+        return tail
 
     def _plan(self, listing: pop3.Listing) -> Plan:
         """Set the listing against what is known, and note what is there although it was to go."""
@@ -262,20 +298,22 @@ class _Poll:
             account.delete, hold=account.deletion_hold, forbidden=self.tools.forbid_deletion
         )
         with self.tools.database.reading() as connection:
+            # Of what came since, nothing was there.
             plan = Plan.of(
                 listing,
-                reads.present_sightings(connection, account.id, account.epoch),
+                reads.present_sightings(connection, account.id, account.epoch) if listing.first == 1 else (),
                 reads.absent_quarantined(connection, account.id, account.epoch),
                 delete=delete,
                 now=self.tools.now(),
             )
-        self.known, self.quarantined = plan.known, plan.quarantined
+        self.known += plan.known
+        self.quarantined += plan.quarantined
         if plan.still_there:
             claim, now = self.lease.claim, self.tools.now()
             self.tools.database.transact(
                 lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there, now)
             )
-        self.watch.listed(len(listing.entries), len(plan.fetch), plan.octets_to_fetch())
+        self.watch.listed(listing.count, len(plan.fetch), plan.octets_to_fetch())
         return plan
 
     def _archive(self, mailbox: pop3.Session, plan: Plan) -> None:
@@ -364,7 +402,7 @@ class _Poll:
 
     def _left(self) -> int:
         """How many listed messages are neither archived nor set aside yet."""
-        listed = 0 if self.listing is None else len(self.listing.entries)
+        listed = 0 if self.listing is None else self.listing.count
         return listed - self.new - self.known - self.quarantined
 
     def _supply(self, plan: Plan) -> Iterator[pop3.Entry]:
@@ -573,8 +611,9 @@ class _Poll:
             token=self.lease.claim.token,
             written_at=self.tools.now(),
             server=self.server,
-            listing_count=len(self.listing.entries),
+            listing_count=self.listing.count,
             listing_digest=self.listing.digest,
+            listing_first=self.listing.first,
             lines=tuple(lines),
         )
         body = BytesBody(journal.encode(segment))
@@ -800,11 +839,13 @@ class _Poll:
         until = policy.trusted_until(now, self.tools.full_listing_seconds, plan.due_at(), self.tools.uniform)
         if until is None:
             return
+        if self.trusted_until is not None:
+            until = min(until, self.trusted_until)
         try:
             seen = mailbox.glance(None if last is None else last.number)
         except pop3.Pop3Error:
             return
-        if seen.octets is None or seen.count != len(entries):
+        if seen.octets is None or seen.count != plan.listing.count:
             return
         if last is None:
             self.last_look = LastLook(seen.count, seen.octets, None, None, until)
@@ -835,7 +876,7 @@ class _Poll:
         return PollReport(
             account=self.account.name,
             outcome=outcome,
-            listed=None if self.listing is None else len(self.listing.entries),
+            listed=None if self.listing is None else self.listing.count,
             new=self.new,
             known=self.known,
             quarantined=self.quarantined,

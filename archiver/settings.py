@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     )
     full_listing_seconds: Annotated[float, Field(ge=0)] = Field(
         default=4 * 3600.0,
-        description="at most, for which a mailbox that looks unchanged is not listed; 0 lists at every poll",
+        description="at most, for which an unchanged mailbox is not listed whole; 0 lists at every poll",
     )
     forbid_deletion: bool = Field(
         default=False, description="delete nothing from any mail server, whatever the accounts say"

@@ -80,7 +80,8 @@ class Tools:
     ``stopping`` tells that the process wants to end: what is under way is
     finished, nothing more is asked for. ``session_seconds`` is when a poll of a
     large mailbox makes room for others. ``full_listing_seconds`` is how long a
-    mailbox that looks unchanged is not listed. With ``forbid_deletion`` nothing
+    mailbox that looks unchanged is not listed, nor one that grew by so little that
+    ``spared_lines`` of a listing are spared for each new message. With ``forbid_deletion`` nothing
     is deleted from any server, whatever the accounts say. ``make_room`` asks
     whether others wait; a poll that is told so ends.
     """
@@ -97,6 +98,7 @@ class Tools:
     batch: BatchLimits = BatchLimits()
     session_seconds: float = 1800.0
     full_listing_seconds: float = 4 * 3600.0
+    spared_lines: int = 100
     forbid_deletion: bool = False
     uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
     another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None

@@ -161,6 +161,17 @@ def present_sightings(
     return map(_known, rows)
 
 
+def is_any_present(connection: Connection, account_id: str, epoch: int, uidls: Sequence[bytes]) -> bool:
+    """Whether one of these few UIDLs is that of a message that was on the server already."""
+    query = sa.select(sighting.c.uidl).where(
+        sighting.c.account_id == account_id,
+        sighting.c.epoch == epoch,
+        sighting.c.uidl.in_(uidls),
+        sighting.c.absent_at.is_(None),
+    )
+    return connection.execute(query.limit(1)).first() is not None
+
+
 def absent_quarantined(connection: Connection, account_id: str, epoch: int) -> dict[SightingKey, Known]:
     """What was set aside and is not shown any more: if it comes back, it is tried no sooner for that."""
     rows = connection.execute(

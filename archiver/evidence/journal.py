@@ -59,7 +59,8 @@ def encode(segment: Segment) -> bytes:
                 "certificate_sha256": segment.server.certificate_sha256,
             },
         },
-        "listing": {"count": segment.listing_count, "sha256": segment.listing_digest.hex()},
+        "listing": {"count": segment.listing_count, "sha256": segment.listing_digest.hex()}
+        | ({} if segment.listing_first == 1 else {"first": segment.listing_first}),
         "lines": len(segment.lines),
         "writer": f"archiver/{__version__}",
     }
@@ -99,6 +100,7 @@ def decode(octets: bytes, where: str) -> Segment:
             ),
             listing_count=_whole(header["listing"]["count"]),
             listing_digest=_digest(header["listing"]["sha256"]),
+            listing_first=_whole(header["listing"].get("first", 1)),
             lines=tuple(_resolved(line) for line in lines),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -119,6 +119,8 @@ class Listing:
     SHA-256 over the canonical entries, one line each: ``number SP size SP uidl
     LF``, with -1 for an unknown size, and without the last field where there is
     no uid. ``stat`` is what STAT said beside, where it was asked and made sense.
+    ``first`` is the number from which on messages were asked for, one by one;
+    of those before it there are no entries.
     """
 
     entries: Entries
@@ -127,11 +129,22 @@ class Listing:
     has_sizes: bool
     digest: bytes
     stat: Stat | None = None
+    first: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many messages the mailbox holds, those before ``first`` included."""
+        return self.first - 1 + len(self.entries)
+
+    @property
+    def is_legible(self) -> bool:
+        """Whether nothing that the server said of the messages was lost on us."""
+        return self.has_sizes and not self.skipped_lines
 
     @property
     def is_whole(self) -> bool:
         """Whether a message that it does not show is not there."""
-        return self.has_sizes and not self.skipped_lines
+        return self.first == 1 and self.is_legible
 
     def by_uidl(self) -> "array[int]":
         """The indices of ``entries`` in the order of their uid, octet by octet, then of their size.
@@ -362,7 +375,9 @@ class SizeColumn(_Column[int]):
         self.sizes = array("q", (_UNKNOWN if place == _NOWHERE else self.sizes[place] for place in places))
 
 
-def join(uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = None) -> Listing:
+def join(
+    uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = None, *, first: int = 1
+) -> Listing:
     """One listing from both, finished; None stands for a command that the server does not know.
 
     A number that UIDL did not tell is a message without a uid. Beyond all that
@@ -377,6 +392,7 @@ def join(uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = 
         has_sizes=sizes is not None,
         digest=_digest(entries),
         stat=stat,
+        first=first,
     )
 
 

@@ -286,6 +286,36 @@ class Mailbox:
             raise self._error(FailureKind.PROTOCOL, "UIDL and LIST", "the server knows neither")
         return join(uidl, sizes, said)
 
+    def list_from(self, first: int, last: int) -> Listing | None:
+        """The messages from ``first`` to ``last`` alone, by ``UIDL n`` and ``LIST n``, in place of ``list``.
+
+        None unless each has a uid and a size by that. ``list`` may still be called,
+        also where the caller does not believe what this one tells. For a few
+        messages: with PIPELINING all is asked at once. Raises Pop3Error when the
+        session fails.
+        """
+        if self._listed:
+            raise RuntimeError("a session lists its mailbox once")
+        self._need_quiet()
+        if self._avoid & {"UIDL", "UIDL-N"}:
+            return None
+        uidl, sizes = UidlColumn(), SizeColumn()
+        asked = [
+            (column, command(verb, number))
+            for number in range(first, last + 1)
+            for verb, column in (("UIDL", uidl), ("LIST", sizes))
+        ]
+        sent = self._begin(*(each for _, each in asked))
+        for column, each in asked:
+            reply = self._line(each, sent=sent)
+            if reply.ok:
+                column.feed(reply.text + b"\n")
+        uidl.finish()
+        sizes.finish()
+        listing = join(uidl, sizes, first=first)
+        told = [entry.number for entry in listing.entries if None not in entry]
+        return listing if told == list(range(first, last + 1)) and listing.is_legible else None
+
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
     ) -> Iterator[Retrieved[SinkT] | Refused[SinkT]]:
@@ -855,7 +885,7 @@ class Mailbox:
         match verb, arguments:
             case (("CAPA" | "UTF8" | "STAT"), []):
                 self._suspect |= {verb}
-            case "UIDL", [_]:
+            case (("UIDL" | "LIST"), [_]):
                 self._suspect |= {"UIDL-N"}
             case "UIDL", [] if not self._receiver.in_reply and not self._promised("UIDL"):
                 self._suspect |= {"UIDL"}

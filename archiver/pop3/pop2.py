@@ -260,6 +260,10 @@ class Pop2Mailbox:
         )
         return join(None, SizeColumn.of((number, size) for number, size in sizes if size))
 
+    def list_from(self, first: int, last: int) -> Listing | None:  # noqa: ARG002 - see there
+        """None: what came since an earlier session cannot be told where no message has a uid."""
+        return None
+
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
     ) -> Iterator[Retrieved[SinkT] | Refused[SinkT]]:

@@ -47,6 +47,9 @@ class Session(Protocol):
     def list(self, *, stat: bool = False) -> Listing:
         """The one listing of this session; with ``stat``, along with what STAT says."""
 
+    def list_from(self, first: int, last: int) -> Listing | None:
+        """The messages of these numbers alone, in place of the listing; None where they cannot be had so."""
+
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
     ) -> Iterator[Retrieved[SinkT] | Refused[SinkT]]:

@@ -44,7 +44,10 @@ class Limits:
 DEFAULT_LIMITS: Final = Limits()
 
 AVOIDABLE: Final = ("AUTH", "CAPA", "PIPELINING", "STAT", "UIDL", "UIDL-N", "UTF8")
-"""Verbs that servers hang up or hang at, and what a session can do without. UIDL-N is ``UIDL number``."""
+"""Verbs that servers hang up or hang at, and what a session can do without.
+
+UIDL-N is what is asked of one number alone, by UIDL and LIST.
+"""
 
 
 @dataclass(frozen=True, slots=True)

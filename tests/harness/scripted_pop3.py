@@ -391,8 +391,8 @@ class _MailboxSession:
             "AUTH": self._auth,
             "NOOP": lambda _: b"+OK\r\n",
             "STAT": self._stat,
-            "UIDL": self._uidl,
-            "LIST": lambda _: self._list([b"%d" % len(content) for _, content in self._messages]),
+            "UIDL": lambda number: self._shown(number, [uidl for uidl, _ in self._messages]),
+            "LIST": lambda number: self._shown(number, [b"%d" % len(text) for _, text in self._messages]),
             "RETR": lambda number: b"+OK\r\n" + stuffed(self._messages[int(number) - 1][1]),
             "DELE": self._dele,
             "RSET": self._rset,
@@ -428,14 +428,12 @@ class _MailboxSession:
     def _stat(self, _: str) -> bytes:
         return b"+OK %d %d\r\n" % (len(self._messages), sum(len(content) for _, content in self._messages))
 
-    def _uidl(self, number: str) -> bytes:
-        if number and int(number) > len(self._messages):
+    def _shown(self, number: str, values: Sequence[bytes]) -> bytes:
+        """The value of one message, or those of all."""
+        if number and int(number) > len(values):
             return b"-ERR no such message\r\n"
         if number:
-            return b"+OK %b %b\r\n" % (number.encode(), self._messages[int(number) - 1][0])
-        return self._list([uidl for uidl, _ in self._messages])
-
-    def _list(self, values: Sequence[bytes]) -> bytes:
+            return b"+OK %b %b\r\n" % (number.encode(), values[int(number) - 1])
         lines = [
             b"%d %b\r\n" % (number, value)
             for number, value in enumerate(values, start=1)

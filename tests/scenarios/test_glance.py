@@ -1,5 +1,6 @@
 """A mailbox that looks as it did is not listed; whatever may have changed, or is due, has it listed."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -13,8 +14,9 @@ from archiver.db import accounts, record
 from archiver.model import Account, DeletePolicy, new_account_id
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
+from archiver.tools import Tools
 from tests.conftest import Mailbox
-from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send
+from tests.harness.scripted_pop3 import CAPABILITIES, HangUp, MailboxPlay, ScriptedPop3, Send
 from tests.scenarios.story import Archive, message
 from tests.scenarios.test_poll import mailbox as scripted_mailbox
 
@@ -90,6 +92,169 @@ def test_what_changes_is_seen(archive: Archive, change: Callable[[MailboxPlay], 
     assert was_listed(server)
     assert {content for _, content in play.messages} <= set(archive.archived(account))
     assert archive.poll_on_schedule(account).glanced
+
+
+# One that only grew.
+
+
+def came(play: MailboxPlay, *names: str) -> None:
+    play.messages.extend((name.encode(), message(name)) for name in names)
+
+
+def sparing(archive: Archive) -> Tools:
+    """A line of the listing that is spared is worth to ask for a message singly."""
+    return archive.tools(spared_lines=1)
+
+
+def lines_of(server: ScriptedPop3) -> list[bytes]:
+    """The commands between login and QUIT, without CAPA."""
+    lines = [line for line, _ in server.received if line.split()[0] in {b"STAT", b"UIDL", b"LIST", b"RETR"}]
+    server.received.clear()
+    return lines
+
+
+@pytest.mark.parametrize("capabilities", [CAPABILITIES, ("USER", "UIDL")], ids=["pipelined", "not"])
+def test_of_a_mailbox_that_grew_only_what_came_is_listed(
+    archive: Archive, capabilities: tuple[str, ...]
+) -> None:
+    play = scripted_mailbox("a", "b", "c", capabilities=capabilities)
+    server, account = settled(archive, play)
+    lines_of(server)
+    came(play, "d", "e")
+    row = archive.poll_on_schedule(account, sparing(archive))
+    assert (row.outcome, row.glanced, row.listed, row.new, row.known) == ("ok", False, 5, 2, 3)
+    looked, asked = [b"STAT", b"UIDL 3"], [b"UIDL 4", b"LIST 4", b"UIDL 5", b"LIST 5"]
+    assert lines_of(server) == [*looked, *asked, b"RETR 4", b"RETR 5", b"STAT", b"UIDL 5"]
+    assert set(archive.archived(account)) == {message(name) for name in "abcde"}
+    segment = archive.segments(account)[-1]
+    listed = b"".join(b"%d %d %b\n" % (n, len(message(u)), u.encode()) for n, u in ((4, "d"), (5, "e")))
+    assert (segment.listing_count, segment.listing_first) == (5, 4)
+    assert segment.listing_digest == hashlib.sha256(listed).digest()
+    # From there on it is known by the new look, and the whole listing finds nothing else.
+    row = archive.poll_on_schedule(account, sparing(archive))
+    assert (row.glanced, row.listed, row.known) == (True, 5, 5)
+    assert archive.sync(account).known == 5
+    assert archive.verify(account).clean
+
+
+def leaves_and_two_come(play: MailboxPlay) -> None:
+    leaves(play)
+    came(play, "d", "e")
+
+
+def comes_first(play: MailboxPlay) -> None:
+    play.messages.insert(0, (b"d", message("d")))
+
+
+def comes_under_an_id_that_is_there(play: MailboxPlay) -> None:
+    play.messages.append((b"a", message("d")))
+
+
+def come_under_one_id(play: MailboxPlay) -> None:
+    play.messages += [(b"d", message("d")), (b"d", message("e"))]
+
+
+def comes_and_another_is_altered(play: MailboxPlay) -> None:
+    grows(play)
+    came(play, "d")
+
+
+def comes_and_has_no_id(play: MailboxPlay) -> None:
+    came(play, "d")
+    play.faults = {"UIDL 4": Send(b"-ERR no such message\r\n")}
+
+
+def comes_and_has_no_size(play: MailboxPlay) -> None:
+    came(play, "d")
+    play.faults = {"LIST 4": Send(b"+OK 4 large\r\n")}
+
+
+def comes_and_is_told_of_as_another(play: MailboxPlay) -> None:
+    came(play, "d")
+    play.faults = {"LIST 4": Send(b"+OK 3 %d\r\n" % len(message("d")))}
+
+
+def come_in_numbers(play: MailboxPlay) -> None:
+    came(play, "d", "e", "f", "g")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        leaves_and_two_come,
+        comes_first,
+        comes_under_an_id_that_is_there,
+        come_under_one_id,
+        comes_and_another_is_altered,
+        comes_and_has_no_id,
+        comes_and_has_no_size,
+        comes_and_is_told_of_as_another,
+        come_in_numbers,
+    ],
+)
+def test_what_did_more_than_grow_is_listed(archive: Archive, change: Callable[[MailboxPlay], None]) -> None:
+    play = scripted_mailbox("a", "b", "c")
+    server, account = settled(archive, play)
+    change(play)
+    lines_of(server)
+    row = archive.poll_on_schedule(account, sparing(archive))
+    assert (row.outcome, row.listed) == ("ok", len(play.messages))
+    assert b"LIST" in lines_of(server)
+    assert {content for _, content in play.messages} <= set(archive.archived(account))
+    assert archive.verify(account).clean
+
+
+def test_a_mailbox_that_grows_is_listed_whole_after_some_hours(archive: Archive) -> None:
+    play = scripted_mailbox("a", "b", "c")
+    server, account = settled(archive, play)
+    lines_of(server)
+    listed = []
+    for hour in range(6):
+        archive.clock.advance(HOURS)
+        came(play, str(hour))
+        assert archive.poll_on_schedule(account, sparing(archive)).new == 1
+        listed.append(b"LIST" in lines_of(server))
+    assert listed == [False, False, False, True, False, False]
+
+
+def test_what_was_set_aside_is_counted_and_tried_again_though_the_mailbox_grew(archive: Archive) -> None:
+    play = scripted_mailbox("a", "bad", "c", faults={"RETR 2": Send(b"-ERR [SYS/PERM] corrupt\r\n")})
+    server, account = settled(archive, play)
+    came(play, "d")
+    lines_of(server)
+    row = archive.poll_on_schedule(account, sparing(archive))
+    assert (row.new, row.known, row.quarantined, row.to_come) == (1, 2, 1, 0)
+    assert b"LIST" not in lines_of(server)
+    play.faults = {}
+    archive.clock.advance(HOURS + 1)
+    came(play, "e")
+    assert archive.poll_on_schedule(account, sparing(archive)).new == 2
+    assert b"LIST" in lines_of(server)
+
+
+def test_what_came_since_is_deleted_when_it_is_time(archive: Archive) -> None:
+    play = scripted_mailbox("a", "b")
+    server, account = settled(archive, play, delete=DeletePolicy(1.0))
+    archive.clock.advance(DAY - HOURS)
+    assert archive.poll_on_schedule(account, sparing(archive)).known == 2
+    came(play, "c")
+    lines_of(server)
+    assert archive.poll_on_schedule(account, sparing(archive)).new == 1
+    assert b"LIST" not in lines_of(server)
+    archive.clock.advance(HOURS)
+    assert archive.poll_on_schedule(account, sparing(archive)).delete_requested == 2
+    assert [uidl for uidl, _ in play.messages] == [b"c"]
+
+
+def test_a_question_about_what_came_that_breaks_the_session_is_not_asked_twice(archive: Archive) -> None:
+    play = scripted_mailbox("a", capabilities=("USER",))
+    server, account = settled(archive, play)
+    came(play, "b")
+    play.faults = {"LIST 2": HangUp()}
+    assert archive.poll_on_schedule(account, sparing(archive)).outcome == "try_later"
+    lines_of(server)
+    assert archive.poll_on_schedule(account, sparing(archive)).new == 1
+    assert lines_of(server)[:2] == [b"UIDL", b"LIST"]
 
 
 def test_it_is_listed_all_the_same_after_some_hours(archive: Archive) -> None:
@@ -278,4 +443,9 @@ def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mai
     row = archive.poll_on_schedule(account, tools)
     assert (row.glanced, row.gone, row.known) == (False, 1, 3)
     assert archive.poll_on_schedule(account, tools).glanced
-    assert set(archive.archived(account)) == {message(name) for name in ("a", "b", "c", "d")}
+    box.deliver([message("e"), message("f")])
+    row = archive.poll_on_schedule(account, replace(tools, spared_lines=1))
+    assert (row.glanced, row.listed, row.new, row.known) == (False, 5, 2, 3)
+    assert archive.segments(account)[-1].listing_first == 4
+    assert archive.sync(account, tools).known == 5
+    assert set(archive.archived(account)) == {message(name) for name in "abcdef"}

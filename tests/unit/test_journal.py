@@ -89,6 +89,14 @@ def test_what_is_written_is_read_back(lines: list[Resolved], greeting: str) -> N
     assert len(encoded.split(b"\n")) == len(lines) + 2
 
 
+def test_a_listing_that_did_not_begin_at_the_first_message_says_so() -> None:
+    segment = replace(SEGMENT, listing_first=3)
+    encoded = journal.encode(segment)
+    assert journal.decode(encoded, "here") == segment
+    assert json.loads(encoded.splitlines()[0])["listing"] == {"count": 3, "sha256": DIGEST.hex(), "first": 3}
+    assert b'"first"' not in journal.encode(SEGMENT)
+
+
 def test_lone_surrogates_are_kept_as_they_are() -> None:
     segment = replace(SEGMENT, account_name="\udcff")
     assert journal.decode(journal.encode(segment), "here") == segment

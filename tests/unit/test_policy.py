@@ -337,6 +337,28 @@ def test_trust_ends_with_the_first_thing_that_is_due() -> None:
     assert policy.trusted_until(NOW, 1e300, [], lowest) is not None
 
 
+@pytest.mark.parametrize(
+    ("listed", "new", "pipelining", "worth"),
+    [
+        (100, 1, True, True),
+        (100, 1, False, True),
+        (99, 1, True, False),
+        (100, 0, True, False),
+        (100, -1, True, False),
+        (199, 2, False, False),
+        (200, 2, False, True),
+        (300, 3, False, False),
+        (1_600, 16, True, True),
+        (100_000, 17, True, False),
+    ],
+)
+def test_new_messages_are_asked_for_singly_where_that_spares_a_long_listing(
+    listed: int, new: int, pipelining: bool, worth: bool
+) -> None:
+    asked = policy.is_worth_a_tail(listed=listed, new=new, spared_lines=100, pipelining=pipelining)
+    assert asked is worth
+
+
 def test_a_message_falls_due_when_its_days_are_over() -> None:
     assert policy.deletable_at(DeletePolicy(2.0), NOW) == NOW + timedelta(days=2)
     assert policy.deletable_at(DeletePolicy(None), NOW) is None

@@ -221,6 +221,56 @@ def test_mp1_a_listing_behind_the_answer_to_one_uidl_ends_the_session_and_is_rem
         assert mailbox.facts.avoid == {"UIDL-N"}
 
 
+def test_some_messages_are_listed_one_by_one() -> None:
+    for capabilities in (CAPABILITIES, ("USER",)):
+        with server({}, capabilities) as at, connected(at) as mailbox:
+            mailbox.login("secret")
+            listing = mailbox.list_from(98, 99)
+            assert listing is not None
+            assert (listing.first, listing.count, listing.is_whole) == (98, 99, False)
+            assert listing.entries == mailbox.list().entries[97:]
+            with pytest.raises(RuntimeError):
+                mailbox.list_from(98, 99)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"UIDL 98": b"-ERR no such message\r\n"},
+        {"LIST 98": b"-ERR no such message\r\n"},
+        {"UIDL 98": b"+OK 97 a\r\n"},
+        {"UIDL 98": b"+OK 98 \x01\r\n"},
+        {"UIDL 98": b"+OK\r\n"},
+        {"LIST 99": b"+OK 99\r\n"},
+        {"LIST 99": b"+OK 99 -7\r\n"},
+        {"LIST 99": b"+OK 98 5\r\n"},
+        {"LIST 99": b"+OK message 99 has 5 octets\r\n"},
+    ],
+)
+@pytest.mark.parametrize("capabilities", [CAPABILITIES, ("USER",)], ids=["pipelined", "not"])
+def test_what_is_not_told_of_each_message_wants_the_whole_listing(
+    fault: dict[str, bytes], capabilities: tuple[str, ...]
+) -> None:
+    faults = {line: Send(said) for line, said in fault.items()}
+    with server(faults, capabilities) as at, connected(at) as mailbox:
+        mailbox.login("secret")
+        assert mailbox.list_from(98, 99) is None
+        assert len(mailbox.list().entries) == 99
+
+
+@pytest.mark.parametrize("trip", TRIPS)
+def test_a_server_that_trips_over_list_of_one_message_is_not_asked(trip: Fault) -> None:
+    with server({"LIST 99": trip}, ("UIDL", "USER")) as at:
+        with connected(at) as mailbox:
+            mailbox.login("secret")
+            with pytest.raises(Pop3Error):
+                mailbox.list_from(99, 99)
+            assert mailbox.facts.suspect == {"UIDL-N"}
+        with connected(at, "UIDL-N") as mailbox:
+            mailbox.login("secret")
+            assert mailbox.list_from(99, 99) is None
+
+
 @pytest.mark.parametrize("trip", TRIPS)
 def test_a_server_that_trips_over_stat_is_not_asked(trip: Fault) -> None:
     with server({"STAT": trip}, ("UIDL", "USER")) as at:

@@ -480,6 +480,7 @@ def test_a_folder_of_the_url_is_opened_in_place_of_the_mailbox() -> None:
         with connect(endpoint) as session:
             session.login("secret")
             assert session.glance() == (len(MESSAGES), None, None)
+            assert session.list_from(1, 1) is None
             assert contents(fetch(session, list(session.list().entries))) == MESSAGES
             session.quit()
         assert b"FOLD OLD MAIL" in [line for line, _ in server.received]
