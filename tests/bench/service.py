@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from archiver.db import Database, now
-from archiver.db.tables import account, lease
+from archiver.db.tables import account, lease, mailbox
 from archiver.db.tables import poll as poll_table
 from tests.bench.machine import BenchError, Cost, cpu_seconds_of, machine_cpu_seconds, peak_bytes_of
 from tests.harness.cli import Running, cli, wait_for
@@ -47,6 +47,10 @@ class Service:
             if all(row.glanced for row in self._polls(self._accounts())[1]):
                 return
         raise BenchError(f"after {_LOOKS} polls there are mailboxes that are listed still")
+
+    def distrust(self) -> None:
+        """Have the next poll of each account list its mailbox whole, as one does every few hours."""
+        self._write(lambda _: sa.update(mailbox).values(trusted_until=None))
 
     def polled(self, polls: int | None = None) -> Cost:
         """Have all accounts due at once, and wait for so many polls: one of each, if nobody says more.
