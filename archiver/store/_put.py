@@ -1,9 +1,9 @@
 """The PUT of a small object, which is made for every message, without boto3's layers.
 
-Owns that one request: its signature, its connections, its answer. Promises
-what boto3's ``put_object`` does, for about a third of its CPU. The SHA-256 by
-which the caller knows an object is its checksum and covered by the signature
-too, so that nothing is hashed here.
+Owns that one request: its signature, its connections, and what its answer,
+which ``_http.py`` reads, means. Promises what boto3's ``put_object`` does, for
+about a fifth of its CPU. The SHA-256 by which the caller knows an object is its
+checksum and covered by the signature too, so that nothing is hashed here.
 
 Decides nothing of its own about URLs, regions and styles of addressing: boto3
 makes a first request, which is stopped before it is sent, and shows. Where
@@ -14,28 +14,31 @@ certificate, or where the server points to another region, boto3 must do it.
 Leaves what errors mean to the caller: all are those that botocore raises.
 """
 
-import http.client
+import hmac
 import os
 import re
+import socket
 import ssl
 import threading
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256 as sha256_of
 from http import HTTPStatus
-from socket import SO_KEEPALIVE, SOL_SOCKET
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from botocore import exceptions as boto
-from botocore.auth import SIGV4_TIMESTAMP, S3SigV4Auth
-from botocore.awsrequest import AWSRequest
-from botocore.compat import get_current_datetime
+from botocore.auth import SIGV4_TIMESTAMP
 from botocore.httpsession import where
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 from urllib3.util.wait import wait_for_read
+
+from archiver.store._http import Answer, BadAnswerError, read_answer
 
 if TYPE_CHECKING:
     import boto3
@@ -45,9 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SmallPut"]
 
-# An error's XML has some hundred octets. What is longer is cut, and counts by its status.
-_ANSWER_BYTES = 64 * 1024
-
 # A socket's timeout is for one call of sendall, however much that sends.
 _SEND_BYTES = 128 * 1024
 
@@ -56,20 +56,13 @@ _AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]+/\d{8}/([^/,]+)/(
 _OF_SIGNATURE = {"authorization", "x-amz-content-sha256", "x-amz-date", "x-amz-security-token"}
 _OF_BOTO3 = {"amz-sdk-invocation-id", "amz-sdk-request", "expect"}  # for its retries, and for large bodies
 
-# Proxies may change it (botocore.auth.SIGNED_HEADERS_BLACKLIST).
-_UNSIGNED = {"user-agent"}
+_USUAL_PORTS = {"http": 80, "https": 443}
 
 # What boto3 answers by looking up the bucket's region, beside every redirection.
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 
 # A connection that the server closed while it was idle.
 _HUNG_UP = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-
-
-class _Answer(NamedTuple):
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +98,13 @@ class SmallPut:
         idle, the request is sent again on a new one. Raises what botocore
         raises, ClientError with the server's code foremost.
         """
-        with self._lock:
-            plan = self._plan = self._plan or self._planned(put)
+        plan = self._plan
         if plan is None:
-            return None
-        path = plan.base_path + _quoted(put["Key"])
-        # Asked for each time: those of a role are renewed now and then.
-        signer = _Signer(plan.credentials.get_frozen_credentials(), plan.service, plan.region)
-        headers = signer.sign_put(plan.host, path, _headers(put, plan.user_agent), sha256)
-        answer = plan.connections.put(path, headers, put["Body"])
+            with self._lock:
+                plan = self._plan = self._plan or self._planned(put)
+            if plan is None:
+                return None
+        answer = plan.connections.ask(_signed_head(plan, put, sha256), put["Body"])
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return answer.headers
         if answer.status >= HTTPStatus.BAD_REQUEST:
@@ -151,7 +142,7 @@ class SmallPut:
         """The plan that boto3's request shows, or None where anything about it is unusual."""
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
         authorization = _AUTHORIZATION.fullmatch(headers.get("authorization", ""))
-        ours = {name.lower(): value for name, value in _headers(put, headers.get("user-agent", "")).items()}
+        ours = _headers(put) | {"user-agent": headers.get("user-agent", "")}
         theirs = {name: headers[name] for name in headers.keys() - _OF_SIGNATURE - _OF_BOTO3}
         base_url = request.url.removesuffix(_quoted(put["Key"]))
         config: Any = self._client.meta.config
@@ -193,36 +184,54 @@ class _RehearsedError(Exception):
         self.request = request
 
 
-class _Signer(S3SigV4Auth):
-    """Signs by botocore's arithmetic, but words the canonical request itself: that is most of the work.
+def _signed_head(plan: _Plan, put: Mapping[str, Any], sha256: bytes) -> bytes:
+    """The request without its body, which the signature covers too, by the SHA-256 that is known.
 
-    The body is covered, too, by the SHA-256 that is known; botocore leaves it
-    out over https. What is signed is what botocore would sign:
+    botocore leaves the body out over https. All else is signed as it would:
     https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    Raises HTTPClientError for what would not stay one header.
     """
+    # Asked for each time: those of a role are renewed now and then.
+    credentials = plan.credentials.get_frozen_credentials()
+    path = plan.base_path + _quoted(put["Key"])
+    digest = sha256.hex()
+    timestamp = time.strftime(SIGV4_TIMESTAMP, time.gmtime())
+    date = timestamp[:8]
+    headers = {
+        "host": plan.host,
+        **_headers(put),
+        "x-amz-content-sha256": digest,
+        "x-amz-date": timestamp,
+    }
+    if credentials.token:
+        headers["x-amz-security-token"] = credentials.token
+    names = sorted(headers)
+    lines = [f"{name}:{headers[name]}\n" for name in names]
+    canonical = f"PUT\n{path}\n\n{''.join(lines)}\n{';'.join(names)}\n{digest}"
+    scope = f"{date}/{plan.region}/{plan.service}/aws4_request"
+    to_sign = f"AWS4-HMAC-SHA256\n{timestamp}\n{scope}\n{sha256_of(canonical.encode()).hexdigest()}"
+    key = _signing_key(credentials.secret_key, date, plan.region, plan.service)
+    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
+    headers["user-agent"] = plan.user_agent  # proxies may change it: botocore does not sign it either
+    headers["authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
+        f"SignedHeaders={';'.join(names)}, Signature={signature}"
+    )
+    sent = [f"PUT {path} HTTP/1.1", *[f"{name}: {value}" for name, value in headers.items()], "", ""]
+    text = "".join(sent)
+    if not (text.isascii() and text.isprintable()):
+        # Without what it is: a token, perhaps.
+        raise boto.HTTPClientError(error=ValueError("not fit for a header"))
+    return "\r\n".join(sent).encode()
 
-    def sign_put(
-        self, host: str, path: str, headers: Mapping[str, str], sha256: bytes
-    ) -> list[tuple[str, str]]:
-        """The headers of the request, with its signature. ``path`` is quoted, as it is sent."""
-        request = AWSRequest()
-        timestamp = request.context["timestamp"] = get_current_datetime().strftime(SIGV4_TIMESTAMP)
-        digest = sha256.hex()
-        added = {"X-Amz-Date": timestamp, "X-Amz-Content-SHA256": digest}
-        if self.credentials.token:
-            added["X-Amz-Security-Token"] = self.credentials.token
-        sent = {**headers, **added}
-        signed = {name.lower(): " ".join(value.split()) for name, value in sent.items()}
-        signed["host"] = host
-        names = sorted(signed.keys() - _UNSIGNED)
-        lines = "".join(f"{name}:{signed[name]}\n" for name in names)
-        canonical = f"PUT\n{path}\n\n{lines}\n{';'.join(names)}\n{digest}"
-        signature = self.signature(self.string_to_sign(request, canonical), request)
-        sent["Authorization"] = (
-            f"AWS4-HMAC-SHA256 Credential={self.scope(request)}, "
-            f"SignedHeaders={';'.join(names)}, Signature={signature}"
-        )
-        return list(sent.items())
+
+# Of a day and of the secret: one of each, and those that take over from them.
+@lru_cache(maxsize=4)
+def _signing_key(secret_key: str, date: str, region: str, service: str) -> bytes:
+    key = f"AWS4{secret_key}".encode()
+    for part in (date, region, service, "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
 
 
 class _Connections:
@@ -242,119 +251,102 @@ class _Connections:
         self._most_idle = most_idle
         self._connect_timeout_seconds = connect_timeout_seconds
         self._read_timeout_seconds = read_timeout_seconds
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[socket.socket] = []
         weakref.finalize(self, _close_all, self._idle)
 
-    def put(self, path: str, headers: Sequence[tuple[str, str]], content: bytes) -> _Answer:
+    def ask(self, head: bytes, content: bytes) -> Answer:
         """One request and its answer, whatever that is. Raises botocore's HTTPClientError."""
         try:
-            response = None
             if (connection := self._kept()) is not None:
                 with suppress(*_HUNG_UP):
-                    response = self._ask(connection, path, headers, content)
-            if connection is None or response is None:
-                connection = self._open()
-                response = self._ask(connection, path, headers, content)
-            return self._answer(connection, response)
+                    return self._ask(connection, head, content)
+            return self._ask(self._open(), head, content)
         except boto.BotoCoreError:
             raise  # of _open; most of them are OSErrors, too
         except ssl.SSLError as error:
             raise boto.SSLError(endpoint_url=self._url, error=error) from error
         except TimeoutError as error:
             raise boto.ReadTimeoutError(endpoint_url=self._url, error=error) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, BadAnswerError) as error:
             raise boto.ConnectionClosedError(endpoint_url=self._url, error=error) from error
-        except ValueError:
-            # Its own text shows the header: a token, perhaps.
-            raise boto.HTTPClientError(error=ValueError("not fit for a header")) from None
 
-    def _kept(self) -> http.client.HTTPConnection | None:
+    def _kept(self) -> socket.socket | None:
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 return None
             # Nothing is due: what can be read there is the end, or an answer to no question.
-            if connection.sock is not None and not wait_for_read(connection.sock, 0):
+            if not wait_for_read(connection, 0):
                 return connection
             connection.close()
 
-    def _open(self) -> http.client.HTTPConnection:
+    def _open(self) -> socket.socket:
         to = urlsplit(self._url)
-        host, timeout = to.hostname or "", self._connect_timeout_seconds
-        if self._tls is None:
-            connection = http.client.HTTPConnection(host, to.port, timeout=timeout)
-        else:
-            connection = http.client.HTTPSConnection(host, to.port, timeout=timeout, context=self._tls)
+        host, port = to.hostname or "", to.port or _USUAL_PORTS[to.scheme]
         with ExitStack() as undo:
-            undo.callback(connection.close)
             try:
-                connection.connect()
+                connection = socket.create_connection((host, port), self._connect_timeout_seconds)
+                undo.callback(connection.close)
+                if self._tls is not None:
+                    connection = self._tls.wrap_socket(connection, server_hostname=host)
+                    undo.callback(connection.close)
             except ssl.SSLError as error:
                 raise boto.SSLError(endpoint_url=self._url, error=error) from error
             except TimeoutError as error:
                 raise boto.ConnectTimeoutError(endpoint_url=self._url, error=error) from error
             except (OSError, ValueError) as error:  # ValueError: a name that is none in the DNS
                 raise boto.EndpointConnectionError(endpoint_url=self._url, error=error) from error
-            connection.sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
-            connection.sock.settimeout(self._read_timeout_seconds)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self._read_timeout_seconds)
             undo.pop_all()
         return connection
 
-    def _ask(
-        self,
-        connection: http.client.HTTPConnection,
-        path: str,
-        headers: Sequence[tuple[str, str]],
-        content: bytes,
-    ) -> http.client.HTTPResponse:
-        view = memoryview(content)
-        hung_up: OSError | None = None
-        with ExitStack() as undo:
-            undo.callback(connection.close)
-            connection.putrequest("PUT", path, skip_accept_encoding=True)
-            for name, value in headers:
-                connection.putheader(name, value)
+    def _ask(self, connection: socket.socket, head: bytes, content: bytes) -> Answer:
+        is_kept = False
+        try:
+            hung_up: OSError | None = None
             try:
-                connection.endheaders(
-                    [view[start : start + _SEND_BYTES] for start in range(0, len(view), _SEND_BYTES)]
-                )
+                _send(connection, head, content)
             except (BrokenPipeError, ConnectionResetError) as error:
                 hung_up = error  # it may have said before why it wants no more
-            response = connection.getresponse()
-            if hung_up is not None and response.status < HTTPStatus.BAD_REQUEST:
+            answer = read_answer(connection.recv)
+            if hung_up is not None and answer.status < HTTPStatus.BAD_REQUEST:
                 raise hung_up  # no success of what was not sent
-            undo.pop_all()
-        return response
-
-    def _answer(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> _Answer:
-        with ExitStack() as undo:
-            undo.callback(connection.close)
-            body = response.read(_ANSWER_BYTES)
-            # An answer without an end, or with more to come, spoils the connection for the next one.
-            if response.isclosed() and connection.sock is not None and len(self._idle) < self._most_idle:
+            if not (hung_up or answer.is_last) and len(self._idle) < self._most_idle:
                 self._idle.append(connection)
-                undo.pop_all()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return _Answer(response.status, fields, body)
+                is_kept = True
+            return answer
+        finally:
+            if not is_kept:
+                connection.close()
+
+
+def _send(connection: socket.socket, head: bytes, content: bytes) -> None:
+    """The head goes together with the body, or what fits of it: one system call for most requests."""
+    view = memoryview(content)
+    first = max(0, _SEND_BYTES - len(head))
+    connection.sendall(head + view[:first])
+    for start in range(first, len(view), _SEND_BYTES):
+        connection.sendall(view[start : start + _SEND_BYTES])
 
 
 _PARSER = create_parser("rest-xml")
 _NO_SHAPE: Any = None  # an error's answer has none
 
 
-def _close_all(connections: list[http.client.HTTPConnection]) -> None:
+def _close_all(connections: list[socket.socket]) -> None:
     for connection in connections:
         connection.close()
 
 
-def _headers(put: Mapping[str, Any], user_agent: str) -> dict[str, str]:
-    """All that is sent but the signature, and what HTTP itself adds."""
+def _headers(put: Mapping[str, Any]) -> dict[str, str]:
+    """What is sent of it. None of the values has spaces that a signature would leave out."""
     return {
-        "User-Agent": user_agent,
-        "Content-Length": str(len(put["Body"])),
-        "Content-Type": put["ContentType"],
-        "If-None-Match": put["IfNoneMatch"],
+        "content-length": str(len(put["Body"])),
+        "content-type": put["ContentType"],
+        "if-none-match": put["IfNoneMatch"],
         "x-amz-checksum-sha256": put["ChecksumSHA256"],
         **{f"x-amz-meta-{name}": value for name, value in put["Metadata"].items()},
     }
@@ -369,11 +361,10 @@ def _quoted(name: str) -> str:
 
 
 def _host_header(url: str) -> str:
-    """As http.client sends it: with the port, unless that is the scheme's own."""
+    """As everybody sends it: with the port, unless that is the scheme's own."""
     to = urlsplit(url)
     host = f"[{to.hostname}]" if ":" in (to.hostname or "") else to.hostname or ""
-    usual = {"http": 80, "https": 443}[to.scheme]
-    return host if to.port in (None, usual) else f"{host}:{to.port}"
+    return host if to.port in (None, _USUAL_PORTS[to.scheme]) else f"{host}:{to.port}"
 
 
 def _has_proxy(url: str) -> bool:

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import boto3
 import botocore.session
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.credentials import CredentialProvider, CredentialResolver, Credentials
 
 from archiver.errors import IntegrityError, OperatorNeeded, TryLater
@@ -79,6 +81,7 @@ class Scripted(socketserver.ThreadingTCPServer):
         self.script: list[bytes | Then] = []
         self.requests: list[Request] = []
         self.connections = 0
+        self.lines: list[socket.socket] = []  # of the requests
         self.stopping = threading.Event()
         self._tls: ssl.SSLContext | None = None
         if certificate:
@@ -116,6 +119,7 @@ class Scripted(socketserver.ThreadingTCPServer):
         then = step if isinstance(step, Then) else Then(step)
         size = int(headers.get("content-length", 0)) if then.body_octets is None else then.body_octets
         self.requests.append(Request(number, line, headers, reader.read(size)))
+        self.lines.append(connection)
         connection.sendall(then.octets)
         if then.how == "stall":
             self.stopping.wait()
@@ -206,6 +210,32 @@ def test_a_real_server_accepts_the_signature_of_any_key(s3: SeaweedFS, bucket: s
     assert len(made) == 1, "only the rehearsal"
 
 
+@pytest.mark.parametrize("token", [None, "a/token+of=a role"])
+@pytest.mark.parametrize("prefix", ["", "a+b/c=d", "50%/~x/it's(1)", "%41/&$,;@!*"])
+def test_the_signature_is_botocore_s(server: Scripted, prefix: str, token: str | None) -> None:
+    provider = Rotating(["key", "a secret"], token)
+    store = S3Store("mail", prefix, endpoint_url=server.url, session=session(provider))
+    put_all(store, 2)
+    provider.keys = ["key", "another secret"]
+    put_all(store, 1)
+    secrets = ["a secret", "a secret", "another secret"]
+    for request, secret in zip(server.requests, secrets, strict=True):
+        method, path, _ = request.line.split()
+        covered, signature = re.findall(
+            "SignedHeaders=(.+), Signature=(.+)", request.headers["authorization"]
+        )[0]
+        headers = {name: request.headers[name] for name in covered.split(";")}
+        theirs = AWSRequest(method, server.url + path, headers)
+        theirs.context["timestamp"] = headers["x-amz-date"]
+        signer = S3SigV4Auth(Credentials("key", secret, token), "s3", "us-east-1")
+        to_sign = signer.string_to_sign(theirs, signer.canonical_request(theirs))
+        assert signature == signer.signature(to_sign, theirs)
+        assert headers.get("x-amz-security-token") == token
+        _, day, *rest = request.scope.split("/")
+        assert rest == ["us-east-1", "s3", "aws4_request"]
+        assert headers["x-amz-date"].startswith(f"{day}T")
+
+
 @pytest.mark.parametrize("size", [0, 1, LARGEST])
 def test_the_request_is_what_boto3_would_send(server: Scripted, size: int) -> None:
     store = open_store(server)
@@ -250,8 +280,9 @@ def test_credentials_that_were_renewed_are_used(server: Scripted) -> None:
     assert all("x-amz-security-token" in request.headers["authorization"] for request in server.requests)
 
 
-def test_a_token_with_a_line_break_is_not_shown(server: Scripted) -> None:
-    store = open_store(server, session(Rotating(token="very secret\n")))
+@pytest.mark.parametrize("more", ["\n", "\r\nX-Other: header"])
+def test_a_token_with_a_line_break_is_not_shown(server: Scripted, more: str) -> None:
+    store = open_store(server, session(Rotating(token="very secret" + more)))
     for attempt in (lambda: store.put(KEY, BODY), lambda: store.stat(KEY)):
         with pytest.raises(OperatorNeeded) as caught:
             attempt()
@@ -304,6 +335,15 @@ def test_a_connection_is_used_again(server: Scripted) -> None:
         store.put(KEY, BODY)
     put_all(store, 1)
     assert [request.connection for request in server.requests] == [0, 0, 0]
+
+
+def test_a_second_answer_is_not_taken_for_the_next_one(server: Scripted) -> None:
+    server.script = [DONE + refusal(403, "AccessDenied")]
+    store = open_store(server)
+    put_all(store, 2)
+    server.lines[-1].sendall(refusal(403, "AccessDenied"))
+    put_all(store, 1)
+    assert [request.connection for request in server.requests] == [0, 1, 2]
 
 
 def test_a_connection_that_was_closed_meanwhile_is_replaced(server: Scripted) -> None:
