@@ -99,6 +99,15 @@ class RetryingStore:
 
     def _repeat(self, verb: str, call: Callable[[], _Result]) -> _Result:
         started = self._monotonic()
+        try:
+            return call()  # as a rule that is all; tenacity would cost a third of a small PUT
+        except TryLater as error:
+            failed = [error]
+
+        def attempt() -> _Result:
+            if failed:
+                raise failed.pop()  # tenacity takes over from here, and counts it
+            return call()
 
         def wait(state: tenacity.RetryCallState) -> float:
             asked = _failure(state).wait_seconds or 0
@@ -126,7 +135,7 @@ class RetryingStore:
             sleep=self._sleep,
             before_sleep=log,
             reraise=True,
-        )(call)
+        )(attempt)
 
 
 def _failure(state: tenacity.RetryCallState) -> TryLater:
