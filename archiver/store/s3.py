@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
-from pathlib import PurePosixPath
+from posixpath import splitext
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -511,7 +511,7 @@ def _damaged() -> IntegrityError:
 
 
 def _content_type(name: str) -> str:
-    return _CONTENT_TYPES.get(PurePosixPath(name).suffix, "application/octet-stream")
+    return _CONTENT_TYPES.get(splitext(name)[1], "application/octet-stream")
 
 
 def _base64(digest: bytes) -> str:
