@@ -63,7 +63,7 @@ _MOST_PARTS = 10_000  # docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.htm
 
 # botocore sends every body with "Expect: 100-continue", and waits a round trip for the answer. That
 # is worth it from where sending takes longer than a round trip: then a refusal comes before the body.
-_EXPECT_BYTES = 512 * 1024
+_EXPECT_BYTES = _MIB
 
 _CHUNK_BYTES = 256 * 1024
 _FILE_BUFFER_BYTES = 128 * 1024

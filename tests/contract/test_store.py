@@ -37,7 +37,7 @@ from tests.harness.seaweedfs import SeaweedFS
 
 MIB = 1024 * 1024
 PART = 5 * MIB  # the smallest that S3 takes
-EXPECT = 512 * 1024  # from here on S3 is asked before a body is sent
+EXPECT = 1024 * 1024  # from here on S3 is asked before a body is sent
 
 KEY = "messages/7/ab/abcdef.eml"
 _processes = multiprocessing.get_context("spawn")
