@@ -32,6 +32,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from archiver.db import bulk
 from archiver.errors import ArchiverError, OperatorNeeded, TryLater, UsageError
 
 __all__ = ["Database"]
@@ -291,6 +292,7 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+    connection.create_function(bulk.OCTETS, 1, bytes.fromhex, deterministic=True)
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -1,85 +1,199 @@
 """Statements for many rows at once, in the form that costs each database the least.
 
-PostgreSQL is given the rows as one JSON document: one statement and one
-parameter, worded the same however many rows there are, so that it is planned
-once a connection. SQLite lies in this process, and runs the statement for each
-row.
+PostgreSQL is given each column as one array: a statement is worded the same
+however many rows there are, so that it is planned once a connection. SQLite lies
+in this process, and its driver runs the statement for each row. What a driver
+takes is made here, column by column: to have SQLAlchemy look at each value of
+each row costs more than SQLite needs for the row.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
+from itertools import repeat
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
+from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-_ROWS = "given_rows"
+OCTETS = "octets_of_hex"
+"""A function that our connections to SQLite have: its own unhex() is not in all that are in use."""
+
+Types = Mapping[str, TypeEngine[Any]]
+Values = Mapping[str, sa.ColumnElement[Any]]
 
 
-class _Texts(TypeDecorator[Sequence[str]]):
-    """A list of texts as one parameter: an array, and for SQLite JSON."""
+class ForRows:
+    """A statement that is run for many rows, and worded once for each kind of database.
 
-    impl = sa.Text()
-    cache_ok = True
+    ``types`` are of the values that a row has, by name; in an UPDATE these are
+    no columns' names. ``worded`` is given the dialect's name and these values;
+    parameters of its own are of all rows. On PostgreSQL no two rows may insert
+    or change the same one.
+    """
 
-    def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
-        return sa.Text() if dialect.name == "sqlite" else postgresql.ARRAY(sa.Text())
+    def __init__(self, types: Types, worded: Callable[[str, Values], UpdateBase]) -> None:
+        self._types = types
+        self._worded = worded
+        self._statements: dict[str, UpdateBase] = {}
+        self._of_driver: _OfDriver | None = None
 
-    def process_bind_param(self, value: Sequence[str] | None, dialect: sa.Dialect) -> Any:
-        return json.dumps(value) if dialect.name == "sqlite" else value
+    def run(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]], **of_all: Any
+    ) -> sa.CursorResult[Any]:
+        """Run it for these, which are not none; what it returns is of all of them."""
+        dialect = connection.dialect
+        statement = self._statements.get(dialect.name)
+        if statement is None:
+            statement = self._worded(dialect.name, _given(dialect.name, self._types))
+            self._statements[dialect.name] = statement
+        if dialect.name != "sqlite":
+            arrays = {name: _array(row[name] for row in rows) for name in self._types}
+            return connection.execute(statement, arrays | of_all)
+        if statement.exported_columns:
+            # The driver has no answer to many rows; SQLAlchemy makes one statement of them.
+            return connection.execute(statement, [{**row, **of_all} for row in rows])
+        if self._of_driver is None:
+            self._of_driver = _OfDriver(statement, self._types, dialect)
+        return connection.exec_driver_sql(self._of_driver.text, self._of_driver.parameters(rows, of_all))
 
 
-def among(dialect: str, column: sa.ColumnElement[str], name: str) -> sa.ColumnElement[bool]:
-    """Whether a column's text is one of the parameter of that name, a list of any length."""
-    texts = sa.bindparam(name, type_=_Texts())
-    if dialect == "sqlite":
-        return column.in_(sa.select(sa.func.json_each(texts).table_valued("value").c.value))
-    return column == sa.func.any(texts)
+def insert(
+    into: sa.Table, names: Sequence[str], then: Callable[[Any], Any] = lambda insert: insert
+) -> ForRows:
+    """To insert rows that have these columns; ``then`` may add ON CONFLICT and RETURNING."""
+
+    def worded(dialect: str, values: Values) -> Any:
+        if dialect == "sqlite":
+            return then(sqlite.insert(into))
+        return then(postgresql.insert(into).from_select(list(names), sa.select(*values.values())))
+
+    return ForRows({name: into.c[name].type for name in names}, worded)
 
 
-def given(dialect: str, types: Mapping[str, TypeEngine[Any]]) -> Mapping[str, sa.ColumnElement[Any]]:
-    """The values of the rows that the statement will be executed with, by name."""
-    if dialect == "sqlite":
-        return {name: sa.bindparam(name, type_=kind) for name, kind in types.items()}
-    document = sa.cast(sa.bindparam(_ROWS, type_=sa.Text()), postgresql.JSON)
-    rows = sa.func.json_to_recordset(document).table_valued(
-        *(sa.column(name, kind) for name, kind in types.items())
-    )
-    return dict(rows.render_derived(name="given", with_types=True).c.items())
+def one_of_all(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[bool]:
+    """That a column has one of the rows' values of that name, beside the condition that it has this row's.
 
-
-def insert(dialect: str, into: sa.Table, names: Sequence[str]) -> Any:
-    """To insert the rows, which have these columns; ON CONFLICT and RETURNING may be added.
-
-    On PostgreSQL no two of the rows may have the same key where a conflict updates.
+    Of rows that are joined PostgreSQL might read all that the other conditions
+    leave, and compare; that it is one of a few has them looked for by the index.
     """
     if dialect == "sqlite":
-        return sqlite.insert(into)
-    rows = given(dialect, {name: into.c[name].type for name in names})
-    return postgresql.insert(into).from_select(list(names), sa.select(*rows.values()))
+        return sa.true()
+    return column == sa.func.any(_array_of(sa.bindparam(name, type_=_AS_CAST), column.type))
 
 
-def execute(
-    connection: Connection, statement: sa.Executable, rows: list[dict[str, Any]], **parameters: Any
-) -> sa.CursorResult[Any]:
-    """Run such a statement for ``rows``, which are not empty. ``parameters`` are of all, on PostgreSQL."""
-    if connection.dialect.name == "sqlite":
-        return connection.execute(statement, rows)
-    document = json.dumps(rows, default=_as_text, allow_nan=False)
-    return connection.execute(statement, {_ROWS: document, **parameters})
+def among(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[bool]:
+    """Whether a column's text or octets are in the parameter of that name, a list of any length."""
+    values = _listed(dialect, column, name)
+    return column.in_(sa.select(values)) if dialect == "sqlite" else column == sa.func.any(values)
 
 
-def _as_text(value: object) -> str:
-    """What JSON has no form for, as PostgreSQL reads it."""
-    match value:
-        case bytes():
-            return f"\\x{value.hex()}"
-        case datetime():
-            return value.astimezone(UTC).isoformat()
-        case date():
-            return value.isoformat()
-        case _:
-            raise TypeError(f"no column has a {type(value).__name__}")
+def look_up(dialect: str, query: sa.Select[Any], column: sa.ColumnElement[Any], name: str) -> sa.Select[Any]:
+    """The query's rows of which this column is in such a list; twice, maybe, if the list has something twice.
+
+    Each is looked for by itself: of an index that begins with what else the
+    query asks for, and this column.
+    """
+    if dialect == "sqlite":
+        return query.where(among(dialect, column, name))
+    wanted = sa.func.unnest(_listed(dialect, column, name)).table_valued(sa.column("value", column.type))
+    wanted = wanted.render_derived(name="wanted")
+    # OFFSET keeps PostgreSQL from what looks better to it in a table of which it has no statistics yet: to
+    # read all that meets the other conditions, and compare.
+    found = query.where(column == wanted.c.value).offset(sa.literal_column("0")).lateral("found")
+    return sa.select(*found.c).select_from(wanted.join(found, sa.true()))
+
+
+def _listed(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[Any]:
+    given = sa.bindparam(name, type_=_List())
+    if dialect != "sqlite":
+        return _array_of(given, column.type)
+    value: sa.ColumnElement[Any] = sa.func.json_each(given).table_valued("value").c.value
+    return sa.Function(OCTETS, value) if isinstance(column.type, sa.LargeBinary) else value
+
+
+_AS_CAST = sa.types.NullType()
+"""For what PostgreSQL is to take for the type that it is cast to; a text would be read anew for each row."""
+
+
+class _List(TypeDecorator[Sequence[str] | Sequence[bytes]]):
+    """A list as one parameter: an array, and for SQLite JSON, with octets in hexadecimal digits."""
+
+    impl = _AS_CAST
+    cache_ok = True
+
+    def process_bind_param(self, value: Sequence[str] | Sequence[bytes] | None, dialect: sa.Dialect) -> str:
+        values = value or ()
+        if dialect.name != "sqlite":
+            return _array(values)
+        return json.dumps([each.hex() if isinstance(each, bytes) else each for each in values])
+
+
+def _given(dialect: str, types: Types) -> Values:
+    if dialect == "sqlite":
+        return {name: sa.bindparam(name, type_=kind) for name, kind in types.items()}
+    arrays = (_array_of(sa.bindparam(name, type_=_AS_CAST), kind) for name, kind in types.items())
+    rows = sa.func.unnest(*arrays).table_valued(*(sa.column(name, kind) for name, kind in types.items()))
+    return dict(rows.render_derived(name="given").c.items())
+
+
+def _array_of(text: sa.ColumnElement[Any], kind: TypeEngine[Any]) -> sa.ColumnElement[Any]:
+    # To cast to a type with a length would cut silently what is longer.
+    return sa.cast(text, postgresql.ARRAY(sa.Text() if isinstance(kind, sa.String) else kind))
+
+
+def _array(values: Iterable[Any]) -> str:
+    """An array in PostgreSQL's words: https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO."""
+    return "{" + ",".join([_WORDS[type(value)](value) for value in values]) + "}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_WORDS: Mapping[type, Callable[[Any], str]] = {
+    type(None): lambda _: "NULL",
+    bool: str,
+    int: str,
+    float: str,
+    date: str,
+    datetime: lambda value: f'"{value.astimezone(UTC)}"',
+    bytes: lambda value: f'"\\\\x{value.hex()}"',
+    str: _quoted,
+}
+
+
+class _OfDriver:
+    """A statement as SQLite's driver takes it."""
+
+    def __init__(self, statement: UpdateBase, types: Types, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect, column_keys=list(types))
+        self.text = str(compiled)
+        self._types = types
+        self._fixed = compiled.params
+        self._fields = [
+            (name, _conversion(compiled.binds[name].type, dialect)) for name in compiled.positiontup or ()
+        ]
+
+    def parameters(
+        self, rows: Sequence[Mapping[str, Any]], of_all: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        fixed = {**self._fixed, **of_all}
+        columns: list[Iterable[Any]] = []
+        for name, convert in self._fields:
+            if name not in self._types:
+                columns.append(repeat(convert(fixed[name]) if convert else fixed[name]))
+            elif convert:
+                columns.append([convert(row[name]) for row in rows])
+            else:
+                columns.append([row[name] for row in rows])
+        return list(zip(*columns, strict=False))
+
+
+def _conversion(kind: TypeEngine[Any], dialect: sa.Dialect) -> Callable[[Any], Any] | None:
+    """What SQLAlchemy does to a value of this type; the driver takes octets as they are."""
+    return None if isinstance(kind, sa.LargeBinary) else kind.dialect_impl(dialect).bind_processor(dialect)

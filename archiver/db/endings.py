@@ -138,8 +138,7 @@ def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
     _count_requests(connection, fresh)
     releases = [_released(connection, ending, leases, accounts) for ending in fresh]
     if releases:
-        ids = [ending.claim.account_id for ending in fresh]
-        bulk.execute(connection, _release(connection.dialect.name), releases, ids=ids)
+        _RELEASE.run(connection, releases)
     hosts = {ending.claim: _tell_of_host(connection, ending, accounts) for ending in fresh}
     lost = {ending.claim for ending in endings if not _stands(ending, leases)}
     lost -= _kept_before(connection, lost)
@@ -162,8 +161,7 @@ def _keep(connection: Connection, endings: list[Ending]) -> set[Claim]:
     if not endings:
         return set()
     by_key = {(ending.claim.account_id, ending.claim.token): ending.claim for ending in endings}
-    insert = _insert(connection.dialect.name)
-    inserted = bulk.execute(connection, insert, [_poll_row(each) for each in endings])
+    inserted = _NEW_POLLS.run(connection, [_poll_row(each) for each in endings])
     return {by_key[row.account_id, row.token] for row in inserted}
 
 
@@ -383,42 +381,25 @@ def _accounts_of(dialect: str) -> sa.Select[Any]:
     )
 
 
-@cache
-def _insert(dialect: str) -> Any:
-    insert = bulk.insert(dialect, poll, poll.c.keys())
-    return insert.on_conflict_do_nothing().returning(poll.c.account_id, poll.c.token)
+_NEW_POLLS = bulk.insert(
+    poll,
+    poll.c.keys(),
+    lambda insert: insert.on_conflict_do_nothing().returning(poll.c.account_id, poll.c.token),
+)
 
 
-@cache
-def _release(dialect: str) -> sa.Update:
-    row = bulk.given(
-        dialect,
-        {
-            "b_account_id": lease.c.account_id.type,
-            "b_paused": sa.Boolean(),
-            "b_least": sa.Float(),
-            "b_after": sa.Float(),
-            "b_recover": lease.c.recover.type,
-            "b_failures": lease.c.failures.type,
-            "b_refusals": lease.c.refusals.type,
-            "b_host": lease.c.host.type,
-            "b_interval": lease.c.interval_seconds.type,
-            "b_looked_at": lease.c.looked_at.type,
-            "b_late_at": lease.c.late_at.type,
-        },
-    )
+def _released_row(dialect: str, row: bulk.Values) -> sa.Update:
     due_at = sa.case(
         (row["b_paused"], sa.null()),
         (lease.c.asked, seconds_on(dialect, row["b_least"])),
         else_=seconds_on(dialect, row["b_after"]),
     )
-    which = lease.c.account_id == row["b_account_id"]
-    if dialect != "sqlite":
-        # That it is one of a few has each of them looked for by the index.
-        which = sa.and_(which, bulk.among(dialect, lease.c.account_id, "ids"))
     return (
         sa.update(lease)
-        .where(which)
+        .where(
+            lease.c.account_id == row["b_account_id"],
+            bulk.one_of_all(dialect, lease.c.account_id, "b_account_id"),
+        )
         .values(
             owner=sa.null(),
             expires_at=sa.null(),
@@ -434,3 +415,21 @@ def _release(dialect: str) -> sa.Update:
             late_at=sa.func.coalesce(row["b_late_at"], lease.c.late_at),
         )
     )
+
+
+_RELEASE = bulk.ForRows(
+    {
+        "b_account_id": lease.c.account_id.type,
+        "b_paused": sa.Boolean(),
+        "b_least": sa.Float(),
+        "b_after": sa.Float(),
+        "b_recover": lease.c.recover.type,
+        "b_failures": lease.c.failures.type,
+        "b_refusals": lease.c.refusals.type,
+        "b_host": lease.c.host.type,
+        "b_interval": lease.c.interval_seconds.type,
+        "b_looked_at": lease.c.looked_at.type,
+        "b_late_at": lease.c.late_at.type,
+    },
+    _released_row,
+)

@@ -1,6 +1,6 @@
 """What polls and people ask of the database. Reads only; rows come out as values or plain mappings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,8 +13,6 @@ from archiver.db.tables import account, capture, event, host, journal, lease, ma
 from archiver.model import PAUSED_BY_HAND, JournalHead, LastLook, SightingKey
 
 FETCH_ROWS = 1_000
-LOOKUP_ROWS = 200
-"""UIDLs in one look-up: few enough for a plan by index, many enough that round trips do not count."""
 
 
 class Known(NamedTuple):
@@ -189,46 +187,44 @@ def provable(
     connection: Connection, account_id: str, epoch: int, uidls: Sequence[bytes]
 ) -> dict[SightingKey, Provable]:
     """The capture behind each present sighting that has one of these UIDLs for itself."""
-    found: dict[SightingKey, Provable] = {}
-    for start in range(0, len(uidls), LOOKUP_ROWS):
-        rows = connection.execute(
-            sa.select(
-                sighting.c.uidl,
-                sighting.c.size,
-                capture.c.sha256,
-                capture.c.captured_at,
-                capture.c.octets,
-                capture.c.sequence,
-            )
-            .join(
-                capture,
-                sa.and_(capture.c.account_id == sighting.c.account_id, capture.c.sha256 == sighting.c.sha256),
-            )
-            .where(
-                sighting.c.account_id == account_id,
-                sighting.c.epoch == epoch,
-                sighting.c.uidl.in_(uidls[start : start + LOOKUP_ROWS]),
-                sighting.c.content == b"",
-                sighting.c.state == "captured",
-                sighting.c.absent_at.is_(None),
-            )
-        )
-        found.update((SightingKey(uidl, size), Provable(*capture_of)) for uidl, size, *capture_of in rows)
-    return found
+    dialect = connection.dialect.name
+    found = connection.execute(
+        _captured(dialect), {"b_account_id": account_id, "b_epoch": epoch, "uidls": uidls}
+    ).all()
+    digests = list({row.sha256 for row in found})
+    behind = {row.sha256: Provable(*row) for row in _captures_of(connection, account_id, digests)}
+    return {SightingKey(row.uidl, row.size): behind[row.sha256] for row in found if row.sha256 in behind}
 
 
 def held(connection: Connection, account_id: str, digests: Sequence[bytes]) -> dict[bytes, Held]:
     """Which of these contents the account has captured already."""
-    found: dict[bytes, Held] = {}
-    for start in range(0, len(digests), LOOKUP_ROWS):
-        rows = connection.execute(
-            sa.select(capture.c.sha256, capture.c.captured_at, capture.c.octets).where(
-                capture.c.account_id == account_id,
-                capture.c.sha256.in_(digests[start : start + LOOKUP_ROWS]),
-            )
-        )
-        found.update((row.sha256, Held(row.captured_at, row.octets)) for row in rows)
-    return found
+    rows = _captures_of(connection, account_id, digests)
+    return {row.sha256: Held(row.captured_at, row.octets) for row in rows}
+
+
+@cache
+def _captured(dialect: str) -> sa.Select[Any]:
+    present = sa.select(sighting.c.uidl, sighting.c.size, sighting.c.sha256).where(
+        sighting.c.account_id == sa.bindparam("b_account_id"),
+        sighting.c.epoch == sa.bindparam("b_epoch"),
+        sighting.c.content == b"",
+        sighting.c.state == "captured",
+        sighting.c.absent_at.is_(None),
+    )
+    return bulk.look_up(dialect, present, sighting.c.uidl, "uidls")
+
+
+def _captures_of(connection: Connection, account_id: str, digests: Sequence[bytes]) -> Iterable[Any]:
+    statement = _by_digest(connection.dialect.name)
+    return connection.execute(statement, {"b_account_id": account_id, "digests": digests})
+
+
+@cache
+def _by_digest(dialect: str) -> sa.Select[Any]:
+    of_account = sa.select(
+        capture.c.sha256, capture.c.captured_at, capture.c.octets, capture.c.sequence
+    ).where(capture.c.account_id == sa.bindparam("b_account_id"))
+    return bulk.look_up(dialect, of_account, capture.c.sha256, "digests")
 
 
 def captures(

@@ -41,11 +41,7 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
     knows. A segment of a new epoch begins it.
     """
     schedule.fence(connection, claim)
-    head = connection.execute(
-        sa.select(journal.c.sequence, journal.c.digest, account.c.epoch)
-        .join(account, account.c.id == journal.c.account_id)
-        .where(journal.c.account_id == written.account_id)
-    ).one()
+    head = connection.execute(_HEAD, {"b_account_id": written.account_id}).one()
     if (head.sequence, head.digest) == (written.sequence, digest):
         return
     if (head.sequence + 1, head.digest) != (written.sequence, written.previous):
@@ -54,9 +50,13 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
             f"segment {head.sequence}, which the database has"
         )
     connection.execute(
-        sa.update(journal)
-        .where(journal.c.account_id == written.account_id)
-        .values(sequence=written.sequence, digest=digest, written_at=written.written_at)
+        _ADVANCE,
+        {
+            "b_account_id": written.account_id,
+            "sequence": written.sequence,
+            "digest": digest,
+            "written_at": written.written_at,
+        },
     )
     if written.epoch < head.epoch:
         raise IntegrityError(
@@ -66,16 +66,21 @@ def segment(connection: Connection, claim: Claim, written: Segment, digest: byte
     if written.epoch > head.epoch:
         _begin_epoch(connection, written)
     captured = [line for line in written.lines if line.what is What.CAPTURED]
-    _insert(connection, capture, [_capture_row(written, line) for line in captured])
-    _count(connection, written.account_id, captured)
+    if captured:
+        _NEW_CAPTURES.run(connection, [_capture_row(written, line) for line in captured])
+        _count(connection, written.account_id, captured)
     _keep_former_contents(connection, written)
     _upsert_sightings(
+        connection, [_resolved_row(written, line) for line in written.lines if line.what in _STATES]
+    )
+    _change(
         connection,
+        _ABSENT,
         written.account_id,
         written.epoch,
-        [_sighting_values(line) for line in written.lines if line.what in _STATES],
+        [line.sighting for line in written.lines if line.what in _ABSENCES],
+        b_at=written.written_at,
     )
-    _mark_absent(connection, written, [line for line in written.lines if line.what in _ABSENCES])
     events = [
         _event_row(written, line) for line in written.lines if line.what in (What.CAPTURED, What.QUARANTINED)
     ]
@@ -94,23 +99,8 @@ def still_there(
     asked for a day later.
     """
     schedule.fence(connection, claim)
-    requested = sighting.c.delete_requested_at.is_not(None)
     later = at + timedelta(seconds=UNHEEDED_RETRY_SECONDS)
-    again = sa.and_(requested, sighting.c.attempts >= UNHEEDED_REQUESTS)
-    _by_key(
-        connection,
-        sa.update(sighting).values(
-            absent_at=None,
-            delete_requested_at=None,
-            retry_at=sa.case(
-                (again, sa.bindparam("b_later", later, type_=sighting.c.retry_at.type)),
-                else_=sighting.c.retry_at,
-            ),
-        ),
-        claim.account_id,
-        epoch,
-        sightings,
-    )
+    _change(connection, _STILL_THERE, claim.account_id, epoch, sightings, b_at=later)
 
 
 def retry_quarantined(connection: Connection, account_id: str, at: datetime, uidl: bytes | None) -> int:
@@ -166,12 +156,8 @@ def died_in_transit(
 ) -> None:
     """Note that a connection died over this message once more: for the ``attempts``-th time."""
     schedule.fence(connection, claim)
-    _upsert_sightings(
-        connection,
-        claim.account_id,
-        epoch,
-        [{"key": key, "at": at, "state": "pending", "sha256": None, "attempts": attempts, "reason": None}],
-    )
+    row = _sighting_row(claim.account_id, epoch, key, at, state="pending", attempts=attempts)
+    _upsert_sightings(connection, [row])
 
 
 def deletions_requested(
@@ -179,9 +165,7 @@ def deletions_requested(
 ) -> None:
     """Note, before any DELE is sent, that these are about to be deleted by us."""
     schedule.fence(connection, claim)
-    _by_key(
-        connection, sa.update(sighting).values(delete_requested_at=at), claim.account_id, epoch, sightings
-    )
+    _change(connection, _REQUESTED, claim.account_id, epoch, sightings, b_at=at)
 
 
 def deletion_put_off(
@@ -190,7 +174,7 @@ def deletion_put_off(
     """A message that is to be deleted could not be read again, and cost the connection: a day later, then."""
     schedule.fence(connection, claim)
     until = at + timedelta(seconds=UNHEEDED_RETRY_SECONDS)
-    _by_key(connection, sa.update(sighting).values(retry_at=until), claim.account_id, epoch, [key])
+    _change(connection, _PUT_OFF, claim.account_id, epoch, [key], b_at=until)
 
 
 def recount(connection: Connection, account_id: str) -> bool:
@@ -223,7 +207,7 @@ def publish(connection: Connection, rows: list[dict[str, Any]]) -> None:
         return
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(FEED_LOCK)))
-    bulk.execute(connection, _insert_events(connection.dialect.name), rows)
+    _NEW_EVENTS.run(connection, rows)
 
 
 _STATES = {
@@ -233,6 +217,9 @@ _STATES = {
 }
 _HELD = frozenset({What.CAPTURED, What.KNOWN})
 _ABSENCES = frozenset({What.DELETED, What.GONE})
+
+# One for all, because json.dumps would make a new one for each event.
+_document = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def _begin_epoch(connection: Connection, written: Segment) -> None:
@@ -270,32 +257,25 @@ def _keep_former_contents(connection: Connection, written: Segment) -> None:
     if not lines:
         return
     rows = connection.execute(
-        sa.select(sighting).where(
-            sighting.c.account_id == written.account_id,
-            sighting.c.epoch == written.epoch,
-            sighting.c.uidl.in_({key.uidl for key in lines}),
-            sighting.c.content == b"",
-            sighting.c.sha256.is_not(None),
-        )
+        _contents_by_uidl(connection.dialect.name),
+        {
+            "b_account_id": written.account_id,
+            "b_epoch": written.epoch,
+            "uidls": list({key.uidl for key in lines}),
+        },
     )
     former = [
         row._asdict() for row in rows if lines.get(SightingKey(row.uidl, row.size)) not in (None, row.sha256)
     ]
-    _insert(
-        connection,
-        sighting,
-        [
-            row | {"content": row["sha256"], "absent_at": row["absent_at"] or written.written_at}
-            for row in former
-        ],
-    )
-    _by_key(
-        connection,
-        sa.delete(sighting),
-        written.account_id,
-        written.epoch,
-        [SightingKey(row["uidl"], row["size"]) for row in former],
-    )
+    if not former:
+        return
+    kept = [
+        row | {"content": row["sha256"], "absent_at": row["absent_at"] or written.written_at}
+        for row in former
+    ]
+    _NEW_SIGHTINGS.run(connection, kept)
+    keys = [SightingKey(row["uidl"], row["size"]) for row in former]
+    _change(connection, _REMOVED, written.account_id, written.epoch, keys)
 
 
 def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
@@ -313,26 +293,50 @@ def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
 
 
 def _count(connection: Connection, account_id: str, captured: list[Resolved]) -> None:
-    if captured:
-        connection.execute(
-            sa.update(mailbox)
-            .where(mailbox.c.account_id == account_id)
-            .values(
-                captures=mailbox.c.captures + len(captured),
-                octets=mailbox.c.octets + sum(line.octets or 0 for line in captured),
-            )
-        )
+    octets = sum(line.octets or 0 for line in captured)
+    connection.execute(_COUNT, {"b_account_id": account_id, "b_captures": len(captured), "b_octets": octets})
 
 
-def _sighting_values(line: Resolved) -> dict[str, Any]:
-    return {
-        "key": line.sighting,
-        "at": line.at,
-        "state": _STATES[line.what],
-        "sha256": line.sha256,
+def _resolved_row(written: Segment, line: Resolved) -> dict[str, Any]:
+    return _sighting_row(
+        written.account_id,
+        written.epoch,
+        line.sighting,
+        line.at,
+        state=_STATES[line.what],
+        sha256=line.sha256,
         # The tries that it took are the journal's; see SightingRow for what is counted from here on.
-        "attempts": 0 if line.what in _HELD else line.attempts,
-        "reason": line.reason,
+        attempts=0 if line.what in _HELD else line.attempts,
+        reason=line.reason,
+    )
+
+
+def _sighting_row(
+    account_id: str,
+    epoch: int,
+    key: SightingKey,
+    at: datetime,
+    *,
+    state: str,
+    sha256: bytes | None = None,
+    attempts: int,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    retry_at = None
+    if state == "quarantined":
+        retry_at = at + timedelta(seconds=quarantine_retry_seconds(attempts))
+    return {
+        "account_id": account_id,
+        "epoch": epoch,
+        "uidl": key.uidl,
+        "size": key.size,
+        "content": key.content,
+        "state": state,
+        "sha256": sha256,
+        "first_seen_at": at,
+        "attempts": attempts,
+        "retry_at": retry_at,
+        "reason": reason,
     }
 
 
@@ -359,7 +363,7 @@ def _event_row(written: Segment, line: Resolved) -> dict[str, Any]:
         "kind": line.what.value,
         "account_id": written.account_id,
         "at": line.at,
-        "body": json.dumps(body, separators=(",", ":")),
+        "body": _document(body),
     }
 
 
@@ -376,100 +380,128 @@ def _epoch_row(written: Segment) -> dict[str, Any]:
         "kind": "epoch",
         "account_id": written.account_id,
         "at": written.written_at,
-        "body": json.dumps(body, separators=(",", ":")),
+        "body": _document(body),
     }
 
 
-def _insert(connection: Connection, into: sa.Table, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        bulk.execute(connection, _insert_new(connection.dialect.name, into, tuple(rows[0])), rows)
+def _upsert_sightings(connection: Connection, rows: Iterable[dict[str, Any]]) -> None:
+    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = row["uidl"], row["size"], row["content"]
+        if key in by_key:
+            # Equal messages without an id of their own are one sighting, seen first by the first of them.
+            row["first_seen_at"] = by_key[key]["first_seen_at"]
+        by_key[key] = row
+    if by_key:
+        _RESOLVED.run(connection, list(by_key.values()))
 
 
-@cache
-def _insert_new(dialect: str, into: sa.Table, names: tuple[str, ...]) -> Any:
-    return bulk.insert(dialect, into, names).on_conflict_do_nothing()
-
-
-@cache
-def _insert_events(dialect: str) -> Any:
-    return bulk.insert(dialect, event, ("kind", "account_id", "at", "body"))
-
-
-def _upsert_sightings(
+def _change(
     connection: Connection,
-    account_id: str,
-    epoch: int,
-    values: list[dict[str, Any]],
-) -> None:
-    if not values:
-        return
-    rows: dict[SightingKey, dict[str, Any]] = {}
-    for value in values:
-        key: SightingKey = value["key"]
-        retry_at = None
-        if value["state"] == "quarantined":
-            retry_at = value["at"] + timedelta(seconds=quarantine_retry_seconds(value["attempts"]))
-        # Equal messages without an id of their own are one sighting, seen first by the first of them.
-        first_seen_at = rows[key]["first_seen_at"] if key in rows else value["at"]
-        rows[key] = {
-            "account_id": account_id,
-            "epoch": epoch,
-            "uidl": key.uidl,
-            "size": key.size,
-            "content": key.content,
-            "state": value["state"],
-            "sha256": value["sha256"],
-            "first_seen_at": first_seen_at,
-            "attempts": value["attempts"],
-            "retry_at": retry_at,
-            "reason": value["reason"],
-        }
-    names = tuple(next(iter(rows.values())))
-    bulk.execute(connection, _upsert(connection.dialect.name, names), list(rows.values()))
-
-
-@cache
-def _upsert(dialect: str, names: tuple[str, ...]) -> Any:
-    statement = bulk.insert(dialect, sighting, names)
-    new = statement.excluded
-    return statement.on_conflict_do_update(
-        index_elements=["account_id", "epoch", "uidl", "size", "content"],
-        set_={
-            "state": new.state,
-            "sha256": new.sha256,
-            "attempts": new.attempts,
-            "retry_at": new.retry_at,
-            "reason": new.reason,
-            "delete_requested_at": sa.null(),
-            "absent_at": sa.null(),
-        },
-    )
-
-
-def _mark_absent(connection: Connection, written: Segment, lines: list[Resolved]) -> None:
-    _by_key(
-        connection,
-        sa.update(sighting).values(absent_at=written.written_at),
-        written.account_id,
-        written.epoch,
-        [line.sighting for line in lines],
-    )
-
-
-def _by_key(
-    connection: Connection,
-    statement: sa.Update | sa.Delete,
+    change: bulk.ForRows,
     account_id: str,
     epoch: int,
     sightings: Iterable[SightingKey],
+    **values: Any,
 ) -> None:
-    parameters = [{"b_uidl": key.uidl, "b_size": key.size, "b_content": key.content} for key in sightings]
-    if parameters:
-        which = sa.and_(
-            sighting.c.account_id == account_id,
-            sighting.c.epoch == epoch,
-            sighting.c.uidl == sa.bindparam("b_uidl"),
-            sighting.c.size == sa.bindparam("b_size"),
-            sighting.c.content == sa.bindparam("b_content"),
+    rows = [{"b_uidl": key.uidl, "b_size": key.size, "b_content": key.content} for key in sightings]
+    if rows:
+        change.run(connection, rows, b_account_id=account_id, b_epoch=epoch, **values)
+
+
+# Worded once: to put a statement together costs more than to run it.
+
+_ACCOUNT_ID = sa.bindparam("b_account_id", type_=sa.Text())
+_EPOCH = sa.bindparam("b_epoch", type_=sa.Integer())
+_AT = sa.bindparam("b_at", type_=sighting.c.absent_at.type)
+
+_HEAD = (
+    sa.select(journal.c.sequence, journal.c.digest, account.c.epoch)
+    .join(account, account.c.id == journal.c.account_id)
+    .where(journal.c.account_id == _ACCOUNT_ID)
+)
+_ADVANCE = sa.update(journal).where(journal.c.account_id == _ACCOUNT_ID)
+_COUNT = (
+    sa.update(mailbox)
+    .where(mailbox.c.account_id == _ACCOUNT_ID)
+    .values(
+        captures=mailbox.c.captures + sa.bindparam("b_captures", type_=sa.BigInteger()),
+        octets=mailbox.c.octets + sa.bindparam("b_octets", type_=sa.BigInteger()),
+    )
+)
+
+
+@cache
+def _contents_by_uidl(dialect: str) -> sa.Select[Any]:
+    by_uidl = sa.select(sighting).where(
+        sighting.c.account_id == _ACCOUNT_ID,
+        sighting.c.epoch == _EPOCH,
+        sighting.c.content == b"",
+        sighting.c.sha256.is_not(None),
+    )
+    return bulk.look_up(dialect, by_uidl, sighting.c.uidl, "uidls")
+
+
+def _or_replace(insert: Any) -> Any:
+    """What is told of a sighting now is what holds; when it was seen first stays."""
+    told = ("state", "sha256", "attempts", "retry_at", "reason")
+    return insert.on_conflict_do_update(
+        index_elements=["account_id", "epoch", "uidl", "size", "content"],
+        set_={name: insert.excluded[name] for name in told}
+        | dict.fromkeys(("delete_requested_at", "absent_at"), sa.null()),
+    )
+
+
+def _or_leave(insert: Any) -> Any:
+    return insert.on_conflict_do_nothing()
+
+
+_NEW_CAPTURES = bulk.insert(capture, capture.c.keys(), _or_leave)
+_NEW_SIGHTINGS = bulk.insert(sighting, sighting.c.keys(), _or_leave)
+_NEW_EVENTS = bulk.insert(event, ("kind", "account_id", "at", "body"))
+_RESOLVED = bulk.insert(
+    sighting,
+    (
+        "account_id",
+        "epoch",
+        "uidl",
+        "size",
+        "content",
+        "state",
+        "sha256",
+        "first_seen_at",
+        "attempts",
+        "retry_at",
+        "reason",
+    ),
+    _or_replace,
+)
+
+
+def _by_key(change: sa.Update | sa.Delete) -> bulk.ForRows:
+    def worded(dialect: str, row: bulk.Values) -> sa.Update | sa.Delete:
+        return change.where(
+            sighting.c.account_id == _ACCOUNT_ID,
+            sighting.c.epoch == _EPOCH,
+            sighting.c.uidl == row["b_uidl"],
+            sighting.c.size == row["b_size"],
+            sighting.c.content == row["b_content"],
+            bulk.one_of_all(dialect, sighting.c.uidl, "b_uidl"),
         )
-        connection.execute(statement.where(which), parameters)
+
+    key = (sighting.c.uidl, sighting.c.size, sighting.c.content)
+    return bulk.ForRows({f"b_{column.name}": column.type for column in key}, worded)
+
+
+_ABSENT = _by_key(sa.update(sighting).values(absent_at=_AT))
+_REMOVED = _by_key(sa.delete(sighting))
+_REQUESTED = _by_key(sa.update(sighting).values(delete_requested_at=_AT))
+_PUT_OFF = _by_key(sa.update(sighting).values(retry_at=_AT))
+_UNHEEDED = sa.and_(sighting.c.delete_requested_at.is_not(None), sighting.c.attempts >= UNHEEDED_REQUESTS)
+_STILL_THERE = _by_key(
+    sa.update(sighting).values(
+        absent_at=sa.null(),
+        delete_requested_at=sa.null(),
+        retry_at=sa.case((_UNHEEDED, _AT), else_=sighting.c.retry_at),
+    )
+)

@@ -428,14 +428,17 @@ def fence(connection: Connection, claim: Claim) -> datetime | None:
     Returns since when the next look into the mailbox is late, or will be.
     Raises LeaseLost when a newer token was given out.
     """
-    current = connection.execute(
-        sa.select(lease.c.token, lease.c.late_at)
-        .where(lease.c.account_id == claim.account_id)
-        .with_for_update()
-    ).first()
+    current = connection.execute(_FENCE, {"b_account_id": claim.account_id}).first()
     if current is None or current.token != claim.token:
         raise LeaseLost(f"account {claim.account_id} is polled by another worker now")
     return cast("datetime | None", current.late_at)
+
+
+_FENCE = (
+    sa.select(lease.c.token, lease.c.late_at)
+    .where(lease.c.account_id == sa.bindparam("b_account_id"))
+    .with_for_update()
+)
 
 
 def renew(connection: Connection, claims: Iterable[Claim], *, lease_seconds: float) -> Collection[Claim]:

@@ -41,6 +41,9 @@ class Plans:
     indexes_when_prepared: set[str] = field(default_factory=set)
     """The same, once statements have been sent often."""
 
+    conditions_when_prepared: set[str] = field(default_factory=set)
+    """By which indexes of partitioned tables are gone into then."""
+
     statements: int = 0
 
 
@@ -62,6 +65,9 @@ def explained(connection: Connection) -> Iterator[Plans]:
             first, often = _plans(cursor, statement, parameters[0] if many else parameters)
             plans.indexes |= _add(plans, first, parents, partial)
             plans.indexes_when_prepared |= _add(plans, often, parents, partial)
+            plans.conditions_when_prepared |= {
+                node.get("Index Cond", "") for node in nodes(often) if _PART.match(node.get("Index Name", ""))
+            }
 
     sa.event.listen(connection, "before_cursor_execute", before)
     try:

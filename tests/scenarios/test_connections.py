@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from archiver import db
-from archiver.db import PREPARED_AFTER, Database, bulk, migrate
+from archiver.db import PREPARED_AFTER, Database, bulk, migrate, reads
 from archiver.db.tables import capture, event
 from archiver.errors import TryLater
 from tests.conftest import require
@@ -115,10 +115,10 @@ def test_rows_come_out_as_they_went_in(database_url: str) -> None:
     ]
 
     def write(connection: Connection) -> None:
-        dialect = connection.dialect.name
-        bulk.execute(connection, bulk.insert(dialect, event, tuple(events[0])), events)
-        insert = bulk.insert(dialect, capture, tuple(captures[0])).on_conflict_do_nothing()
-        bulk.execute(connection, insert, captures)
+        bulk.insert(event, tuple(events[0])).run(connection, events)
+        bulk.insert(capture, tuple(captures[0]), lambda it: it.on_conflict_do_nothing()).run(
+            connection, captures
+        )
 
     with opened(database_url) as database:
         migrate.upgrade(database)
@@ -129,6 +129,11 @@ def test_rows_come_out_as_they_went_in(database_url: str) -> None:
             assert [dict(row) for row in kept] == events
             found = connection.execute(sa.select(capture).order_by(capture.c.token)).mappings().all()
             assert [dict(row) for row in found] == captures[:2]
+            digests = [bytes([n]) * 32 for n in range(256)]
+            held = {digests[n]: reads.Held(AT, 2**40 + n) for n in (0, 1)}
+            assert reads.held(connection, "a", digests) == held
+            assert reads.held(connection, "a", digests[1:2]) == {digests[1]: held[digests[1]]}
+            assert reads.held(connection, "a", []) == reads.held(connection, "b", digests) == {}
 
 
 def test_a_list_of_any_length_is_one_parameter(database_url: str) -> None:

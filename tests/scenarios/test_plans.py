@@ -146,13 +146,15 @@ class Hot:
 
     ``parts`` are those of a partitioned table that one statement may look into:
     as many as there are accounts in it. ``whole`` names tables of which all rows
-    may be looked at, with the reason.
+    may be looked at, with the reason. ``each`` names what every row of a
+    partitioned table is looked for by, however many its account has there.
     """
 
     run: Callable[[Connection], object]
     by: str
     parts: int = 1
     whole: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    each: str = ""
 
 
 def _segment(connection: Connection) -> None:
@@ -230,12 +232,16 @@ HOT = {
         lambda c: list(reads.present_sightings(c, ONE, 1, after=SEEN[100])), "ix_sighting_by_uidl"
     ),
     "reads.absent_quarantined": Hot(lambda c: reads.absent_quarantined(c, ONE, 1), "ix_sighting_quarantined"),
-    "reads.provable": Hot(lambda c: reads.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture"),
-    "reads.held": Hot(lambda c: reads.held(c, ONE, [b"%032d" % n for n in range(300)]), "pk_capture"),
+    "reads.provable": Hot(lambda c: reads.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture", each="uidl sha256"),
+    "reads.held": Hot(
+        lambda c: reads.held(c, ONE, [b"%032d" % n for n in range(300)]), "pk_capture", each="sha256"
+    ),
     "record.segment": Hot(_segment, "pk_lease pk_journal pk_account pk_mailbox pk_sighting"),
-    "record.still_there": Hot(lambda c: record.still_there(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting"),
+    "record.still_there": Hot(
+        lambda c: record.still_there(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
+    ),
     "record.deletions_requested": Hot(
-        lambda c: record.deletions_requested(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting"
+        lambda c: record.deletions_requested(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
     ),
     "record.died_in_transit": Hot(
         lambda c: record.died_in_transit(c, CLAIM, 1, SEEN[0], attempts=1, at=NOW), "pk_lease"
@@ -304,6 +310,11 @@ def _wrong(hot: Hot, plans: Plans) -> dict[str, object]:
         # Only hosts in trouble have a row.
         "all rows": plans.whole - set(hot.whole) - {"host"},
         "parts": {table: len(parts) for table, parts in plans.parts.items() if len(parts) > hot.parts},
+        "not each": {
+            condition
+            for condition in plans.conditions_when_prepared
+            if hot.each and not any(column in condition for column in hot.each.split())
+        },
         "not by": set(hot.by.split()) - (plans.indexes & plans.indexes_when_prepared),
     }
     return {what: which for what, which in found.items() if which}
