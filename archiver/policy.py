@@ -164,6 +164,15 @@ def trusted_until(
     return until if until > now else None
 
 
+def is_trusted(until: datetime, now: datetime, full_listing_seconds: float) -> bool:
+    """Whether what was remembered of a mailbox is believed still.
+
+    What is to be believed for longer than anything may be was remembered before
+    the clock was set back, or the setting was another one.
+    """
+    return 0 < (until - now).total_seconds() <= full_listing_seconds
+
+
 def is_worth_a_tail(*, listed: int, new: int, spared_lines: int, pipelining: bool) -> bool:
     """Whether to ask for each of so many new messages costs less than a listing that has them all.
 

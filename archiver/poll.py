@@ -245,9 +245,16 @@ class _Poll:
 
         A message that is new or gone changes the count, or the last UIDL, or
         the octets; what slips through all three waits for the next whole listing.
+        The poll before, where it was cut short, may have had that, and recorded
+        nothing of it.
         """
         last = before.last_look
-        if not may_glance or last is None or last.trusted_until <= self.tools.now():
+        if (
+            not may_glance
+            or last is None
+            or self.lease.claim.recover
+            or not policy.is_trusted(last.trusted_until, self.tools.now(), self.tools.full_listing_seconds)
+        ):
             return mailbox.list()
         self.glanced = True
         seen = mailbox.glance(last.last_number)

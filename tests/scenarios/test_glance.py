@@ -17,7 +17,7 @@ from archiver.store.filesystem import FilesystemStore
 from archiver.tools import Tools
 from tests.conftest import Mailbox
 from tests.harness.scripted_pop3 import CAPABILITIES, HangUp, MailboxPlay, ScriptedPop3, Send
-from tests.scenarios.story import Archive, message
+from tests.scenarios.story import Archive, Fuse, message
 from tests.scenarios.test_poll import mailbox as scripted_mailbox
 
 IDLE_STATEMENTS = 10
@@ -265,6 +265,29 @@ def test_it_is_listed_all_the_same_after_some_hours(archive: Archive) -> None:
     assert not archive.poll_on_schedule(account).glanced
     assert was_listed(server)
     assert archive.poll_on_schedule(account).glanced
+
+
+@pytest.mark.parametrize("set_by_seconds", [-DAY, DAY])
+def test_it_is_listed_when_the_clock_was_set(archive: Archive, set_by_seconds: float) -> None:
+    """One that was set back would have the mailbox believed until it is that late again."""
+    server, account = settled(archive, scripted_mailbox("a"))
+    archive.clock.advance(set_by_seconds)
+    assert not archive.poll_on_schedule(account).glanced
+    assert was_listed(server)
+    assert archive.poll_on_schedule(account).glanced
+
+
+def test_what_a_listing_showed_is_not_overlooked_because_its_poll_died(archive: Archive) -> None:
+    play = scripted_mailbox("a", "b", "c")
+    server, account = settled(archive, play)
+    play.messages[1] = (b"d", message("d"))
+    fuse = Fuse(1, after=True)
+    archive.poll_until_death(account, archive.mortal_tools(fuse))
+    assert fuse.calls == ["login", "list"]
+    assert was_listed(server)
+    row = archive.poll_on_schedule(account)
+    assert (row.glanced, row.new) == (False, 1)
+    assert was_listed(server)
 
 
 def test_it_is_always_listed_where_the_setting_says_so(archive: Archive) -> None:

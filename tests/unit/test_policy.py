@@ -337,6 +337,14 @@ def test_trust_ends_with_the_first_thing_that_is_due() -> None:
     assert policy.trusted_until(NOW, 1e300, [], lowest) is not None
 
 
+def test_what_is_remembered_is_trusted_no_longer_than_anything_is() -> None:
+    hour = timedelta(hours=1)
+    untils = (NOW - hour, NOW, NOW + hour, NOW + 4 * hour, NOW + 5 * hour)
+    assert [policy.is_trusted(until, NOW, 14_400) for until in untils] == [False, False, True, True, False]
+    assert not policy.is_trusted(NOW + hour, NOW, 0)
+    assert policy.is_trusted(NOW + hour, NOW, 1e300)
+
+
 @pytest.mark.parametrize(
     ("listed", "new", "pipelining", "worth"),
     [
