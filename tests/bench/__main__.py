@@ -187,7 +187,7 @@ def _keep(
         "commit": around.commit,
         "load": around.load,
         "others": round(others, 3),
-        "machine": described(),
+        "machine": described(around.place),
         "versions": dict(around.versions),
         "corpus": Corpus(around.place, around.scale).described(),
         "measured": asdict(measured),

@@ -210,8 +210,8 @@ def cpu_seconds_of(pid: int) -> float:
     return total
 
 
-def described() -> dict[str, str]:
-    """This machine in words, for whoever compares figures."""
+def described(place: Path) -> dict[str, str]:
+    """This machine in words, for whoever compares figures; its disk is where ``place`` is."""
     names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     system = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
@@ -219,8 +219,21 @@ def described() -> dict[str, str]:
         "processors": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         "memory": f"{int(memory[1]) / 1024**2:.0f} GiB" if memory else "unknown",
         "system": f"{system}, Linux {platform.release()}",
+        "disk": _file_system(place.resolve()),
         "python": platform.python_version(),
     }
+
+
+def _file_system(place: Path) -> str:
+    """What an fsync goes to. One without a journal has another price for it, and for a new file."""
+    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    device, _, kind = max(
+        (mount for mount in mounts if place.is_relative_to(mount[1])), key=lambda mount: len(mount[1])
+    )
+    if kind != "ext4":
+        return kind
+    journals = Path("/proc/fs/jbd2").glob(f"{Path(device).resolve().name}-*")
+    return kind if any(journals) else f"{kind} without a journal"
 
 
 def version_of(*command: str) -> str | None:

@@ -63,7 +63,7 @@ def _page(rows: Sequence[Mapping[str, Any]]) -> str:
         ),
         (
             f"Measured from {first} to {last}, {minutes:.0f} minutes in all, on {machine['processors']}, "
-            f"{machine['memory']}, {machine['system']}, Python {machine['python']}."
+            f"{machine['memory']}, {machine['disk']}, {machine['system']}, Python {machine['python']}."
         ),
         _circumstances(rows),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".",

@@ -81,7 +81,7 @@ def test_the_pages_are_made_from_what_was_kept(tmp_path: Path) -> None:
         "commit": "0123abc",
         "load": 1.0,
         "others": 0.02,
-        "machine": {"processors": "1 x p", "memory": "1 GiB", "system": "s", "python": "3"},
+        "machine": {"processors": "1 x p", "memory": "1 GiB", "disk": "d", "system": "s", "python": "3"},
         "versions": {"mpop": "1.4"},
         "corpus": {"messages": 1, "octets": 1, "median": 1, "mean": 1, "largest": 1},
         "measured": asdict(Measured([contest], goals, ("A note.",))),
