@@ -11,10 +11,11 @@ repeated in place; the schedule does that.
 import hashlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from archiver import mailserver, policy, pop3
@@ -50,6 +51,12 @@ from archiver.tools import BatchLimits, Lease, Tools, Unwatched, Watch
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
 
+BATCHES_UPLOADING = 2.0
+"""So many may be on their way to the store; then the next message waits until half of them are there."""
+
+BATCHES_UNRECORDED = 3.0
+"""So many may be fetched and not recorded; then what is stored need not wait for what is older and is not."""
+
 READING_AGAIN_SECONDS = 300.0
 """How long one session reads again what it is to delete: a connection lost before QUIT makes that vain."""
 
@@ -83,32 +90,114 @@ class _Fetched:
     sha256: bytes
     octets: int
     upload: Future[PutResult]
+    is_stored: bool = False
+
+
+class _Batch(NamedTuple):
+    """Messages whose objects are in the store, and fates without one, which are recorded together."""
+
+    fetched: list[_Fetched]
+    resolved: list[Resolved]
 
 
 @dataclass(slots=True)
-class _Batch:
-    """Messages whose fate is recorded together."""
+class _Unrecorded:
+    """What was fetched, or turned out, and is not recorded yet, in its order.
 
+    ``uploading`` are those of ``fetched`` that are on their way to the store;
+    ``error`` is what kept one of them out of it.
+    """
+
+    limits: BatchLimits
     opened_at: float
     fetched: list[_Fetched] = field(default_factory=list)
+    uploading: list[_Fetched] = field(default_factory=list)
     resolved: list[Resolved] = field(default_factory=list)
     octets: int = 0
+    octets_uploading: int = 0
+    error: BaseException | None = None
 
-    def is_full(self, limits: BatchLimits, monotonic: float) -> bool:
-        return (
-            len(self.fetched) + len(self.resolved) >= limits.messages
-            or self.octets >= limits.octets
-            or (bool(self.fetched) and monotonic - self.opened_at >= limits.seconds)
-        )
+    def add(self, fetched: _Fetched) -> None:
+        self.fetched.append(fetched)
+        self.uploading.append(fetched)
+        self.octets += fetched.octets
+        self.octets_uploading += fetched.octets
 
-    def is_stored(self) -> bool:
-        """Whether every upload has come to its end, good or bad."""
-        return all(fetched.upload.done() for fetched in reversed(self.fetched))
+    @property
+    def is_much(self) -> bool:
+        """Whether it is so much that what is stored need not wait for what is older and is not."""
+        return self._batches(len(self.fetched) + len(self.resolved), self.octets) > BATCHES_UNRECORDED
 
-    def await_objects(self) -> None:
-        """Returns when every object is in the store; raises what kept one of them out."""
-        for fetched in self.fetched:
-            fetched.upload.result()
+    @property
+    def is_much_uploading(self) -> bool:
+        """Whether the store does not keep up."""
+        return self._batches(len(self.uploading), self.octets_uploading) >= BATCHES_UPLOADING
+
+    def look(self) -> None:
+        """Notice which uploads have come to their end."""
+        uploading, self.uploading = self.uploading, []
+        for fetched in uploading:
+            if not fetched.upload.done():
+                self.uploading.append(fetched)
+                continue
+            self.octets_uploading -= fetched.octets
+            error = fetched.upload.exception()
+            fetched.is_stored = error is None
+            self.error = self.error or error
+
+    def wait_for_some(self) -> None:
+        """Return when half of the uploads have come to their end, whichever these are."""
+        ended = as_completed([fetched.upload for fetched in self.uploading])
+        deque(islice(ended, len(self.uploading) // 2 + 1), maxlen=0)
+        self.look()
+
+    def wait_for_all(self) -> None:
+        """Return when all uploads have come to their end."""
+        for fetched in self.uploading:
+            fetched.upload.exception()
+        self.look()
+
+    def take(self, monotonic: float) -> _Batch | None:
+        """The next batch, once one is full and stored. An upload that takes long holds up a few batches."""
+        full = self._full()
+        if full is None and self.fetched and monotonic - self.opened_at >= self.limits.seconds:
+            full = len(self.fetched)
+        if full is None:
+            return None
+        if all(fetched.is_stored for fetched in self.fetched[:full]):
+            return self._take(full, monotonic)
+        return self._take(len(self.fetched), monotonic) if self.is_much else None
+
+    def take_stored(self, monotonic: float) -> _Batch | None:
+        """A batch of whatever is stored, full or not, while there is something."""
+        if self.resolved or any(fetched.is_stored for fetched in self.fetched):
+            return self._take(len(self.fetched), monotonic)
+        return None
+
+    def _full(self) -> int | None:
+        """How many of the messages close a batch; None while they do not."""
+        room, octets = self.limits.messages - len(self.resolved), self.limits.octets
+        if len(self.fetched) < room and self.octets < octets:
+            return None
+        for place, fetched in enumerate(self.fetched):
+            if place >= room or octets <= 0:
+                return place
+            octets -= fetched.octets
+        return len(self.fetched)
+
+    def _take(self, among: int, monotonic: float) -> _Batch:
+        """What is stored of so many, a batch at most."""
+        batch = _Batch([], self.resolved)
+        rest: list[_Fetched] = []
+        for place, fetched in enumerate(self.fetched):
+            is_taken = place < among and fetched.is_stored and len(batch.fetched) < self.limits.messages
+            (batch.fetched if is_taken else rest).append(fetched)
+        self.fetched, self.resolved, self.opened_at = rest, [], monotonic
+        self.octets -= sum(fetched.octets for fetched in batch.fetched)
+        return batch
+
+    def _batches(self, messages: int, octets: int) -> float:
+        return max(messages / self.limits.messages, octets / self.limits.octets)
 
 
 _Candidate = tuple[Item, reads.Provable]
@@ -142,6 +231,7 @@ class _Poll:
         self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
+        self.unrecorded = _Unrecorded(tools.batch, self.started_at)
         self.recording: tuple[_Batch, Future[Counter[What]]] | None = None
         self.new = self.known = self.quarantined = 0
         self.delete_requested = self.octets = self.segments = 0
@@ -152,7 +242,6 @@ class _Poll:
         self.glanced = False
         self.last_look: LastLook | None = None
         self.trusted_until: datetime | None = None
-        self.store_failed = False
 
     def __enter__(self) -> Self:
         return self
@@ -327,37 +416,32 @@ class _Poll:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
         if not plan.suspect and plan.overflows:
             self._tell_absences(plan)
-        batch = _Batch(self.tools.monotonic(), resolved=[] if plan.suspect else plan.take_absent())
-        # The last messages of a full batch are on their way to the store still, and
-        # the one before it is being recorded: the next ones are fetched meanwhile.
-        full: deque[_Batch] = deque()
+        if not plan.suspect:
+            self.unrecorded.resolved += plan.take_absent()
         try:
             for outcome in mailbox.retrieve(self._supply(plan), self._open_spool):
                 item = self.asked.pop(outcome.entry.number)
                 match outcome:
                     case pop3.Retrieved(sink=spooled):
                         spooled.seal()
-                        self._send_to_store(item, spooled, batch, plan)
+                        self._send_to_store(item, spooled, plan)
                     case pop3.Refused(error=error):
-                        self._set_aside(item, str(error), batch, plan)
-                if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
-                    full.append(batch)
-                    batch = _Batch(self.tools.monotonic())
-                self._record_what_is_stored(full, plan)
+                        self._set_aside(item, str(error), plan)
+                self._record_what_is_stored(plan)
         except (TryLater, OperatorNeeded):
             # The spool has no room for a message, or the store none for one: the others must not be
             # fetched for nothing. But where the journal is ahead of the database, nothing goes on.
             self._end_recording(plan)
             if not self.journal_uncertain:
-                self._record_all([*full, batch], plan)
+                self._record_all(plan)
             raise
         except pop3.Pop3Error as error:
             self._end_recording(plan)
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
-                self._blame(self.asked[mailbox.in_transit.number], str(error), batch, plan)
-            self._record_all([*full, batch], plan)
+                self._blame(self.asked[mailbox.in_transit.number], str(error), plan)
+            self._record_all(plan)
             raise
-        self._record_all([*full, batch], plan)
+        self._record_all(plan)
         if not plan.suspect:
             self._tell_absences(plan)
             self._tell_vanished_contents(plan)
@@ -452,48 +536,44 @@ class _Poll:
         self.spooled[entry.number] = spooled
         return spooled
 
-    def _send_to_store(self, item: Item, spooled: SpooledMessage, batch: _Batch, plan: Plan) -> None:
+    def _send_to_store(self, item: Item, spooled: SpooledMessage, plan: Plan) -> None:
         """Hand a message over: the upload goes on while the next messages arrive."""
         attempts = plan.attempts.get(item.sighting, 0)
         if not item.certain:
-            self._tell_apart(item.sighting, batch, plan)
+            self._tell_apart(item.sighting, plan)
             item = item._replace(sighting=item.sighting._replace(content=spooled.sha256))
             self.seen_contents.add(item.sighting)
         upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
         fetched = _Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
-        batch.fetched.append(fetched)
-        batch.octets += spooled.size
+        self.unrecorded.add(fetched)
         self._count_read(spooled.size)
 
-    def _tell_apart(self, sighting: SightingKey, batch: _Batch, plan: Plan) -> None:
+    def _tell_apart(self, sighting: SightingKey, plan: Plan) -> None:
         """Messages that failed before, and have no id of their own, are all known by content at last."""
         plan.untold[sighting] -= 1
         if plan.untold[sighting] == 0:
-            batch.resolved.append(Resolved(What.GONE, sighting, self.tools.now(), reason=_KNOWN_BY_CONTENT))
+            known = Resolved(What.GONE, sighting, self.tools.now(), reason=_KNOWN_BY_CONTENT)
+            self.unrecorded.resolved.append(known)
 
     def _upload(self, number: int, spooled: SpooledMessage) -> PutResult:
         with spooled:
             try:
                 return self.tools.store.put(message_key(self.account.id, spooled.sha256), spooled)
-            except BaseException:
-                # Whatever else was fetched would wait for a store that is away.
-                self.store_failed = True
-                raise
             finally:
                 del self.spooled[number]
 
-    def _set_aside(self, item: Item, reason: str, batch: _Batch, plan: Plan) -> None:
+    def _set_aside(self, item: Item, reason: str, plan: Plan) -> None:
         """This message alone cannot be had: it is quarantined, and the others go on."""
         self._drop_spooled(item.entry.number)
         attempts = plan.attempts.get(item.sighting, 0) + 1
         now = self.tools.now()
-        batch.resolved.append(
+        self.unrecorded.resolved.append(
             Resolved(What.QUARANTINED, item.sighting, now, reason=reason, attempts=attempts)
         )
         plan.set_aside(now, attempts)
 
-    def _blame(self, item: Item, reason: str, batch: _Batch, plan: Plan) -> None:
+    def _blame(self, item: Item, reason: str, plan: Plan) -> None:
         """The connection died in this message. Once is chance; time and again, it is the message."""
         claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
         attempts = plan.attempts.get(item.sighting, 0) + 1
@@ -503,26 +583,23 @@ class _Poll:
             )
         )
         if policy.is_fatal(attempts):
-            self._set_aside(item, reason, batch, plan)
+            self._set_aside(item, reason, plan)
 
-    def _record_what_is_stored(self, full: deque[_Batch], plan: Plan) -> None:
-        """Go on with the full batches. At most one is being recorded, and one waits for its uploads."""
-        if self.recording is not None and self.recording[1].done():
+    def _record_what_is_stored(self, plan: Plan) -> None:
+        """Have a batch recorded beside all that goes on; wait where store or database do not keep up."""
+        unrecorded = self.unrecorded
+        unrecorded.look()
+        while unrecorded.is_much_uploading:
+            unrecorded.wait_for_some()
+        if unrecorded.error is not None:
+            raise unrecorded.error  # Whatever else was fetched would wait for a store that is away.
+        if self.recording is not None and (self.recording[1].done() or unrecorded.is_much):
             self._end_recording(plan)
-        while full and (
-            self.store_failed or len(full) > 1 or (self.recording is None and full[0].is_stored())
-        ):
-            self._begin_recording(full.popleft(), plan)
-
-    def _begin_recording(self, batch: _Batch, plan: Plan) -> None:
-        """Have a batch recorded beside all that goes on: one at a time, in their order."""
-        self._end_recording(plan)
-        if plan.suspect:
-            self._record(batch, plan)  # What it shows decides on all that follows.
-            return
-        # Here, and not where it is recorded: of all threads for uploads none may wait for another.
-        batch.await_objects()
-        self.recording = batch, self.tools.uploads.submit(self._write_down, batch, plan)
+        if self.recording is None and (batch := unrecorded.take(self.tools.monotonic())):
+            if plan.suspect:
+                self._record(batch, plan)  # What it shows decides on all that follows.
+            else:
+                self.recording = batch, self.tools.uploads.submit(self._write_down, batch, plan)
 
     def _end_recording(self, plan: Plan) -> None:
         """Wait for the batch that is being recorded, if there is one, and raise what went wrong with it."""
@@ -530,20 +607,21 @@ class _Poll:
             (batch, written), self.recording = self.recording, None
             self._count_batch(batch, written.result(), plan)
 
-    def _record_all(self, batches: Iterable[_Batch], plan: Plan) -> None:
+    def _record_all(self, plan: Plan) -> None:
+        """Record whatever comes into the store, and raise what kept anything out of it."""
         self._end_recording(plan)
-        for batch in batches:
+        self.unrecorded.wait_for_all()
+        while batch := self.unrecorded.take_stored(self.tools.monotonic()):
             self._record(batch, plan)
+        if (error := self.unrecorded.error) is not None:
+            raise error
 
     def _record(self, batch: _Batch, plan: Plan) -> None:
-        batch.await_objects()
         self._count_batch(batch, self._write_down(batch, plan), plan)
 
     def _write_down(self, batch: _Batch, plan: Plan) -> Counter[What]:
         """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
         counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
-        if not batch.fetched and not batch.resolved:
-            return counts
         with self.tools.database.reading() as connection:
             held = reads.held(connection, self.account.id, [fetched.sha256 for fetched in batch.fetched])
         begins_epoch = plan.suspect and self._judge(plan, batch, held)
@@ -714,7 +792,6 @@ class _Poll:
         """
         expected = {item.entry.number: (item, provable) for item, provable in candidates}
         same: list[_Candidate] = []
-        batch = _Batch(self.tools.monotonic())
         supply = self._supply_again([item for item, _ in candidates], began_at)
         try:
             for outcome in mailbox.retrieve(supply, self._open_spool):
@@ -728,21 +805,21 @@ class _Poll:
                             self._count_read(spooled.size)
                             self._drop_spooled(number)
                         else:
-                            self._replace(item, expected[number][1].sha256, spooled, batch, plan)
+                            self._replace(item, expected[number][1].sha256, spooled, plan)
                     case pop3.Refused():
                         self._drop_spooled(number)
-                if self.store_failed or batch.is_full(self.tools.batch, self.tools.monotonic()):
-                    full, batch = batch, _Batch(self.tools.monotonic())
-                    self._record(full, plan)
+                self.unrecorded.look()
+                if self.unrecorded.error or self.unrecorded.is_much_uploading:
+                    self._record_all(plan)
         except (TryLater, OperatorNeeded):
-            self._record(batch, plan)
+            self._record_all(plan)
             raise
         except pop3.Pop3Error as error:
-            self._record(batch, plan)
+            self._record_all(plan)
             if mailbox.in_transit is not None and error.kind in _CONNECTION_DIED:
                 self._put_off_deletion(expected[mailbox.in_transit.number][0])
             raise
-        self._record(batch, plan)
+        self._record_all(plan)
         return same
 
     def _supply_again(self, items: list[Item], began_at: float) -> Iterator[pop3.Entry]:
@@ -756,10 +833,10 @@ class _Poll:
                 return
             yield self._asking_for(item)
 
-    def _replace(self, item: Item, former: bytes, spooled: SpooledMessage, batch: _Batch, plan: Plan) -> None:
+    def _replace(self, item: Item, former: bytes, spooled: SpooledMessage, plan: Plan) -> None:
         """Under this id and size there is another message: the former one went, by our hand or another's."""
         ours = item.sighting in plan.still_there
-        batch.resolved.append(
+        self.unrecorded.resolved.append(
             Resolved(
                 What.DELETED if ours else What.GONE,
                 item.sighting._replace(content=former),
@@ -768,7 +845,7 @@ class _Poll:
             )
         )
         self.known -= 1
-        self._send_to_store(item, spooled, batch, plan)
+        self._send_to_store(item, spooled, plan)
 
     def _put_off_deletion(self, item: Item) -> None:
         """The connection died in this message, which is archived: the next polls do without reading it."""

@@ -8,7 +8,7 @@ raises it again. A frozen one stands still until it is woken or killed.
 
 import queue
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -145,15 +145,22 @@ class Process(Generic[T]):
 
 
 class Uploads(Executor):
-    """Runs what is submitted in the thread of the caller: at once, or not before its result is wanted."""
+    """Runs what is submitted in the thread of the caller: at once, or late.
+
+    That is when its result is wanted, or when three others wait to be run.
+    """
 
     def __init__(self, *, at_once: bool) -> None:
-        self._at_once = at_once
+        self._most = 0 if at_once else 3
+        self._waiting: deque[_Task[Any]] = deque()
 
     def submit(self, call: Callable[..., T], /, *arguments: Any, **named: Any) -> "Future[T]":
         future: _Task[T] = _Task(lambda: call(*arguments, **named))
-        if self._at_once:
-            future.run()
+        self._waiting.append(future)
+        while len(self._waiting) > self._most:
+            oldest = self._waiting.popleft()
+            if not oldest.done():
+                oldest.run()
         return future
 
 
@@ -176,6 +183,11 @@ class _Task(Future[T]):
         if not self.done():
             self.run()
         return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        if not self.done():
+            self.run()
+        return super().exception(timeout)
 
 
 class GatedStore:

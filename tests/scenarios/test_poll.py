@@ -412,6 +412,31 @@ def test_the_next_batch_is_fetched_while_one_is_recorded(archive: Archive) -> No
     assert archive.verify(account).clean
 
 
+def test_a_message_that_is_long_on_its_way_holds_up_a_few_batches_only(archive: Archive) -> None:
+    recorded = threading.Event()
+
+    class SlowFirst(FilesystemStore):
+        def put(self, key: str, body: Body) -> PutResult:
+            if key.startswith("journal/"):
+                recorded.set()
+            elif body.sha256 == hashlib.sha256(message("a")).digest():
+                assert recorded.wait(60.0), "nothing was recorded"
+            return super().put(key, body)
+
+    account = archive.add(archive.serve(mailbox(*"abcdefghij")))
+    report = archive.sync(account, archive.tools(store=SlowFirst(archive.directory / "store")))
+    assert (report.outcome, report.new) == ("ok", 10)
+    assert archive.verify(account).clean
+
+
+def test_refusals_alone_make_batches(archive: Archive) -> None:
+    refused = {f"RETR {number}": Send(b"-ERR [SYS/PERM] corrupt\r\n") for number in range(1, 6)}
+    account = archive.add(archive.serve(mailbox(*"abcde", faults=refused)))
+    report = archive.sync(account)
+    assert (report.outcome, report.quarantined) == ("ok", 5)
+    assert report.segments > 1
+
+
 @pytest.mark.parametrize("fault", [TryLater("throttled"), IntegrityError("altered"), LeaseLost("late")])
 def test_what_keeps_a_batch_from_being_recorded_ends_the_poll(archive: Archive, fault: ArchiverError) -> None:
     account = archive.add(archive.serve(mailbox(*"abcdefgh")))
@@ -609,7 +634,7 @@ def test_an_object_that_differs_under_its_own_digest_is_an_alarm(archive: Archiv
     path.parent.mkdir(parents=True)
     path.write_bytes(b"planted")
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.delete_requested) == ("integrity", 0, 0)
+    assert (report.outcome, report.new, report.delete_requested) == ("integrity", 1, 0)
     assert IntegrityError.outcome == "integrity"
 
 
