@@ -3,7 +3,8 @@
 Owns the rules: mail comes and goes, servers renumber and misbehave, stores and
 databases fail before and after they did their work, an old copy of the
 database is put back, clocks jump, leases run out, and a worker is killed or
-stands still at any call of any port while others go on. The database is real
+stands still at any call of any port while others go on. Polls are asked for in
+person, or fall due, and then go by what was listed before. The database is real
 SQLite, the store a real directory, the mail server speaks POP3 on a socket;
 workers are the product's own. What holds after each rule is judged from
 outside: by files, by SQL, and by what the mail server remembers.
@@ -14,24 +15,28 @@ import itertools
 import json
 import sqlite3
 import tempfile
+import threading
 from collections import Counter
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import sqlalchemy as sa
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from archiver.db import schedule
-from archiver.model import NEVER_DELETE, PollReport, message_key, segment_key
+from archiver.db import accounts, record, schedule
+from archiver.db.tables import host, lease
+from archiver.errors import ArchiverError
+from archiver.model import NEVER_DELETE, DeletePolicy, PollReport, message_key, segment_key
 from archiver.tools import Unwatched
 from archiver.worker import Chance
-from tests.machine.mailbox import Fault, Letter, ModelMailbox
+from tests.machine.mailbox import Fault, Letter, ModelMailbox, Session
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Process, Turn, Uploads
-from tests.scenarios.story import LEASE_SECONDS, Archive, Clock
+from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, Clock
 
 ACCOUNT = "5" * 16
 DAY_SECONDS = 86400.0
@@ -42,9 +47,17 @@ MOST_POLLS = 12
 
 FROZEN_AT_ONCE = 2
 
+BELIEVED_FOR = timedelta(hours=4)
+"""So long, by the clock of the day, a poll of the schedule may go by what was listed before."""
+
+FAIR_SHARES = {"stories with a glance": 0.1, "stories with a tail": 0.05}
+"""In so many stories, at least, a poll believes that the mailbox is as it was, or that it only grew."""
+
 _CALLS = (
     "mail.connect",
     "mail.login",
+    "mail.glance",
+    "mail.list_from",
     "mail.list",
     "mail.retrieve",
     "mail.delete",
@@ -77,6 +90,11 @@ _turns = st.one_of(
     st.builds(Turn, fate=st.just("repeated"), name=st.sampled_from(_REPEATED), nth=st.integers(0, 3)),
 )
 _some_turns = st.one_of(st.just([]), st.lists(_turns, min_size=1, max_size=3))
+_policies = st.sampled_from(["never", "after-archived", "after-days=3"])
+_change = st.sampled_from(
+    ["comes", "comes before another", "goes", "is exchanged", "is exchanged at the end"]
+)
+_changes = st.lists(st.lists(_change, max_size=3), min_size=1, max_size=3)
 _faults = st.builds(
     Fault,
     verb=st.sampled_from(["CAPA", "PASS", "STAT", "UIDL", "LIST", "RETR", "DELE", "QUIT"]),
@@ -91,8 +109,8 @@ def content(number: int) -> bytes:
 
 
 def twin(of: bytes) -> bytes:
-    """Another message of the same size."""
-    return of.replace(b"From", b"from")
+    """Another message of the same size, whose twin is the first."""
+    return of.replace(b"From", b"from") if b"From" in of else of.replace(b"from", b"From")
 
 
 @cache
@@ -107,6 +125,12 @@ def _template() -> bytes:
         return (path / "archiver.db").read_bytes()
 
 
+def expect_fair_shares(figures: Counter[str]) -> None:
+    """What these stories were to try, they tried often enough."""
+    for what, share in FAIR_SHARES.items():
+        assert figures[what] >= share * figures["stories"], figures
+
+
 class SettableClock(Clock):
     """A clock whose time of day can be set, while its monotonic time goes on."""
 
@@ -118,14 +142,39 @@ class SettableClock(Clock):
         return super().now() + self.set_by
 
 
-class Worker(Process[PollReport]):
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was listed of a mailbox: whole, at that time, and since then what came behind the last one."""
+
+    listed_at: datetime
+    letters: list[Letter]
+    uidls: list[bytes | None]
+
+    def hides(self, letter: Letter, session: Session) -> bool:
+        """Whether this one, in a session that saw no more of them listed, looks like the one in its place.
+
+        It took that one's place, or that of another which had; and where it is
+        the last of those that were listed, it has its id.
+        """
+        place = session.letters.index(letter)
+        if place >= len(self.letters):
+            return False
+        other = letter.in_place_of
+        while other is not None and other is not self.letters[place]:
+            other = other.in_place_of
+        is_last = place == len(self.letters) - 1
+        return other is not None and not (is_last and session.uidls[place] != self.uidls[place])
+
+
+class Worker(Process[PollReport | None]):
     """A simulated process with one worker in it, which polls the account once."""
 
     def __init__(self, turns: list[Turn], name: str) -> None:
         super().__init__(turns)
         self.name = name
         self.token: int | None = None
-        self.session = 0
+        self.session: Session | None = None
+        self.look: Look | None = None
         self.counted = 0
 
 
@@ -151,23 +200,35 @@ class CrashMachine(RuleBasedStateMachine):
         self.workers = itertools.count(1)
         self.frozen: list[Worker] = []
         self.objects: dict[str, tuple[int, int, bytes]] = {}
-        self.has_copy = False
+        self.look: Look | None = None
+        self.followed = 0
+        self.copied: tuple[Look | None, int] | None = None
         self.was_restored = False
+        self.came_back: set[bytes | None] = set()
         self.deleting = False
+        self.seen: set[str] = set()
 
     # Mail comes and goes.
 
-    @initialize(number=st.integers(0, 5), deleting=st.booleans())
-    def begin(self, number: int, deleting: bool) -> None:
+    @initialize(number=st.integers(0, 5), policy=_policies, polls=st.integers(0, 2))
+    def begin(self, number: int, policy: str, polls: int) -> None:
         for _ in range(number):
             self.deliver()
-        if deleting:
-            self.change_policy("after-archived")
+        self.change_policy(policy)
+        for _ in range(polls):
+            self.start_worker([], at_once=True, due=True)
+            self.deliver()
 
     @rule()
     def deliver(self) -> None:
         number = next(self.numbers)
         self.mailbox.put(b"id-%d" % number, content(number))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.mailbox.letters)
+    def deliver_before_another(self, data: st.DataObject) -> None:
+        number = next(self.numbers)
+        self.mailbox.put_before(self.choose(data), b"id-%d" % number, content(number))
 
     @rule(data=st.data(), named=st.booleans())
     @precondition(lambda self: self.mailbox.history)
@@ -193,6 +254,8 @@ class CrashMachine(RuleBasedStateMachine):
         gone = [letter for letter in self.mailbox.history if letter.uidl not in in_use]
         if gone:
             old = gone[data.draw(st.integers(0, len(gone) - 1), "letter")]
+            if same:
+                self.came_back.add(old.uidl)
             self.mailbox.put(old.uidl, old.content if same else content(next(self.numbers)))
 
     @rule(data=st.data())
@@ -205,9 +268,16 @@ class CrashMachine(RuleBasedStateMachine):
         database that was put back.
         """
         old = self.choose(data)
-        old.removed_by = "another"
         is_archived = hashlib.sha256(old.content).hexdigest() in self.named_by_the_journal()
-        self.mailbox.put(old.uidl, twin(old.content), hidden=old.hidden or is_archived)
+        hidden = old.hidden or is_archived
+        self.mailbox.exchange(old, old.uidl, twin(old.content), last=True, hidden=hidden)
+
+    @rule(data=st.data(), last=st.booleans())
+    @precondition(lambda self: self.mailbox.letters)
+    def one_is_exchanged(self, data: st.DataObject, last: bool) -> None:
+        """For another of its size. Where that does not come last, only a whole listing must find it out."""
+        old = self.choose(data)
+        self.mailbox.exchange(old, b"id-%d" % next(self.numbers), twin(old.content), last=last)
 
     @rule(data=st.data())
     @precondition(lambda self: self.mailbox.letters)
@@ -218,6 +288,12 @@ class CrashMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.mailbox.letters)
     def a_size_is_told_differently(self, data: st.DataObject) -> None:
         self.choose(data).listed_size += 10_000 * next(self.numbers)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.mailbox.letters)
+    def two_sizes_are_told_the_other_way_round(self, data: st.DataObject) -> None:
+        one, other = self.choose(data), self.choose(data)
+        one.listed_size, other.listed_size = other.listed_size, one.listed_size
 
     @rule()
     @precondition(lambda self: self.mailbox.letters)
@@ -252,51 +328,88 @@ class CrashMachine(RuleBasedStateMachine):
     def somebody_sets_the_clock(self, days: float) -> None:
         self.clock.set_by = timedelta(days=days)
 
-    @rule(policy=st.sampled_from(["never", "after-archived", "after-days=3"]))
+    @rule(policy=_policies)
     def change_policy(self, policy: str) -> None:
+        """As an operator does, who also ends a hold."""
         self.deleting = policy != "never"
-        self.execute("UPDATE account SET delete_policy = ?, deletion_hold = NULL", policy)
+        former = self.archive.fresh(self.account)
+        changed = replace(former, delete=DeletePolicy.parse(policy))
+
+        def change(connection: sa.Connection) -> None:
+            accounts.change(connection, changed, self.clock.now(), former=former)
+            record.allow_deletion(connection, ACCOUNT)
+
+        self.archive.database.transact(change)
+        self.look = None
 
     @rule()
     def the_database_is_copied(self) -> None:
-        self.has_copy = True
+        self.copied = self.look, self.followed
         _copy(self.path, self.path.with_suffix(".copy"))
 
     @rule(is_told=st.booleans())
-    @precondition(lambda self: self.has_copy)
+    @precondition(lambda self: self.copied)
     def the_copy_is_put_back(self, is_told: bool) -> None:
         """All processes are ended before; whether the operator has it catch up is left to chance."""
         for worker in self.frozen:
             worker.kill()
         self.frozen.clear()
         _copy(self.path.with_suffix(".copy"), self.path)
+        assert self.copied is not None
+        self.look, self.followed = self.copied
         if is_told:
             self.archive.database.transact(schedule.doubt_journals)
+            self.look = None
         self.was_restored = True
 
     # Workers.
 
-    @rule(turns=_some_turns, at_once=st.booleans())
+    @rule(turns=_some_turns, at_once=st.booleans(), due=st.booleans())
     @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
-    def poll(self, turns: list[Turn], at_once: bool) -> None:
-        self.start_worker(turns, at_once=at_once)
+    def poll(self, turns: list[Turn], at_once: bool, due: bool) -> None:
+        self.start_worker(turns, at_once=at_once, due=due)
 
-    @rule(turns=_some_turns, at_once=st.booleans(), clocks_agree=st.booleans())
+    @rule(turns=_some_turns, at_once=st.booleans(), due=st.booleans(), clocks_agree=st.booleans())
     @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
-    def poll_once_the_lease_has_run_out(self, turns: list[Turn], at_once: bool, clocks_agree: bool) -> None:
+    def poll_once_the_lease_has_run_out(
+        self, turns: list[Turn], at_once: bool, due: bool, clocks_agree: bool
+    ) -> None:
         self.run_out(clocks_agree=clocks_agree)
-        self.start_worker(turns, at_once=at_once)
+        self.start_worker(turns, at_once=at_once, due=due)
 
-    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans())
-    def poll_and_die(self, nth: int, after: bool, at_once: bool) -> None:
+    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans(), due=st.booleans())
+    def poll_and_die(self, nth: int, after: bool, at_once: bool, due: bool) -> None:
         self.run_out(clocks_agree=True)
-        self.start_worker([Turn("killed", "", nth, after)], at_once=at_once)
+        self.start_worker([Turn("killed", "", nth, after)], at_once=at_once, due=due)
 
-    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans())
+    @rule(nth=st.integers(0, 50), after=st.booleans(), at_once=st.booleans(), due=st.booleans())
     @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
-    def poll_and_stand_still(self, nth: int, after: bool, at_once: bool) -> None:
+    def poll_and_stand_still(self, nth: int, after: bool, at_once: bool, due: bool) -> None:
         self.run_out(clocks_agree=True)
-        self.start_worker([Turn("frozen", "", nth, after)], at_once=at_once)
+        self.start_worker([Turn("frozen", "", nth, after)], at_once=at_once, due=due)
+
+    @rule(data=st.data(), changes=_changes, turns=_some_turns, at_once=st.booleans())
+    @precondition(lambda self: len(self.frozen) < FROZEN_AT_ONCE)
+    def the_schedule_polls_again_and_again(
+        self, data: st.DataObject, changes: list[list[str]], turns: list[Turn], at_once: bool
+    ) -> None:
+        """What most polls are like: little changed since the one before, or nothing."""
+        self.run_out(clocks_agree=True)
+        self.start_worker([], at_once=at_once, due=True)
+        for at, few in enumerate(changes, 1):
+            for change in few:
+                self.change_a_little(data, change)
+            self.start_worker(turns if at == len(changes) else [], at_once=at_once, due=True)
+
+    def change_a_little(self, data: st.DataObject, change: str) -> None:
+        if change == "comes" or not self.mailbox.letters:
+            self.deliver()
+        elif change == "comes before another":
+            self.deliver_before_another(data)
+        elif change == "goes":
+            self.somebody_else_removes(data)
+        else:
+            self.one_is_exchanged(data, last=change == "is exchanged at the end")
 
     @rule(data=st.data(), turns=_some_turns)
     @precondition(lambda self: self.frozen)
@@ -319,25 +432,27 @@ class CrashMachine(RuleBasedStateMachine):
         sound = path.read_bytes()
         path.write_bytes(bytes(len(sound)))
         self.run_out(clocks_agree=True)
-        self.start_worker([], at_once=False)
+        self.start_worker([], at_once=False, due=False)
         path.write_bytes(sound)
         self.objects[key] = _identity(path)
 
     def messages(self) -> list[str]:
         return sorted(key for key in self.objects if key.startswith("messages/"))
 
-    def start_worker(self, turns: list[Turn], *, at_once: bool) -> PollReport | None:
-        """Poll in a new process, until it ends, dies or stands still."""
+    def start_worker(self, turns: list[Turn], *, at_once: bool, due: bool) -> PollReport | None:
+        """Poll in a new process, until it ends, dies or stands still: as it is ``due``, or in person."""
         self.figures["polls"] += 1
         worker = Worker(turns, f"elsewhere/{next(self.workers)}/1/1")
-        self.mailbox.shown = None
-        worker.start(lambda: self.work(worker, at_once))
-        self.mailbox.faults = []
-        hidden, self.mailbox.hides_all = self.mailbox.hides_all, False
-        self.after_a_step(worker, hidden=hidden)
+        if due:
+            self.archive.execute(sa.update(lease).where(lease.c.due_at.is_not(None)).values(due_at=LONG_AGO))
+            self.archive.execute(sa.update(host).values(retry_at=None))
+        before = len(self.mailbox.sessions)
+        worker.start(lambda: self.work(worker, at_once, due))
+        self.mailbox.faults, self.mailbox.hides_all = [], False
+        self.after_a_step(worker, before, woken=False)
         return worker.result
 
-    def work(self, worker: Worker, at_once: bool) -> PollReport:
+    def work(self, worker: Worker, at_once: bool, due: bool) -> PollReport | None:
         """What a process does, with nothing in its memory but what it makes itself."""
         gate = worker.gate
         database = GatedDatabase(self.url, gate)
@@ -345,6 +460,8 @@ class CrashMachine(RuleBasedStateMachine):
             store=GatedStore(self.archive.store, gate),
             database=database,
             uploads=Uploads(at_once=at_once),
+            # So that a small mailbox, too, is asked for what came.
+            spared_lines=1,
         )
 
         def connect(account: Any) -> GatedSession:
@@ -356,6 +473,7 @@ class CrashMachine(RuleBasedStateMachine):
                 left_open.pop_all()
             return GatedSession(session, gate)
 
+        stopping = threading.Event()
         runs = self.archive.worker(
             replace(tools, connect=connect),
             owner=worker.name,
@@ -363,8 +481,16 @@ class CrashMachine(RuleBasedStateMachine):
             chance=Chance(
                 lambda low, high: (low + high) / 2, lambda _: self.clock.advance(LEASE_SECONDS / 2)
             ),
+            stopping=stopping,
         )
         try:
+            if due:
+                stopping.set()  # so that it looks for nothing more to do
+                with suppress(ArchiverError):  # a tick that failed: the next one tries again
+                    polls = runs._begin(runs._claim_due(1))
+                    for poll in polls:
+                        poll.result()
+                return None
             [report] = runs.poll_now([self.archive.fresh(self.account)], lambda _: Unwatched())
             return report
         finally:
@@ -373,19 +499,23 @@ class CrashMachine(RuleBasedStateMachine):
 
     def wake(self, worker: Worker, turns: list[Turn]) -> None:
         """Let one go on. If another has the account by now, it must change nothing that was recorded."""
-        is_late = worker.token is not None and self.lease()[0] != worker.token
+        newest = self.held()[0]
         frozen_at, before = worker.frozen_at, self.recorded()
-        deletions = self.mailbox.deletions[worker.session]
+        sessions, deletions = len(self.mailbox.sessions), self.mailbox.deletions
         worker.go_on(turns)
+        # Who never heard of the claim that it was given claims anew, and is late no more.
+        is_late = worker.token not in (None, newest) and self.held()[0] == newest
         if is_late:
             assert self.recorded() == before, (frozen_at, "a late worker changed the database")
             if frozen_at != "mail.quit":
                 # Of a QUIT that was as good as sent nobody can take anything back.
-                deleted = self.mailbox.deletions[worker.session] - deletions
-                assert deleted == 0, (frozen_at, "a late worker deleted")
-        self.after_a_step(worker, hidden=True)
+                assert self.mailbox.deletions == deletions, (frozen_at, "a late worker deleted")
+        self.after_a_step(worker, sessions, woken=True, is_late=is_late)
 
-    def after_a_step(self, worker: Worker, *, hidden: bool) -> None:
+    def after_a_step(self, worker: Worker, sessions: int, *, woken: bool, is_late: bool = False) -> None:
+        """A worker ended, died or stands still; there were so many ``sessions`` before."""
+        if len(self.mailbox.sessions) > sessions:
+            worker.session = self.mailbox.sessions[-1]
         self.figures["calls of ports"] += len(worker.gate.calls) - worker.counted
         worker.counted = len(worker.gate.calls)
         if worker.gate.killed:
@@ -393,13 +523,61 @@ class CrashMachine(RuleBasedStateMachine):
         elif not worker.ended:
             self.figures["standstills"] += 1
         if not worker.ended:
-            token, owner = self.lease()
-            if worker.token is None and owner == worker.name:
-                worker.token = token
-            worker.session = worker.session or self.mailbox.sessions
+            token, owner = self.held()
+            if owner == worker.name:
+                # What an operator changes from here on it need not have seen.
+                worker.token, worker.look = token, self.look
             self.frozen.append(worker)
-        elif worker.result is not None and worker.result.outcome == "ok" and not hidden:
-            self.expect_accounted_for(worker.result)
+        elif worker.result is not None and worker.result.outcome == "ok":
+            self.expect_accounted_for(worker.result, worker.session, None)
+        if not is_late:
+            self.follow(worker, woken=woken)
+
+    def follow(self, worker: Worker, *, woken: bool) -> None:
+        """What became of the polls of this step, and what the next one may believe of the mailbox."""
+        session, ended = worker.session, self.ended()
+        if session is not None and session.listed is not None and not ended:
+            # Its listing showed what was there: nobody may look away from that any more.
+            self.look = None
+        for poll in ended:
+            self.followed = poll.token
+            assert not (poll.error or "").startswith("internal error"), poll.error
+            if poll.outcome == "ok":
+                assert session is not None
+                believed = self.look or worker.look
+                if session.listed is None and not woken:
+                    self.expect_fresh()
+                self.expect_accounted_for(poll, session, believed)
+                self.look = self.looked(poll, session, believed)
+            elif poll.listed is not None or poll.glanced:
+                self.look = None
+
+    def looked(self, poll: Any, session: Session, believed: Look | None) -> Look | None:
+        """What the next poll may believe, after this one, which went well."""
+        if session.listed is not None:
+            look = Look(self.clock.now(), session.letters, session.uidls)
+        elif poll.glanced:
+            self.see("glance")
+            return self.look
+        else:
+            assert believed is not None
+            self.see("tail")
+            came = slice(len(believed.letters), None)
+            letters, uidls = session.letters[came], session.uidls[came]
+            look = replace(believed, letters=believed.letters + letters, uidls=believed.uidls + uidls)
+        return None if poll.to_come or poll.delete_requested else look
+
+    def expect_fresh(self) -> None:
+        """What is believed was seen not long ago, and not in the future."""
+        assert self.look is not None, "there was nothing to be believed"
+        assert timedelta() <= self.clock.now() - self.look.listed_at <= BELIEVED_FOR
+
+    def see(self, what: str) -> None:
+        """Count it, and the stories in which it is seen."""
+        self.figures[f"{what}s"] += 1
+        if what not in self.seen:
+            self.seen.add(what)
+            self.figures[f"stories with a {what}"] += 1
 
     def run_out(self, *, clocks_agree: bool) -> None:
         """The lease's end, by the database's clock; and by that of its holder, if they agree."""
@@ -457,14 +635,20 @@ class CrashMachine(RuleBasedStateMachine):
         rows = self.ask("SELECT 1 FROM capture WHERE sha256 = ?", digest.digest())
         assert rows, (letter, "deleted, and not in the database")
 
-    def expect_accounted_for(self, report: PollReport) -> None:
-        """Of each message that a listing showed: it is archived, set aside, or still to come."""
-        if self.mailbox.shown is None:
-            return
-        shown = self.mailbox.shown
-        assert report.listed == len(shown), (report, shown)
+    def expect_accounted_for(self, poll: Any, session: Session | None, believed: Look | None) -> None:
+        """Of each message that a session saw: it is archived, set aside, or still to come.
+
+        ``poll`` is its report, or the row that is kept of it. Without a whole
+        listing it may overlook what looks like what it knows, and no more.
+        """
+        assert session is not None
+        assert session.listed is not None or believed is not None, "there was nothing to be believed"
+        shown = session.letters if session.listed is None else session.listed
+        assert poll.listed == len(shown), (poll, shown)
         missing = self.missing(shown)
-        assert len(missing) <= report.quarantined + (report.to_come or 0), (report, "unaccounted for")
+        if session.listed is None and believed is not None:
+            missing = [letter for letter in missing if not believed.hides(letter, session)]
+        assert len(missing) <= poll.quarantined + (poll.to_come or 0), (poll, missing, "unaccounted for")
 
     def captured(self) -> set[bytes]:
         return {sha256 for (sha256,) in self.ask("SELECT sha256 FROM capture")}
@@ -513,7 +697,7 @@ class CrashMachine(RuleBasedStateMachine):
             # Beyond every quarantine, and everything that is believed for a while.
             self.clock.advance(2 * WEEK_SECONDS)
             self.run_out(clocks_agree=True)
-            report = self.start_worker([], at_once=True)
+            report = self.start_worker([], at_once=True, due=False)
             assert report is not None
             to_do = report.to_come or report.quarantined or report.delete_requested
             ends = ends + 1 if report.outcome == "ok" and not to_do else 0
@@ -547,22 +731,28 @@ class CrashMachine(RuleBasedStateMachine):
         The latter not of one that may be a message which shows no id, as it has its size, nor where
         an epoch ended in between: of its ids nothing more is told. Nor where the last message has no
         id, whose line of the listing says nothing: such a listing is not believed to be whole.
+        One that came back as it was may never have gone, for all anybody knows: it is gone since, or
+        one of those that show no id.
         """
         events = self.archive.events(self.account)
-        told = Counter(event["sha256"] for event in events if event["event"] == "captured")
-        assert told == Counter(sha256.hex() for sha256 in recorded)
+        captured = Counter(event["sha256"] for event in events if event["event"] == "captured")
+        assert captured == Counter(sha256.hex() for sha256 in recorded)
         letters = self.mailbox.letters
         unnamed = {letter.listed_size for letter in letters if letter.uidl is None}
         if self.archive.fresh(self.account).epoch > 1 or (letters and letters[-1].uidl is None):
             return
         lines = [line for segment in self.segments() for line in _lines(segment)]
-        deleted = {line["uidl"].encode("latin-1") for line in lines if line["what"] == "deleted"}
+        told: dict[str, set[bytes]] = {"deleted": set(), "gone": set()}
+        for line in lines:
+            if line["what"] in told:
+                told[line["what"]].add(line["uidl"].encode("latin-1"))
         ours = {
             letter.uidl
             for letter in self.mailbox.history
             if letter.removed_by == "us" and letter.listed_size not in unnamed
         }
-        untold = ours - {letter.uidl for letter in letters} - deleted
+        untold = ours - {letter.uidl for letter in letters} - told["deleted"]
+        untold -= self.came_back if unnamed else self.came_back & told["gone"]
         assert not untold, (untold, "deleted by us, and not told")
 
     # Looks from outside.
@@ -571,15 +761,14 @@ class CrashMachine(RuleBasedStateMachine):
         with closing(sqlite3.connect(self.path)) as database:
             return database.execute(query, values).fetchall()
 
-    def execute(self, statement: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.path)) as database:
-            database.execute(statement, values)
-            database.commit()
-
-    def lease(self) -> tuple[int, str | None]:
+    def held(self) -> tuple[int, str | None]:
         """The newest token, and who holds the lease."""
         found: tuple[int, str | None] = self.ask("SELECT token, owner FROM lease")[0]
         return found
+
+    def ended(self) -> list[Any]:
+        """The polls whose end was recorded since it was asked last."""
+        return [poll for poll in self.archive.polls(self.account) if poll.token > self.followed]
 
     def recorded(self) -> dict[str, list[Any]]:
         """All that polls record."""

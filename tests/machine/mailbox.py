@@ -24,7 +24,8 @@ class Letter:
     """One message. ``uidl`` is None where the server gives none; ``listed_size`` may differ from the size.
 
     ``hidden`` is one that has taken over id and size of an archived one between
-    two listings: unread, nobody can tell them apart.
+    two listings: unread, nobody can tell them apart. ``in_place_of`` is the one
+    whose place it took, told with the size that the other was told with.
     """
 
     uidl: bytes | None
@@ -32,6 +33,7 @@ class Letter:
     listed_size: int
     removed_by: Literal["us", "another"] | None = None
     hidden: bool = False
+    in_place_of: "Letter | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,14 @@ class Fault:
 
 @dataclass(slots=True)
 class ModelMailbox:
-    """The mailbox. ``history`` has all that ever lay in it; ``shown`` what the last session listed."""
+    """The mailbox. ``history`` has all that ever lay in it, in the order in which it is shown."""
 
     judge: Callable[[Letter], None] = lambda _: None
     history: list[Letter] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     gives_uidl: bool = True
     hides_all: bool = False
-    shown: list[Letter] | None = None
-    deletions: Counter[int] = field(default_factory=Counter)
-    """Messages that each session deleted; sessions are counted from 1."""
-    sessions: int = 0
+    sessions: list["Session"] = field(default_factory=list)
     wrongs: list[AssertionError] = field(default_factory=list)
 
     @property
@@ -63,8 +62,26 @@ class ModelMailbox:
         """What lies in the mailbox."""
         return [letter for letter in self.history if letter.removed_by is None]
 
-    def put(self, uidl: bytes | None, content: bytes, *, hidden: bool = False) -> None:
-        self.history.append(Letter(uidl, content, len(content), hidden=hidden))
+    @property
+    def deletions(self) -> int:
+        """How many messages all sessions deleted."""
+        return sum(session.deletions for session in self.sessions)
+
+    def put(self, uidl: bytes | None, content: bytes) -> None:
+        """A message comes, behind all others."""
+        self.history.append(Letter(uidl, content, len(content)))
+
+    def put_before(self, other: Letter, uidl: bytes | None, content: bytes) -> None:
+        """One comes between others."""
+        self.history.insert(self.history.index(other), Letter(uidl, content, len(content)))
+
+    def exchange(
+        self, old: Letter, uidl: bytes | None, content: bytes, *, last: bool, hidden: bool = False
+    ) -> None:
+        """Somebody else takes one away, and another of its size comes: behind all others, or in its place."""
+        old.removed_by = "another"
+        new = Letter(uidl, content, old.listed_size, hidden=hidden, in_place_of=old)
+        self.history.insert(len(self.history) if last else self.history.index(old), new)
 
     @contextmanager
     def served(self) -> Iterator[ScriptedPop3]:
@@ -73,11 +90,12 @@ class ModelMailbox:
             yield server
 
     def _talk(self, channel: Channel) -> None:
-        self.sessions += 1
-        _Session(self, channel, self.sessions).run()
+        self.sessions.append(Session(self, channel))
+        self.sessions[-1].run()
 
-    def take(self, letters: list[Letter], session: int) -> None:
-        """A session's QUIT: these go, as far as nobody else took them before."""
+    def take(self, letters: list[Letter]) -> int:
+        """A session's QUIT: these go, as far as nobody else took them before; returns how many."""
+        taken = 0
         for letter in letters:
             if letter.removed_by is None:
                 try:
@@ -85,18 +103,24 @@ class ModelMailbox:
                 except AssertionError as wrong:
                     self.wrongs.append(wrong)
                 letter.removed_by = "us"
-                self.deletions[session] += 1
+                taken += 1
+        return taken
 
 
-class _Session:
-    """One session, which sees the mailbox as it was at the login."""
+class Session:
+    """One session, which sees the mailbox as it was at the login.
 
-    def __init__(self, mailbox: ModelMailbox, channel: Channel, number: int) -> None:
+    ``letters`` and ``uidls`` are what it sees, ``listed`` those that a whole
+    listing showed, None before there was one; ``deletions`` counts what it deleted.
+    """
+
+    def __init__(self, mailbox: ModelMailbox, channel: Channel) -> None:
+        self.letters: list[Letter] = []
+        self.uidls: list[bytes | None] = []
+        self.listed: list[Letter] | None = None
+        self.deletions = 0
         self._mailbox = mailbox
         self._channel = channel
-        self._number = number
-        self._letters: list[Letter] = []
-        self._uidls: list[bytes | None] = []
         self._marked: list[int] = []
         self._times: Counter[str] = Counter()
         self._faults = {(fault.verb, fault.nth): fault.how for fault in mailbox.faults}
@@ -146,15 +170,15 @@ class _Session:
                 return self._log_in()
             case "STAT":
                 return b"+OK %d %d\r\n" % (
-                    len(self._letters),
-                    sum(letter.listed_size for letter in self._letters),
+                    len(self.letters),
+                    sum(letter.listed_size for letter in self.letters),
                 )
             case "UIDL" if self._mailbox.gives_uidl:
-                return self._list(self._uidls, argument)
+                return self._list(self.uidls, argument)
             case "LIST":
-                return self._list([b"%d" % letter.listed_size for letter in self._letters], argument)
+                return self._list([b"%d" % letter.listed_size for letter in self.letters], argument)
             case "RETR":
-                letter = self._letters[int(argument) - 1]
+                letter = self.letters[int(argument) - 1]
                 if letter.removed_by is not None:
                     return b"-ERR it is gone\r\n"
                 return b"+OK\r\n" + stuffed(letter.content)
@@ -169,16 +193,15 @@ class _Session:
 
     def _take_marked(self) -> None:
         for place in self._marked:
-            letter = self._letters[place]
+            letter = self.letters[place]
             if letter.removed_by is None:
                 # It goes by the id that this session showed, whatever it is called by now.
-                letter.uidl = self._uidls[place]
-        self._mailbox.take([self._letters[place] for place in self._marked], self._number)
+                letter.uidl = self.uidls[place]
+        self.deletions += self._mailbox.take([self.letters[place] for place in self._marked])
 
     def _log_in(self) -> bytes:
-        self._letters = [] if self._mailbox.hides_all else self._mailbox.letters
-        self._uidls = [letter.uidl for letter in self._letters]
-        self._mailbox.shown = None
+        self.letters = [] if self._mailbox.hides_all else self._mailbox.letters
+        self.uidls = [letter.uidl for letter in self.letters]
         return b"+OK\r\n"
 
     def _list(self, values: list[bytes | None], argument: str) -> bytes:
@@ -197,5 +220,5 @@ class _Session:
         if values and values[-1] is None and lines:
             # Without a line it would be taken for one that arrived after UIDL was answered.
             lines[len(values)] = b"%d\r\n" % len(values)
-        self._mailbox.shown = [self._letters[number - 1] for number in lines]
+        self.listed = [self.letters[number - 1] for number in lines]
         return b"+OK\r\n" + b"".join(lines.values()) + b".\r\n"

@@ -3,12 +3,13 @@
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.machine.machine import CrashMachine
+from tests.machine.machine import CrashMachine, expect_fair_shares
 
 EXAMPLES, STEPS = 15, 40
 
 
 def test_whatever_happens_nothing_is_lost_altered_or_unaccounted_for() -> None:
+    told = CrashMachine.figures.copy()
     run_state_machine_as_test(
         CrashMachine,
         settings=settings(
@@ -20,3 +21,4 @@ def test_whatever_happens_nothing_is_lost_altered_or_unaccounted_for() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    expect_fair_shares(CrashMachine.figures - told)

@@ -15,7 +15,7 @@ import structlog
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.machine.machine import CrashMachine
+from tests.machine.machine import CrashMachine, expect_fair_shares
 
 STORIES_A_ROUND = 100
 STEPS = 50
@@ -41,7 +41,9 @@ def crash(seconds: float, first_seed: int, *, stories: int = STORIES_A_ROUND, st
         )
         number += 1
         if time.monotonic() >= ends_at:
-            return ", ".join(f"{count} {what}" for what, count in (CrashMachine.figures - told).items())
+            figures = CrashMachine.figures - told
+            expect_fair_shares(figures)
+            return ", ".join(f"{count} {what}" for what, count in figures.items())
 
 
 def main() -> int:
