@@ -10,15 +10,15 @@ repeated in place; the schedule does that.
 
 import hashlib
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Container, Iterator
-from concurrent.futures import Future, as_completed, wait
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from datetime import datetime
-from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from archiver import mailserver, policy, pop3
+from archiver.batch import Batch, Fetched, Unrecorded
 from archiver.db import reads, record
 from archiver.errors import (
     ArchiverError,
@@ -46,16 +46,10 @@ from archiver.model import (
 from archiver.plan import ABSENCES_AT_ONCE, Item, Plan
 from archiver.store import ObjectDiffers, PutResult
 from archiver.store.spool import BytesBody, SpooledMessage
-from archiver.tools import BatchLimits, Lease, Tools, Unwatched, Watch
+from archiver.tools import Lease, Tools, Unwatched, Watch
 
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
-
-BATCHES_UPLOADING = 2.0
-"""So many may be on their way to the store; then the next message waits until half of them are there."""
-
-BATCHES_UNRECORDED = 3.0
-"""So many may be fetched and not recorded; then what is stored need not wait for what is older and is not."""
 
 READING_AGAIN_SECONDS = 300.0
 """How long one session reads again what it is to delete: a connection lost before QUIT makes that vain."""
@@ -78,126 +72,6 @@ def poll(
     """
     with _Poll(account, lease, tools, watch or Unwatched()) as story:
         return story.tell(before, may_glance=may_glance)
-
-
-@dataclass(slots=True)
-class _Fetched:
-    """A message that was read from the server and is on its way to the store."""
-
-    item: Item
-    attempts: int
-    at: datetime
-    sha256: bytes
-    octets: int
-    upload: Future[PutResult]
-    is_stored: bool = False
-
-
-class _Batch(NamedTuple):
-    """Messages whose objects are in the store, and fates without one, which are recorded together."""
-
-    fetched: list[_Fetched]
-    resolved: list[Resolved]
-
-
-@dataclass(slots=True)
-class _Unrecorded:
-    """What was fetched, or turned out, and is not recorded yet, in its order.
-
-    ``uploading`` are those of ``fetched`` that are on their way to the store;
-    ``error`` is what kept one of them out of it.
-    """
-
-    limits: BatchLimits
-    opened_at: float
-    fetched: list[_Fetched] = field(default_factory=list)
-    uploading: list[_Fetched] = field(default_factory=list)
-    resolved: list[Resolved] = field(default_factory=list)
-    octets: int = 0
-    octets_uploading: int = 0
-    error: BaseException | None = None
-
-    def add(self, fetched: _Fetched) -> None:
-        self.fetched.append(fetched)
-        self.uploading.append(fetched)
-        self.octets += fetched.octets
-        self.octets_uploading += fetched.octets
-
-    @property
-    def is_much(self) -> bool:
-        """Whether it is so much that what is stored need not wait for what is older and is not."""
-        return self._batches(len(self.fetched) + len(self.resolved), self.octets) > BATCHES_UNRECORDED
-
-    @property
-    def is_much_uploading(self) -> bool:
-        """Whether the store does not keep up."""
-        return self._batches(len(self.uploading), self.octets_uploading) >= BATCHES_UPLOADING
-
-    def look(self) -> None:
-        """Notice which uploads have come to their end."""
-        uploading, self.uploading = self.uploading, []
-        for fetched in uploading:
-            if not fetched.upload.done():
-                self.uploading.append(fetched)
-                continue
-            self.octets_uploading -= fetched.octets
-            error = fetched.upload.exception()
-            fetched.is_stored = error is None
-            self.error = self.error or error
-
-    def wait_for_some(self) -> None:
-        """Return when half of the uploads have come to their end, whichever these are."""
-        ended = as_completed([fetched.upload for fetched in self.uploading])
-        deque(islice(ended, len(self.uploading) // 2 + 1), maxlen=0)
-        self.look()
-
-    def wait_for_all(self) -> None:
-        """Return when all uploads have come to their end."""
-        for fetched in self.uploading:
-            fetched.upload.exception()
-        self.look()
-
-    def take(self, monotonic: float) -> _Batch | None:
-        """The next batch, once one is full and stored. An upload that takes long holds up a few batches."""
-        full = self._full()
-        if full is None and self.fetched and monotonic - self.opened_at >= self.limits.seconds:
-            full = len(self.fetched)
-        if full is None:
-            return None
-        if all(fetched.is_stored for fetched in self.fetched[:full]):
-            return self._take(full, monotonic)
-        return self._take(len(self.fetched), monotonic) if self.is_much else None
-
-    def take_stored(self, monotonic: float) -> _Batch | None:
-        """A batch of whatever is stored, full or not, while there is something."""
-        if self.resolved or any(fetched.is_stored for fetched in self.fetched):
-            return self._take(len(self.fetched), monotonic)
-        return None
-
-    def _full(self) -> int | None:
-        """How many of the messages close a batch; None while they do not."""
-        room, octets = self.limits.messages - len(self.resolved), self.limits.octets
-        if len(self.fetched) < room and self.octets < octets:
-            return None
-        for place, fetched in enumerate(self.fetched):
-            if place >= room or octets <= 0:
-                return place
-            octets -= fetched.octets
-        return len(self.fetched)
-
-    def _take(self, among: int, monotonic: float) -> _Batch:
-        """What is stored of so many, a batch at most."""
-        batch = _Batch([], self.resolved)
-        rest: list[_Fetched] = []
-        for place, fetched in enumerate(self.fetched):
-            is_taken = place < among and fetched.is_stored and len(batch.fetched) < self.limits.messages
-            (batch.fetched if is_taken else rest).append(fetched)
-        self.fetched, self.resolved, self.opened_at = rest, [], monotonic
-        self.octets -= sum(fetched.octets for fetched in batch.fetched)
-        return batch
-
-    def _batches(self, messages: int, octets: int) -> float:
-        return max(messages / self.limits.messages, octets / self.limits.octets)
 
 
 _Candidate = tuple[Item, reads.Provable]
@@ -231,8 +105,8 @@ class _Poll:
         self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
-        self.unrecorded = _Unrecorded(tools.batch, self.started_at)
-        self.recording: tuple[_Batch, Future[Counter[What]]] | None = None
+        self.unrecorded = Unrecorded(tools.batch, self.started_at)
+        self.recording: tuple[Batch, Future[Counter[What]]] | None = None
         self.new = self.known = self.quarantined = 0
         self.delete_requested = self.octets = self.segments = 0
         self.deleted = self.gone = self.lost = 0
@@ -416,6 +290,7 @@ class _Poll:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
         if not plan.suspect and plan.overflows:
             self._tell_absences(plan)
+        self.unrecorded.opened_at = self.tools.monotonic()
         if not plan.suspect:
             self.unrecorded.resolved += plan.take_absent()
         try:
@@ -545,7 +420,7 @@ class _Poll:
             self.seen_contents.add(item.sighting)
         upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
-        fetched = _Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
+        fetched = Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
         self.unrecorded.add(fetched)
         self._count_read(spooled.size)
 
@@ -591,13 +466,15 @@ class _Poll:
         unrecorded.look()
         while unrecorded.is_much_uploading:
             unrecorded.wait_for_some()
+        if plan.suspect and unrecorded.is_due(self.tools.monotonic()):
+            unrecorded.wait_for_all()  # What the first batch shows decides on all that follows.
         if unrecorded.error is not None:
-            raise unrecorded.error  # Whatever else was fetched would wait for a store that is away.
+            self._record_all(plan)  # Whatever else was fetched would wait for a store that is away.
         if self.recording is not None and (self.recording[1].done() or unrecorded.is_much):
             self._end_recording(plan)
         if self.recording is None and (batch := unrecorded.take(self.tools.monotonic())):
             if plan.suspect:
-                self._record(batch, plan)  # What it shows decides on all that follows.
+                self._record(batch, plan)
             else:
                 self.recording = batch, self.tools.uploads.submit(self._write_down, batch, plan)
 
@@ -616,10 +493,10 @@ class _Poll:
         if (error := self.unrecorded.error) is not None:
             raise error
 
-    def _record(self, batch: _Batch, plan: Plan) -> None:
+    def _record(self, batch: Batch, plan: Plan) -> None:
         self._count_batch(batch, self._write_down(batch, plan), plan)
 
-    def _write_down(self, batch: _Batch, plan: Plan) -> Counter[What]:
+    def _write_down(self, batch: Batch, plan: Plan) -> Counter[What]:
         """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
         counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
         with self.tools.database.reading() as connection:
@@ -649,7 +526,7 @@ class _Poll:
             self._write_segment(lines)
         return counts
 
-    def _count_batch(self, batch: _Batch, counts: Counter[What], plan: Plan) -> None:
+    def _count_batch(self, batch: Batch, counts: Counter[What], plan: Plan) -> None:
         """The batch is recorded. Not before: a report must not count what the database does not know."""
         self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
         self.new += counts[What.CAPTURED]
@@ -662,7 +539,7 @@ class _Poll:
             else:
                 plan.keep(fetched.at)
 
-    def _judge(self, plan: Plan, batch: _Batch, held: Container[bytes]) -> bool:
+    def _judge(self, plan: Plan, batch: Batch, held: Container[bytes]) -> bool:
         """Whether the mailbox was renumbered, as it seems: known contents under strange ids say so.
 
         Then a new epoch begins, with the segment of this batch. Nothing of the
@@ -792,6 +669,7 @@ class _Poll:
         """
         expected = {item.entry.number: (item, provable) for item, provable in candidates}
         same: list[_Candidate] = []
+        self.unrecorded.opened_at = self.tools.monotonic()
         supply = self._supply_again([item for item, _ in candidates], began_at)
         try:
             for outcome in mailbox.retrieve(supply, self._open_spool):
@@ -809,10 +687,11 @@ class _Poll:
                     case pop3.Refused():
                         self._drop_spooled(number)
                 self.unrecorded.look()
-                if self.unrecorded.error or self.unrecorded.is_much_uploading:
+                if self.unrecorded.error or self.unrecorded.is_due(self.tools.monotonic()):
                     self._record_all(plan)
         except (TryLater, OperatorNeeded):
-            self._record_all(plan)
+            if not self.journal_uncertain:
+                self._record_all(plan)
             raise
         except pop3.Pop3Error as error:
             self._record_all(plan)

@@ -50,7 +50,11 @@ class UtcDateTime(TypeDecorator[datetime]):
     def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], object]:
         return _as_text if dialect.name == "sqlite" else _in_utc
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], datetime | None]:  # noqa: ARG002
+    def result_processor(
+        self,
+        dialect: Dialect,
+        coltype: object,  # noqa: ARG002 - a driver's name for the type, which makes no difference
+    ) -> Callable[[Any], datetime | None]:
         return _from_text if dialect.name == "sqlite" else _in_utc
 
 

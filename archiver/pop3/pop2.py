@@ -260,7 +260,7 @@ class Pop2Mailbox:
         )
         return join(None, SizeColumn.of((number, size) for number, size in sizes if size))
 
-    def list_from(self, first: int, last: int) -> Listing | None:  # noqa: ARG002 - see there
+    def list_from(self, first: int, last: int) -> Listing | None:  # noqa: ARG002 - nothing is known by number
         """None: what came since an earlier session cannot be told where no message has a uid."""
         return None
 

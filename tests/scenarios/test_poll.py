@@ -21,6 +21,7 @@ from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
 from archiver.tools import BatchLimits, Tools
 from tests.harness.scripted_pop3 import Cut, HangUp, MailboxPlay, Send
+from tests.machine.process import Uploads
 from tests.scenarios.story import Archive, Fuse, State, message
 
 AFTER_ARCHIVED = DeletePolicy(0.0)
@@ -427,6 +428,37 @@ def test_a_message_that_is_long_on_its_way_holds_up_a_few_batches_only(archive: 
     report = archive.sync(account, archive.tools(store=SlowFirst(archive.directory / "store")))
     assert (report.outcome, report.new) == ("ok", 10)
     assert archive.verify(account).clean
+
+
+def test_a_batch_closes_by_time_while_messages_come(archive: Archive) -> None:
+    class Slow(FilesystemStore):
+        def put(self, key: str, body: Body) -> PutResult:
+            if key.startswith("messages/"):
+                archive.clock.advance(0.6)
+            return super().put(key, body)
+
+    account = archive.add(archive.serve(mailbox(*"abcdefghij")))
+    tools = archive.tools(
+        store=Slow(archive.directory / "store"),
+        uploads=Uploads(at_once=False),
+        batch=BatchLimits(messages=100, seconds=1.0),
+    )
+    report = archive.sync(account, tools)
+    assert (report.outcome, report.new) == ("ok", 10)
+    assert report.segments > 2
+
+
+def test_the_time_of_a_batch_does_not_run_before_the_first_message(archive: Archive) -> None:
+    def connect(account: Account) -> pop3.Session:
+        archive.clock.advance(5.0)
+        return archive.connect(account)
+
+    account = archive.add(archive.serve(mailbox(*"abcde")))
+    tools = archive.tools(
+        connect=connect, uploads=Uploads(at_once=True), batch=BatchLimits(messages=100, seconds=1.0)
+    )
+    report = archive.sync(account, tools)
+    assert (report.outcome, report.new, report.segments) == ("ok", 5, 1)
 
 
 def test_refusals_alone_make_batches(archive: Archive) -> None:

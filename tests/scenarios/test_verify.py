@@ -234,14 +234,14 @@ def test_a_poll_under_way_is_no_fault(archive: Archive) -> None:
 
 
 def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Archive) -> None:
-    class Half(FilesystemStore):
+    class WithoutJournal(FilesystemStore):
         def put(self, key: str, body: Body) -> PutResult:
             if key.startswith("journal/"):
                 raise TryLater("throttled")
             return super().put(key, body)
 
     account = archive.add(archive.serve(MailboxPlay([(name.encode(), message(name)) for name in NAMES])))
-    report = archive.sync(account, archive.tools(store=Half(archive.directory / "store")))
+    report = archive.sync(account, archive.tools(store=WithoutJournal(archive.directory / "store")))
     assert (report.outcome, report.new) == ("try_later", 0)
     assert archive.objects(account)
     assert archive.verify(account, later_seconds=0.0).clean

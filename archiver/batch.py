@@ -1,0 +1,150 @@
+"""What a poll has fetched and not recorded yet, and what of it makes the next batch.
+
+Owns the queue between the wire and the journal: what is on its way to the
+store, what is there, what turned out without an object. Promises that a batch
+holds stored messages alone, in the order of their arrival unless one takes
+long, and that little piles up. Leaves the uploads, and what is done with a
+batch, to ``poll.py``.
+"""
+
+from collections import deque
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice
+from typing import NamedTuple
+
+from archiver.model import Resolved
+from archiver.plan import Item
+from archiver.store import PutResult
+from archiver.tools import BatchLimits
+
+BATCHES_UPLOADING = 2.0
+"""So many may be on their way to the store; then the next message waits until half of them are there."""
+
+BATCHES_UNRECORDED = 3.0
+"""So many may be fetched and not recorded; then what is stored need not wait for what is older and is not."""
+
+
+@dataclass(slots=True)
+class Fetched:
+    """A message that was read from the server and is on its way to the store, or there."""
+
+    item: Item
+    attempts: int
+    at: datetime
+    sha256: bytes
+    octets: int
+    upload: Future[PutResult]
+    is_stored: bool = False
+
+
+class Batch(NamedTuple):
+    """Messages whose objects are in the store, and fates without one, which are recorded together."""
+
+    fetched: list[Fetched]
+    resolved: list[Resolved]
+
+
+@dataclass(slots=True)
+class Unrecorded:
+    """The queue. Times are seconds by one monotonic clock; ``opened_at`` is of the batch that is open.
+
+    ``uploading`` are those of ``fetched`` whose upload was not seen to end;
+    ``error`` is what kept a message out of the store, the first such.
+    """
+
+    limits: BatchLimits
+    opened_at: float
+    fetched: list[Fetched] = field(default_factory=list)
+    uploading: list[Fetched] = field(default_factory=list)
+    resolved: list[Resolved] = field(default_factory=list)
+    octets: int = 0
+    octets_uploading: int = 0
+    error: BaseException | None = None
+
+    def add(self, fetched: Fetched) -> None:
+        """A message more, whose upload is under way."""
+        self.fetched.append(fetched)
+        self.uploading.append(fetched)
+        self.octets += fetched.octets
+        self.octets_uploading += fetched.octets
+
+    @property
+    def is_much(self) -> bool:
+        """Whether it is so much that what is stored need not wait for what is older and is not."""
+        return self._batches(len(self.fetched) + len(self.resolved), self.octets) > BATCHES_UNRECORDED
+
+    @property
+    def is_much_uploading(self) -> bool:
+        """Whether the store does not keep up."""
+        return self._batches(len(self.uploading), self.octets_uploading) >= BATCHES_UPLOADING
+
+    def is_due(self, monotonic: float) -> bool:
+        """Whether a batch closes: it is full, or was open for long enough."""
+        is_full = (
+            len(self.fetched) + len(self.resolved) >= self.limits.messages
+            or self.octets >= self.limits.octets
+        )
+        return is_full or self._is_late(monotonic)
+
+    def look(self) -> None:
+        """Notice which uploads have come to their end."""
+        uploading, self.uploading = self.uploading, []
+        for fetched in uploading:
+            if not fetched.upload.done():
+                self.uploading.append(fetched)
+                continue
+            self.octets_uploading -= fetched.octets
+            error = fetched.upload.exception()
+            fetched.is_stored = error is None
+            self.error = self.error or error
+
+    def wait_for_some(self) -> None:
+        """Return when half of the uploads have come to their end, whichever these are."""
+        ended = as_completed([fetched.upload for fetched in self.uploading])
+        deque(islice(ended, len(self.uploading) // 2 + 1), maxlen=0)
+        self.look()
+
+    def wait_for_all(self) -> None:
+        """Return when all uploads have come to their end."""
+        for fetched in self.uploading:
+            fetched.upload.exception()
+        self.look()
+
+    def take(self, monotonic: float) -> Batch | None:
+        """The next batch, where one is due and stored. An upload that takes long holds up a few batches."""
+        if not self.is_due(monotonic):
+            return None
+        if self.is_much or self._is_late(monotonic):
+            return self.take_stored(monotonic)
+        first = self._close(self.fetched)
+        return self._take(first, monotonic) if all(fetched.is_stored for fetched in first) else None
+
+    def take_stored(self, monotonic: float) -> Batch | None:
+        """A batch of what is stored, due or not, while there is something."""
+        stored = [fetched for fetched in self.fetched if fetched.is_stored]
+        return self._take(self._close(stored), monotonic) if stored or self.resolved else None
+
+    def _is_late(self, monotonic: float) -> bool:
+        return bool(self.fetched) and monotonic - self.opened_at >= self.limits.seconds
+
+    def _close(self, fetched: list[Fetched]) -> list[Fetched]:
+        """The first of these, as many as a batch holds beside what is resolved."""
+        room, octets = self.limits.messages - len(self.resolved), self.limits.octets
+        for place, each in enumerate(fetched):
+            if place >= room or octets <= 0:
+                return fetched[:place]
+            octets -= each.octets
+        return fetched
+
+    def _take(self, taken: list[Fetched], monotonic: float) -> Batch:
+        batch = Batch(taken, self.resolved)
+        gone = set(map(id, taken))
+        self.fetched = [fetched for fetched in self.fetched if id(fetched) not in gone]
+        self.octets -= sum(fetched.octets for fetched in taken)
+        self.resolved, self.opened_at = [], monotonic
+        return batch
+
+    def _batches(self, messages: int, octets: int) -> float:
+        return max(messages / self.limits.messages, octets / self.limits.octets)
