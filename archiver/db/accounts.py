@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
-from archiver.db import schedule
-from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account, mailbox
+from archiver.db import record, schedule
+from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account
 from archiver.errors import UsageError
 from archiver.model import NO_DIGEST, Account, DeletePolicy, mail_host
 from archiver.policy import late_after_seconds
@@ -83,11 +83,9 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
     before = {} if former is None else _settings(former)
     values = dict(_settings(changed).items() - before.items())
     connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values, removed_at=None))
-    # Another address may be another mailbox, and another policy lets other messages go.
-    connection.execute(
-        sa.update(mailbox).where(mailbox.c.account_id == changed.id).values(trusted_until=None)
-    )
     schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
+    # Another address may be another mailbox, and another policy lets other messages go.
+    record.distrust(connection, changed.id)
 
 
 def exchange_secret(connection: Connection, account_id: str, old: str, new: str) -> bool:

@@ -134,7 +134,7 @@ def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
     # Only behind the fence: what an operator did before it is seen.
     accounts = _accounts(connection, fresh)
     _note_gaps(connection, fresh, leases)
-    _remember_mailboxes(connection, fresh)
+    _remember_mailboxes(connection, fresh, leases)
     _count_requests(connection, fresh)
     releases = [_released(connection, ending, leases, accounts) for ending in fresh]
     if releases:
@@ -214,9 +214,13 @@ def _note_gaps(connection: Connection, endings: list[Ending], leases: dict[str, 
             history.gap_ended(connection, ending.claim.account_id, began_at)
 
 
-def _remember_mailboxes(connection: Connection, endings: list[Ending]) -> None:
+def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: dict[str, Any]) -> None:
     """What mailboxes showed, for status and for the next poll. One that is unchanged costs nothing."""
-    listed = [_mailbox_row(each) for each in endings if each.report.listed is not None and not _idle(each)]
+    listed = [
+        _mailbox_row(each, asked_again=leases[each.claim.account_id].asked)
+        for each in endings
+        if each.report.listed is not None and not _idle(each)
+    ]
     if listed:
         connection.execute(_REMEMBER, listed)
     # The look itself failed: a server that trips over it would do so every time.
@@ -243,8 +247,10 @@ def _idle(ending: Ending) -> bool:
     return ending.report.glanced and ending.report.outcome == "ok"
 
 
-def _mailbox_row(ending: Ending) -> dict[str, Any]:
-    report, look = ending.report, ending.report.last_look
+def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
+    report = ending.report
+    # Whoever asked while the poll went on may have had a reason of which it knew nothing.
+    look = None if asked_again else report.last_look
     return {
         "b_account_id": ending.claim.account_id,
         "listed_at": ending.ended_at,
@@ -363,6 +369,7 @@ def _leases(dialect: str) -> sa.Select[Any]:
             lease.c.refusals,
             lease.c.interval_seconds,
             lease.c.late_at,
+            lease.c.asked,
         )
         .where(bulk.among(dialect, lease.c.account_id, "ids"))
         .order_by(lease.c.account_id)

@@ -145,7 +145,9 @@ def allow_deletion(connection: Connection, account_id: str) -> None:
 
 
 def distrust(connection: Connection, account_id: str) -> None:
-    """Have the next poll list the mailbox, whatever it looked like last."""
+    """Have the next poll that begins list the mailbox, whatever it looks like to one that goes on now."""
+    # The lease first, as an ending does: none is claimed or given back until this is committed.
+    schedule.ask_again(connection, account_id)
     connection.execute(
         sa.update(mailbox).where(mailbox.c.account_id == account_id).values(trusted_until=None)
     )

@@ -403,6 +403,9 @@ def _unless_paused(due_at: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     return sa.case((lease.c.due_at.is_(None), sa.null()), else_=due_at)
 
 
+_ASKED = sa.or_(lease.c.asked, lease.c.owner.is_not(None))
+
+
 def holder(connection: Connection, account_id: str) -> str | None:
     """Who holds the account's lease at this moment, alive or not."""
     return connection.execute(sa.select(lease.c.owner).where(lease.c.account_id == account_id)).scalar()
@@ -517,10 +520,15 @@ def ask(connection: Connection, account_ids: Collection[str] | None = None) -> i
         .where(wanted, lease.c.due_at.is_not(None))
         .values(
             due_at=sa.case((lease.c.owner.is_(None), earlier), else_=lease.c.due_at),
-            asked=sa.or_(lease.c.asked, lease.c.owner.is_not(None)),
+            asked=_ASKED,
         )
     )
     return asked.rowcount
+
+
+def ask_again(connection: Connection, account_id: str) -> None:
+    """What a poll under way began with is so no longer: have another one follow it."""
+    connection.execute(sa.update(lease).where(lease.c.account_id == account_id).values(asked=_ASKED))
 
 
 def reconsider(connection: Connection, account_id: str, url: str, due_at: datetime | None) -> None:
@@ -540,7 +548,7 @@ def reconsider(connection: Connection, account_id: str, url: str, due_at: dateti
         .where(lease.c.account_id == account_id, lease.c.due_at.is_not(None))
         .values(
             due_at=sa.case((lease.c.owner.is_(None), soon), else_=lease.c.due_at),
-            asked=sa.or_(lease.c.asked, lease.c.owner.is_not(None)),
+            asked=_ASKED,
             interval_seconds=None,
         )
     )

@@ -397,6 +397,40 @@ def test_a_look_that_breaks_the_session_is_not_taken_twice(archive: Archive) -> 
     assert was_listed(server)
 
 
+def edits(archive: Archive, account: Account) -> None:
+    at = archive.clock.now()
+    changed = replace(account, delete=DeletePolicy(30.0))
+    archive.database.transact(lambda connection: accounts.change(connection, changed, at, former=account))
+
+
+def allows_deletion(archive: Archive, account: Account) -> None:
+    archive.database.transact(lambda connection: record.allow_deletion(connection, account.id))
+
+
+def fetches_again(archive: Archive, account: Account) -> None:
+    archive.database.transact(lambda connection: record.fetch_again(connection, account.id, b"a"))
+
+
+@pytest.mark.parametrize("act", [edits, allows_deletion, fetches_again])
+def test_what_somebody_did_while_a_poll_went_on_has_the_next_one_list(
+    archive: Archive, act: Callable[[Archive, Account], None]
+) -> None:
+    play = scripted_mailbox("a", "b")
+    server, account = settled(archive, play)
+    arrives(play)
+    tools = archive.tools()
+
+    def meanwhile(account: Account) -> pop3.Session:
+        act(archive, account)
+        return tools.connect(account)
+
+    assert archive.poll_on_schedule(account, replace(tools, connect=meanwhile)).new == 1
+    server.commands.clear()
+    assert archive.poll_on_schedule(archive.fresh(account)).outcome == "ok"
+    assert was_listed(server)
+    assert archive.poll_on_schedule(archive.fresh(account)).glanced
+
+
 def test_what_is_still_to_come_is_not_overlooked(archive: Archive) -> None:
     class Away(FilesystemStore):
         def put(self, key: str, body: Body) -> PutResult:
