@@ -109,8 +109,9 @@ class Poster:
         try:
             path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
             connection.request("POST", path, body.encode(), headers)
-            response = connection.getresponse()
-            content = response.read(ANSWER_OCTETS + 1)
+            # It holds the socket by itself until it is closed.
+            with connection.getresponse() as response:
+                content = response.read(ANSWER_OCTETS + 1)
         except ssl.SSLCertVerificationError as error:
             raise OperatorNeeded(
                 f"{host}: its certificate is not accepted: {error.verify_message}",
