@@ -5,6 +5,7 @@ From the bottom up, each module knowing only those before it:
 - ``failures``: the one error, its kinds, and what an ``-ERR`` means;
 - ``url``: POP URLs and the channel that they demand;
 - ``wire``: framing, without I/O;
+- ``loop``: how sessions wait, each in a thread of its own or many in one;
 - ``listing``, ``capabilities``, ``sasl``: what replies say, and how to log in;
 - ``transport``: socket, TLS, time;
 - ``values``: what a session takes and gives;
@@ -19,6 +20,7 @@ unless ``Mailbox.quit`` was called.
 
 from archiver.pop3.failures import FailureKind, Pop3Error
 from archiver.pop3.listing import Entries, Entry, Listing, Stat
+from archiver.pop3.loop import Loop, aside
 from archiver.pop3.mailbox import Mailbox
 from archiver.pop3.pop2 import Pop2Mailbox
 from archiver.pop3.session import Session, connect
@@ -37,6 +39,7 @@ __all__ = [
     "Glance",
     "Limits",
     "Listing",
+    "Loop",
     "Mailbox",
     "Pop2Mailbox",
     "Pop3Error",
@@ -50,6 +53,7 @@ __all__ = [
     "TlsSettings",
     "UrlError",
     "Version",
+    "aside",
     "connect",
     "parse_pin",
     "parse_url",

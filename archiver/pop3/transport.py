@@ -13,21 +13,23 @@ Time is a monotonic clock given by the caller; a deadline is a point on it.
 
 import base64
 import binascii
+import errno
 import hashlib
-import math
+import os
 import re
 import select
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from archiver.pop3.failures import FailureKind, Pop3Error
+from archiver.pop3.loop import aside, until_ready
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -243,7 +245,7 @@ class Transport:
         self._outgoing = bytearray()
         self._tls: TlsFacts | None = None
         self._is_drained = False
-        self._socket.setblocking(False)
+        connected.setblocking(False)
 
     @classmethod
     def connect(cls, host: str, port: int, *, timeout_seconds: float, monotonic: Callable[[], float]) -> Self:
@@ -252,7 +254,7 @@ class Transport:
         The look-up of the name has no limit but the resolver's own.
         """
         try:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = _addresses(host, port)
         except (OSError, ValueError) as error:  # a name that is no name
             raise Pop3Error(
                 FailureKind.TRANSIENT, f"the name cannot be resolved: {_reason(error)}"
@@ -267,8 +269,7 @@ class Transport:
                 break
             candidate = socket.socket(family, kind, protocol)
             try:
-                candidate.settimeout(share_seconds)
-                candidate.connect(address)
+                _connect(candidate, address, share_seconds)
                 candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 candidate.close()
@@ -406,12 +407,29 @@ class Transport:
 
     def _wait(self, events: int, deadline: float, reason: str, *, at_deadline: bool = True) -> None:
         left_seconds = deadline - self._monotonic()
-        if left_seconds > 0:
-            poll = select.poll()  # not select(): a process with many threads has descriptors over 1023
-            poll.register(self._socket, events)
-            if poll.poll(math.ceil(left_seconds * 1000)):
-                return
-        raise TimedOut(reason, at_deadline=at_deadline)
+        if left_seconds <= 0 or not until_ready(self._socket.fileno(), events, left_seconds):
+            raise TimedOut(reason, at_deadline=at_deadline)
+
+
+def _addresses(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+    """What getaddrinfo(3) gives; it blocks while it asks for a name. Raises OSError, ValueError."""
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        return look_up(flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return aside(look_up)
+
+
+def _connect(candidate: socket.socket, address: Any, seconds: float) -> None:
+    """Raises OSError, TimeoutError where nobody answers."""
+    candidate.setblocking(False)
+    problem = candidate.connect_ex(address)
+    if problem == errno.EINPROGRESS:
+        if not until_ready(candidate.fileno(), select.POLLOUT, seconds):
+            raise TimeoutError
+        problem = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if problem:
+        raise OSError(problem, os.strerror(problem))
 
 
 def _handshake_failure(error: OSError, settings: TlsSettings) -> Pop3Error:

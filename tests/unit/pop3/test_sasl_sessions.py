@@ -7,13 +7,15 @@ import json
 import logging
 import ssl
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from archiver.pop3 import FailureKind, Mailbox, Pop3Error, TlsSettings
+from archiver.pop3 import FailureKind, Loop, Mailbox, Pop3Error, TlsSettings
 from archiver.pop3.sasl import MOST_ITERATIONS, SCRAM_MECHANISMS
 from tests.harness.scram import ScramServer
 from tests.harness.scripted_pop3 import Channel, Expect, HangUp, ScriptedPop3, Send, Step, Talk
@@ -133,6 +135,25 @@ def test_a_success_before_any_challenge_is_not_believed() -> None:
         channel.send(b"+OK Logged in.\r\n")
 
     assert refusal_of([*offering("SCRAM-SHA-256"), Talk(talk)]).kind is FailureKind.SECURITY
+
+
+def test_what_a_server_wants_computed_holds_up_no_other_session() -> None:
+    """It chooses the iterations, so they are not counted in the thread where sessions wait together."""
+    aside: list[str] = []
+
+    class Noting(ThreadPoolExecutor):
+        def submit(self, work: Any, /, *arguments: Any, **options: Any) -> "Future[Any]":
+            aside.append(getattr(work, "__name__", ""))
+            return super().submit(work, *arguments, **options)
+
+    done: Future[str | None] = Future()
+    script = [*offering("SCRAM-SHA-256"), scram(ScramServer("SCRAM-SHA-256", PASSWORD)), *NO_CAPA]
+    with Noting(1) as threads:
+        loop = Loop(threads)
+        loop.begin(lambda: done.set_result(logged_in_by(script)))
+        assert done.result(30) == "SCRAM-SHA-256"
+        loop.close()
+    assert "get_client_final" in aside
 
 
 def test_a_wrong_password_is_asked_once() -> None:

@@ -1,0 +1,187 @@
+"""How sessions wait: each in a thread of its own, or many together in one.
+
+A session waits in two ways: for its socket (``until_ready``), and for what can
+only be waited for by blocking, as the look-up of a name, or what a server wants
+computed (``aside``). In any thread that is what happens. In a task of a ``Loop``
+the thread goes on with other tasks meanwhile, so that the code of a session
+reads the same in both, and hundreds that wait for their servers cost one
+thread, which the kernel need not wake for each answer.
+
+A task holds up all others from one wait to the next. It is for what is soon
+done once an answer is there: a handshake, a login, a look at a mailbox.
+"""
+
+import math
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from greenlet import greenlet
+
+ResultT = TypeVar("ResultT")
+
+_WAKE_OCTETS: Final = 4096
+
+_of_thread = threading.local()
+"""``loop``: the one whose tasks run in this thread."""
+
+
+def until_ready(descriptor: int, events: int, seconds: float) -> bool:
+    """Wait until one of these events of poll(2), or an error, is there: false after so many seconds."""
+    loop: Loop | None = getattr(_of_thread, "loop", None)
+    if loop is not None:
+        return loop._until_ready(descriptor, events, seconds)
+    waiting = select.poll()  # not select(): a process with many threads has descriptors over 1023
+    waiting.register(descriptor, events)
+    return bool(waiting.poll(_milliseconds(seconds)))
+
+
+def aside(block: Callable[[], ResultT]) -> ResultT:
+    """What ``block`` returns or raises; a task has it run by another thread."""
+    loop: Loop | None = getattr(_of_thread, "loop", None)
+    return block() if loop is None else loop._aside(block)
+
+
+class _Wait(NamedTuple):
+    task: "greenlet"
+    ends_at: float
+
+
+class Loop:
+    """One thread, begun with the first task, in which tasks wait together. ``threads`` run what blocks.
+
+    ``begin`` and ``close`` are for any thread.
+    """
+
+    def __init__(self, threads: Executor, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._threads = threads
+        self._monotonic = monotonic
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_called = self._is_closed = False
+        self._poll = select.poll()
+        self._tasks: set[greenlet] = set()
+        self._waiting: dict[int, _Wait] = {}
+        self._look_at = math.inf
+
+    def begin(self, task: Callable[[], object]) -> None:
+        """Have a task run. What it raises is told as an exception of a thread is (threading.excepthook)."""
+        self._tell(partial(self._start, task))
+
+    def close(self) -> None:
+        """Have the thread end, and each task with a GreenletExit where it waits. Returns at once."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+            if self._thread is not None and not was_closed:
+                self._wake()
+
+    # From any thread.
+
+    def _tell(self, what: Callable[[], object]) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._inbox.append(what)
+            if self._thread is None:
+                self._called, self._call = os.pipe()
+                self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+                self._thread.start()
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_called:
+            self._is_called = True
+            os.write(self._call, b"!")
+
+    # In the thread. Its own greenlet, the hub, runs what comes next; a task that waits switches to it.
+
+    def _run(self) -> None:
+        from greenlet import getcurrent
+
+        _of_thread.loop = self
+        self._hub = getcurrent()
+        self._poll.register(self._called, select.POLLIN)
+        while self._goes_on():
+            for descriptor, _ in self._poll.poll(self._patience()):
+                if descriptor == self._called:
+                    os.read(self._called, _WAKE_OCTETS)
+                    continue
+                self._poll.unregister(descriptor)
+                self._switch_to(self._waiting.pop(descriptor).task, True)
+            self._end_late_waits()
+        for task in list(self._tasks):
+            task.throw()
+        os.close(self._called)
+        os.close(self._call)
+
+    def _goes_on(self) -> bool:
+        """Do what was told, if it was not to end."""
+        self._is_called = False  # whoever tells something from here on wakes this thread again
+        while self._inbox and not self._is_closed:
+            self._inbox.popleft()()
+        return not self._is_closed
+
+    def _patience(self) -> int | None:
+        return None if self._look_at == math.inf else _milliseconds(self._look_at - self._monotonic())
+
+    def _end_late_waits(self) -> None:
+        """Only after all that is ready was seen to, so that nobody is late because this thread was."""
+        now = self._monotonic()
+        if now < self._look_at:
+            return
+        for descriptor, wait in list(self._waiting.items()):
+            if wait.ends_at <= now:
+                self._poll.unregister(descriptor)
+                del self._waiting[descriptor]
+                self._switch_to(wait.task, False)
+        self._look_at = min((wait.ends_at for wait in self._waiting.values()), default=math.inf)
+
+    def _start(self, task: Callable[[], object]) -> None:
+        from greenlet import greenlet
+
+        new = greenlet(task, self._hub)
+        self._tasks.add(new)
+        self._switch_to(new)
+
+    def _switch_to(self, task: "greenlet", *value: object) -> None:
+        """Let a task go on until it waits again, or ends."""
+        try:
+            task.switch(*value)
+        except BaseException as error:  # noqa: BLE001 - one task's must not end the others
+            threading.excepthook(
+                threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread))
+            )
+        if task.dead:
+            self._tasks.discard(task)
+
+    # In a task.
+
+    def _until_ready(self, descriptor: int, events: int, seconds: float) -> bool:
+        from greenlet import getcurrent
+
+        ends_at = self._monotonic() + seconds
+        self._poll.register(descriptor, events)
+        self._waiting[descriptor] = _Wait(getcurrent(), ends_at)
+        self._look_at = min(self._look_at, ends_at)
+        return bool(self._hub.switch())
+
+    def _aside(self, block: Callable[[], ResultT]) -> ResultT:
+        from greenlet import getcurrent
+
+        task = getcurrent()
+        done = self._threads.submit(block)
+        done.add_done_callback(lambda _: self._tell(partial(self._switch_to, task)))
+        self._hub.switch()
+        return done.result()
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, math.ceil(seconds * 1000))
