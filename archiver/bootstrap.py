@@ -194,14 +194,14 @@ class Archiver:
         if given is not None:
             return given
         if oauth.is_oauth(account.secret):
-            return self.access_tokens.current(account, _user(account))
+            return pop3.aside(lambda: self.access_tokens.current(account, _user(account)))
         return self.secrets.resolve(account.id, account.name, account.secret)
 
     def another_password(self, account: Account, refused: str) -> str | None:
         """What to log in by in place of what the mail server refused; None where there is no other."""
         if account.id in self.passwords or not oauth.is_oauth(account.secret):
             return None
-        return self.access_tokens.instead(account, _user(account), refused)
+        return pop3.aside(lambda: self.access_tokens.instead(account, _user(account), refused))
 
 
 def _user(account: Account) -> str:

@@ -11,7 +11,7 @@ repeated in place; the schedule does that.
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from datetime import datetime
@@ -55,6 +55,10 @@ READING_AGAIN_SECONDS = 300.0
 """How long one session reads again what it is to delete: a connection lost before QUIT makes that vain."""
 
 
+Story = Generator[None, None, PollReport]
+"""A poll that goes on as it is asked to, by ``begin`` and ``finish``, in whatever thread."""
+
+
 def poll(
     account: Account,
     lease: Lease,
@@ -63,15 +67,32 @@ def poll(
     *,
     before: reads.BeforePoll | None = None,
     may_glance: bool = False,
-) -> PollReport:
+) -> Story:
     """Poll one account and report. Errors that are ours or the server's end up in the report.
 
     ``before`` is what the database said after the claim, where that was asked.
     With ``may_glance`` a mailbox that looks as it did is not listed. Whoever
     asks for a poll in person wants certainty, and does not say that.
     """
-    with _Poll(account, lease, tools, watch or Unwatched()) as story:
-        return story.tell(before, may_glance=may_glance)
+    with _Poll(account, lease, tools, watch or Unwatched()) as one:
+        return (yield from one.tell(before, may_glance=may_glance))
+
+
+def begin(story: Story) -> PollReport | None:
+    """As much of a poll as waits for the server and does little else; its report, if that was all."""
+    try:
+        next(story)
+    except StopIteration as end:
+        report: PollReport = end.value
+        return report
+    return None
+
+
+def finish(story: Story) -> PollReport:
+    """All that is left of a poll: it reads and writes, computes, and may go on for long."""
+    while (report := begin(story)) is None:
+        pass
+    return report
 
 
 _Candidate = tuple[Item, reads.Provable]
@@ -129,16 +150,20 @@ class _Poll:
         for spooled in self.spooled.values():
             spooled.close()
 
-    def tell(self, before: reads.BeforePoll | None, *, may_glance: bool) -> PollReport:
-        """The poll, from the journal's end to QUIT."""
+    def tell(self, before: reads.BeforePoll | None, *, may_glance: bool) -> Story:
+        """The poll, from the journal's end to QUIT. What follows a ``yield`` wants a thread of its own."""
         try:
+            if before is None or self.lease.claim.recover:
+                yield
             before = self._catch_up_with_journal(before)
             with mailserver.translated(), self._log_in() as mailbox:
                 self.server = mailserver.of_facts(mailbox.facts)
-                self.listing = self._look(mailbox, before, may_glance=may_glance)
-                if self.listing is None:
+                seen = self._glance(mailbox, before.last_look) if may_glance else None
+                if seen is not None and seen == _as_seen(before.last_look):
                     self._quit(mailbox)
                     return self._report_unchanged(before)
+                yield
+                self.listing = self._list(mailbox, before, seen)
                 plan = self._plan(self.listing)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
@@ -201,29 +226,29 @@ class _Poll:
             raise
         return mailbox
 
-    def _look(
-        self, mailbox: pop3.Session, before: reads.BeforePoll, *, may_glance: bool
-    ) -> pop3.Listing | None:
-        """The listing; None where STAT and the last message's UIDL are what they were, and may be trusted.
+    def _glance(self, mailbox: pop3.Session, last: LastLook | None) -> pop3.Glance | None:
+        """STAT and the last message's UIDL, where that they are what they were may be trusted; else None.
 
         A message that is new or gone changes the count, or the last UIDL, or
         the octets; what slips through all three waits for the next whole listing.
         The poll before, where it was cut short, may have had that, and recorded
         nothing of it.
         """
-        last = before.last_look
         if (
-            not may_glance
-            or last is None
+            last is None
             or self.lease.claim.recover
             or not policy.is_trusted(last.trusted_until, self.tools.now(), self.tools.full_listing_seconds)
         ):
-            return mailbox.list()
-        self.glanced = True
-        seen = mailbox.glance(last.last_number)
-        if (seen.count, seen.octets, seen.uidl) == (last.stat_count, last.stat_octets, last.last_uidl):
             return None
-        tail = self._list_tail(mailbox, before, last, seen)
+        self.glanced = True
+        return mailbox.glance(last.last_number)
+
+    def _list(
+        self, mailbox: pop3.Session, before: reads.BeforePoll, seen: pop3.Glance | None
+    ) -> pop3.Listing:
+        tail = None
+        if seen is not None and before.last_look is not None:
+            tail = self._list_tail(mailbox, before, before.last_look, seen)
         self.glanced = False
         return tail or mailbox.list()
 
@@ -872,6 +897,10 @@ class _Poll:
                 f"the day's budget is spent: {self.spent_today + self.octets} octets were fetched since "
                 f"00:00 UTC, and {self._left()} messages wait for tomorrow"
             )
+
+
+def _as_seen(look: LastLook | None) -> pop3.Glance | None:
+    return None if look is None else pop3.Glance(look.stat_count, look.stat_octets, look.last_uidl)
 
 
 _KNOWN_BY_CONTENT = "it is known by its content"

@@ -81,13 +81,13 @@ class Endings:
         self._lock = threading.Lock()
         self._waiting: list[tuple[Ending, Future[Ended]]] = []
 
-    def write(self, ending: Ending) -> Ended:
-        """Write this ending; returns when it is committed. Raises TryLater, OperatorNeeded."""
-        mine: Future[Ended] = Future()
+    def write(self, endings: Sequence[Ending]) -> "list[Future[Ended]]":
+        """Write these endings; returns when each is committed, or failed with TryLater or OperatorNeeded."""
+        mine: list[Future[Ended]] = [Future() for _ in endings]
         with self._lock:
-            self._waiting.append((ending, mine))
+            self._waiting.extend(zip(endings, mine, strict=True))
         with self._turn:
-            while not mine.done():
+            while not all(future.done() for future in mine):
                 with self._lock:
                     together, self._waiting = self._waiting[:ENDINGS_AT_ONCE], self._waiting[ENDINGS_AT_ONCE:]
                 try:
@@ -98,7 +98,7 @@ class Endings:
                         if not future.done():
                             future.set_exception(error)
                     raise
-        return mine.result()
+        return mine
 
     def _write(self, together: list[tuple[Ending, "Future[Ended]"]]) -> None:
         endings = [ending for ending, _ in together]

@@ -93,7 +93,7 @@ class HangUpIfPipelined:
     """Close where the next command came before this one was answered; otherwise give the right answer."""
 
 
-Fault = Send | SendEndlessly | Stall | HangUp | Cut | HangUpIfPipelined
+Fault = Send | SendEndlessly | Stall | HangUp | Cut | HangUpIfPipelined | Talk
 """Instead of the right answer. After Send the session goes on."""
 
 CAPABILITIES = ("TOP", "UIDL", "USER", "SASL PLAIN", "RESP-CODES", "PIPELINING", "IMPLEMENTATION scripted")

@@ -25,6 +25,7 @@ from archiver.db.tables import event, lease, mailbox, poll, sighting
 from archiver.evidence import journal
 from archiver.evidence.verify import Verdict, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
+from archiver.poll import finish
 from archiver.poll import poll as tell_poll
 from archiver.store import Body, PutResult, Store, StoredObject
 from archiver.store.filesystem import FilesystemStore
@@ -355,7 +356,7 @@ class Archive:
         """A poll that dies, and leaves its lease to run out."""
         held = self.claim(account)
         with suppress(Death):
-            tell_poll(account, held, tools)
+            finish(tell_poll(account, held, tools))
         self.run_out(account)
 
     def run_out(self, account: Account) -> None:

@@ -160,10 +160,10 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
     _, account = renumbered(archive)
     stale = archive.fresh(account)
     archive.sync(account)
-    from archiver.poll import poll
+    from archiver.poll import finish, poll
 
     held = archive.claim(account)
-    assert poll(stale, held, archive.tools()).known == len(NAMES)
+    assert finish(poll(stale, held, archive.tools())).known == len(NAMES)
     archive.run_out(account)
     expect_new_epoch(archive, account)
 

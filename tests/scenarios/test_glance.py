@@ -16,7 +16,7 @@ from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from archiver.tools import Tools
 from tests.conftest import Mailbox
-from tests.harness.scripted_pop3 import CAPABILITIES, HangUp, MailboxPlay, ScriptedPop3, Send
+from tests.harness.scripted_pop3 import CAPABILITIES, Channel, HangUp, MailboxPlay, ScriptedPop3, Send, Talk
 from tests.scenarios.story import Archive, Fuse, message
 from tests.scenarios.test_poll import mailbox as scripted_mailbox
 
@@ -92,6 +92,34 @@ def test_what_changes_is_seen(archive: Archive, change: Callable[[MailboxPlay], 
     assert was_listed(server)
     assert {content for _, content in play.messages} <= set(archive.archived(account))
     assert archive.poll_on_schedule(account).glanced
+
+
+def test_what_changed_is_archived_in_the_session_that_saw_it(archive: Archive) -> None:
+    play = scripted_mailbox("a", "b", "c")
+    server, account = settled(archive, play)
+    before = server.connections
+    arrives(play)
+    assert archive.poll_on_schedule(account).new == 1
+    assert server.connections == before + 1
+
+
+def test_mailboxes_are_looked_at_together_and_take_no_thread(archive: Archive) -> None:
+    """No server answers STAT before each was asked, and there is one thread for all that wants one."""
+    plays = [scripted_mailbox("a") for _ in range(3)]
+    accounts = [settled(archive, play)[1] for play in plays]
+    together = threading.Barrier(len(plays))
+
+    def answer(channel: Channel) -> None:
+        together.wait(20)
+        channel.send(b"+OK 1 %d\r\n" % len(message("a")))
+
+    for play in plays:
+        play.faults = {"STAT": Talk(answer)}
+    stopping = threading.Event()
+    stopping.set()
+    worker = archive.worker(workers=1, stopping=stopping)
+    wait(worker._begin([archive.claim(account, owner=worker.owner) for account in accounts]))
+    assert [archive.polls(account)[-1].glanced for account in accounts] == [True] * 3
 
 
 # One that only grew.

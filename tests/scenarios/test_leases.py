@@ -33,6 +33,7 @@ from archiver.model import (
     Segment,
     segment_key,
 )
+from archiver.poll import finish
 from archiver.poll import poll as tell_poll
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
@@ -198,7 +199,7 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
     account = archive.add(archive.serve(play), **deleting)
     fuse = Fuse()
     tools, database = watched(archive, fuse)
-    assert tell_poll(account, archive.claim(account), tools).outcome == "ok"
+    assert finish(tell_poll(account, archive.claim(account), tools)).outcome == "ok"
     database.close()
     archive.run_out(account)
     archive.sync(account)
@@ -217,7 +218,7 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
             seen.append((archive.polls(account), archive.captures(account), len(archive.segments(account))))
 
         tools, database = watched(archive, Intruder(index, come))
-        report = tell_poll(account, old, tools)
+        report = finish(tell_poll(account, old, tools))
         database.close()
         assert (seen[0].outcome, seen[0].error) == ("ok", None), (index, name)
         after = (archive.polls(account), archive.captures(account), len(archive.segments(account)))
@@ -299,7 +300,7 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     put_back(archive, account)
     play.messages.append((b"b", message("b")))
     # The number of the segment is taken, by a later token: another worker's, for all that this poll knows.
-    assert tell_poll(account, archive.claim(account), archive.tools()).outcome == "lease_lost"
+    assert finish(tell_poll(account, archive.claim(account), archive.tools())).outcome == "lease_lost"
     archive.run_out(account)
     report = archive.sync(account)
     assert (report.outcome, report.new, report.known) == ("ok", 1, 1)
@@ -378,7 +379,7 @@ def test_a_heartbeat_after_the_release_changes_nothing(archive: Archive) -> None
     account = archive.add(archive.serve(mailbox()))
     worker = archive.worker()
     held = worker._wait_for(account)
-    worker._poll_held(account, held, None, disprove=False)
+    worker._poll_held(account, held, None)
     before = archive.lease(account)
     assert (
         archive.database.transact(
@@ -439,7 +440,7 @@ def test_an_account_paused_during_its_poll_is_due_no_more(archive: Archive) -> N
     pause(archive, account, PAUSED_BY_HAND)
     worker._heartbeat()
     assert archive.lease(account).due_at is None
-    assert worker._poll_held(account, held, None, disprove=False).outcome == "ok"
+    assert worker._poll_held(account, held, None).outcome == "ok"
     lease = archive.lease(account)
     assert (lease.due_at, lease.owner) == (None, None)
     assert archive.fresh(account).paused_reason == PAUSED_BY_HAND
@@ -463,7 +464,7 @@ def test_an_account_resumed_during_its_poll_goes_on(archive: Archive) -> None:
     held = worker._wait_for(account)
     archive.database.transact(lambda connection: schedule.resume(connection, account.id))
     assert archive.lease(account).due_at == archive.lease(account).expires_at
-    worker._poll_held(archive.fresh(account), held, None, disprove=False)
+    worker._poll_held(archive.fresh(account), held, None)
     assert archive.lease(account).due_at is not None
     assert archive.fresh(account).paused_reason is None
 
@@ -637,3 +638,16 @@ def test_a_process_whose_database_hangs_is_alive(small_archive: Archive) -> None
     finally:
         answer.set()
         worker.close()
+
+
+def test_a_process_whose_sessions_stand_still_is_not_alive(small_archive: Archive) -> None:
+    worker, gate = small_archive.worker(), threading.Event()
+    worker._loop.begin(gate.wait)
+    small_archive.clock.advance(61)
+    worker._loop.begin(worker._beat)
+    assert not worker.alive
+    beat = threading.Event()
+    worker._loop.begin(beat.set)
+    gate.set()
+    assert beat.wait(20)
+    assert worker.alive

@@ -403,7 +403,7 @@ def test_an_account_that_is_asked_for_during_its_poll_is_polled_right_after(arch
     worker = archive.worker()
     held = worker._wait_for(account)
     ask(archive, account)
-    worker._poll_held(account, held, None, disprove=False)
+    worker._poll_held(account, held, None)
     assert [one.account_id for one in claim(archive)] == [account.id]
     assert not archive.lease(account).asked
 

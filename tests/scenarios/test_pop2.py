@@ -9,6 +9,7 @@ import pytest
 from archiver import pop3
 from archiver.errors import UsageError
 from archiver.model import Account, DeletePolicy, PollReport, What, new_account_id
+from archiver.poll import finish
 from archiver.poll import poll as tell_poll
 from archiver.pop3 import Limits, Tls, parse_url
 from tests.harness.scripted_pop2 import Pop2Play, pop2_server
@@ -95,7 +96,7 @@ def test_a_poll_that_did_not_see_everything_proves_no_absence(archive: Archive, 
         else:
             seen = iter([False])
             tools = archive.tools(connect=connection(), stopping=lambda: next(seen, True))
-            tell_poll(account, archive.claim(account), tools)
+            finish(tell_poll(account, archive.claim(account), tools))
             archive.run_out(account)
         assert What.GONE not in {line.what for line in archive.lines(account)}
 
