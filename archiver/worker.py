@@ -39,6 +39,8 @@ LINE_UP_SECONDS = 2.0
 GIVE_BACK_SECONDS = 60.0
 GATHER_SECONDS = 0.005
 """How long an end waits for others. Half of it costs a fifth more of CPU, twice of it polls a second."""
+HOLD_UP_SECONDS = 5.0
+"""A session that computes for so long, while all others wait for it, is one with a server that means harm."""
 TIDY_SECONDS = 3600.0
 STILL_SECONDS = 60.0
 """A clock that stands still for so long will not go on by itself."""
@@ -151,7 +153,7 @@ class Worker:
     def start_clock(self, *, claim: bool) -> None:
         """Renew leases from now on, and, with ``claim``, take accounts as they fall due."""
         every = {"trigger": "interval", "max_instances": 1, "coalesce": True}
-        self._clock.add_job(self._loop.begin, args=[self._beat], seconds=TICK_SECONDS, **every)
+        self._clock.add_job(self._see_to_loop, seconds=TICK_SECONDS, **every)
         self._clock.add_job(self._heartbeat, seconds=self.lease_seconds / 4, **every)
         if claim:
             self._clock.add_job(self._tick, seconds=TICK_SECONDS, **every)
@@ -180,6 +182,11 @@ class Worker:
     def alive(self) -> bool:
         """Whether clock and loop still go on, whatever the database does: for a liveness probe."""
         return self.tools.monotonic() - self._beat_at < STILL_SECONDS
+
+    def _see_to_loop(self) -> None:
+        if self._loop.cut_short(HOLD_UP_SECONDS):
+            self.log.warning("session.cut_short", seconds=HOLD_UP_SECONDS)
+        self._loop.begin(self._beat)
 
     def _beat(self) -> None:
         self._beat_at = self.tools.monotonic()
@@ -279,19 +286,36 @@ class Worker:
             self._let_go(leases[0])
             self.log.exception("poll.not_started", account=ids[0])
             return []
-        return [
-            self._begin_one(chosen[account_id], lease, before[account_id])
+        pollings = [
+            Polling(
+                chosen[account_id], lease, self._story(chosen[account_id], lease, before=before[account_id])
+            )
             for account_id, lease in zip(ids, leases, strict=True)
         ]
+        for polling in pollings:
+            with self._broken_off([polling]):
+                self._begin_one(polling)
+        return [polling.ended for polling in pollings]
 
-    def _begin_one(self, account: Account, lease: HeldLease, before: reads.BeforePoll) -> Future[None]:
-        polling = Polling(account, lease, self._story(account, lease, before=before))
-        blackout_ends_at = _blackout_ends(account, self.tools.now())
+    def _begin_one(self, polling: Polling) -> None:
+        blackout_ends_at = _blackout_ends(polling.account, self.tools.now())
         if blackout_ends_at is None:
             self._loop.begin(partial(self._poll_due, polling))
         else:
             self._pool.submit(self._put_off, polling, blackout_ends_at)
-        return polling.ended
+
+    @contextmanager
+    def _broken_off(self, pollings: list[Polling]) -> Iterator[None]:
+        """What goes wrong here, which nothing should, is logged, and whoever waits for these is told."""
+        try:
+            yield
+        except BaseException as error:  # there are libraries whose panics are no Exception
+            for polling in pollings:
+                # The lease runs out by itself. Held on to, it would be renewed for ever.
+                self._let_go(polling.lease)
+                if not polling.ended.done():
+                    self.log.exception("poll.broken_off", account=polling.account.name)
+                    polling.ended.set_exception(error)
 
     def _line_up(self) -> None:
         try:
@@ -359,7 +383,7 @@ class Worker:
 
     def _poll_due(self, polling: Polling) -> None:
         """Poll, as far as that is to wait for the server, together with others; what is left has a thread."""
-        with _told_of_death([polling]):
+        with self._broken_off([polling]):
             report = begin(polling.story)
             if report is None:
                 self._pool.submit(self._poll_on, polling)
@@ -368,7 +392,7 @@ class Worker:
                 self._scribe.submit(self._end_those_over)
 
     def _poll_on(self, polling: Polling) -> None:
-        with _told_of_death([polling]):
+        with self._broken_off([polling]):
             self._end_and_go_on([Over(polling, finish(polling.story))])
 
     def _end_those_over(self) -> None:
@@ -376,7 +400,7 @@ class Worker:
         if 0 < len(self._over) < len(self._held):
             self.stopping.wait(GATHER_SECONDS)
         over = [self._over.popleft() for _ in range(len(self._over))]
-        with _told_of_death([each.polling for each in over]):
+        with self._broken_off([each.polling for each in over]):
             if over:
                 self._end_and_go_on(over)
 
@@ -389,7 +413,7 @@ class Worker:
     def _put_off(self, polling: Polling, until: datetime) -> None:
         """Give an account back that fell due in its blackout: it was asked for, or its worker died."""
         claim, after_seconds = polling.lease.claim, (until - self.tools.now()).total_seconds()
-        with _told_of_death([polling]):
+        with self._broken_off([polling]):
             try:
                 self.database.transact(lambda connection: schedule.put_off(connection, claim, after_seconds))
             except LeaseLost:
@@ -630,18 +654,6 @@ class Worker:
             error=report.error,
             hint=report.hint,
         )
-
-
-@contextmanager
-def _told_of_death(pollings: list[Polling]) -> Iterator[None]:
-    """Whoever waits for these learns of what nobody may catch: that this thread is made to end."""
-    try:
-        yield
-    except BaseException as error:
-        for polling in pollings:
-            if not polling.ended.done():
-                polling.ended.set_exception(error)
-        raise
 
 
 def _blackout_ends(account: Account, now: datetime) -> datetime | None:

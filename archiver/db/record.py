@@ -108,10 +108,10 @@ def retry_quarantined(connection: Connection, account_id: str, at: datetime, uid
     wanted = [sighting.c.account_id == account_id, sighting.c.absent_at.is_(None)]
     if uidl is not None:
         wanted.append(sighting.c.uidl == uidl)
+    distrust(connection, account_id)
     found = connection.execute(
         sa.update(sighting).where(*wanted, sighting.c.state == "quarantined").values(retry_at=at)
     )
-    distrust(connection, account_id)
     return found.rowcount
 
 
@@ -123,6 +123,7 @@ def fetch_again(connection: Connection, account_id: str, uidl: bytes) -> int:
     row keeps its digest, so that another content under this id does not hide
     the former one. Those known by their content are fetched at every poll anyway.
     """
+    distrust(connection, account_id)
     found = connection.execute(
         sa.update(sighting)
         .where(
@@ -134,14 +135,13 @@ def fetch_again(connection: Connection, account_id: str, uidl: bytes) -> int:
         )
         .values(state="pending")
     )
-    distrust(connection, account_id)
     return found.rowcount
 
 
 def allow_deletion(connection: Connection, account_id: str) -> None:
     """An operator has looked: the account's deletion policy is in force again."""
-    connection.execute(sa.update(account).where(account.c.id == account_id).values(deletion_hold=None))
     distrust(connection, account_id)
+    connection.execute(sa.update(account).where(account.c.id == account_id).values(deletion_hold=None))
 
 
 def distrust(connection: Connection, account_id: str) -> None:

@@ -14,11 +14,13 @@ done once an answer is there: a handshake, a login, a look at a mailbox.
 import math
 import os
 import select
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _WAKE_OCTETS: Final = 4096
+_MOST_MILLISECONDS: Final = 2**31 - 1
 
 _of_thread = threading.local()
 """``loop``: the one whose tasks run in this thread."""
@@ -54,10 +57,17 @@ class _Wait(NamedTuple):
     ends_at: float
 
 
+class _Busy(NamedTuple):
+    """Since when a task has gone on, and which descriptor it waited for last."""
+
+    descriptor: int | None
+    since: float
+
+
 class Loop:
     """One thread, begun with the first task, in which tasks wait together. ``threads`` run what blocks.
 
-    ``begin`` and ``close`` are for any thread.
+    ``begin``, ``cut_short`` and ``close`` are for any thread.
     """
 
     def __init__(self, threads: Executor, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -68,13 +78,27 @@ class Loop:
         self._thread: threading.Thread | None = None
         self._is_called = self._is_closed = False
         self._poll = select.poll()
-        self._tasks: set[greenlet] = set()
+        self._tasks: dict[greenlet, int | None] = {}
+        self._busy: _Busy | None = None
         self._waiting: dict[int, _Wait] = {}
         self._look_at = math.inf
 
     def begin(self, task: Callable[[], object]) -> None:
         """Have a task run. What it raises is told as an exception of a thread is (threading.excepthook)."""
         self._tell(partial(self._start, task))
+
+    def cut_short(self, seconds: float) -> bool:
+        """Shut down the connection of a task that has held up all others for so long; whether there was one.
+
+        One call of OpenSSL reads on for as long as a server sends what is not
+        for us to see, such as session tickets (RFC 8446 section 4.6.1).
+        """
+        busy = self._busy
+        if busy is None or busy.descriptor is None or self._monotonic() - busy.since < seconds:
+            return False
+        with suppress(OSError), socket.socket(fileno=os.dup(busy.descriptor)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+        return True
 
     def close(self) -> None:
         """Have the thread end, and each task with a GreenletExit where it waits. Returns at once."""
@@ -89,11 +113,12 @@ class Loop:
         with self._lock:
             if self._is_closed:
                 return
-            self._inbox.append(what)
             if self._thread is None:
                 self._called, self._call = os.pipe()
-                self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._inbox.append(what)
             self._wake()
 
     def _wake(self) -> None:
@@ -110,17 +135,19 @@ class Loop:
         self._hub = getcurrent()
         self._poll.register(self._called, select.POLLIN)
         while self._goes_on():
-            for descriptor, _ in self._poll.poll(self._patience()):
+            looked_at = self._monotonic()
+            for descriptor, _ in self._poll.poll(self._patience(looked_at)):
                 if descriptor == self._called:
                     os.read(self._called, _WAKE_OCTETS)
                     continue
                 self._poll.unregister(descriptor)
                 self._switch_to(self._waiting.pop(descriptor).task, True)
-            self._end_late_waits()
+            self._end_late_waits(looked_at)
         for task in list(self._tasks):
-            task.throw()
-        os.close(self._called)
-        os.close(self._call)
+            self._go_on(task, task.throw)
+        with self._lock:
+            os.close(self._called)
+            os.close(self._call)
 
     def _goes_on(self) -> bool:
         """Do what was told, if it was not to end."""
@@ -129,16 +156,18 @@ class Loop:
             self._inbox.popleft()()
         return not self._is_closed
 
-    def _patience(self) -> int | None:
-        return None if self._look_at == math.inf else _milliseconds(self._look_at - self._monotonic())
+    def _patience(self, now: float) -> int | None:
+        return None if self._look_at == math.inf else _milliseconds(self._look_at - now)
 
-    def _end_late_waits(self) -> None:
-        """Only after all that is ready was seen to, so that nobody is late because this thread was."""
-        now = self._monotonic()
-        if now < self._look_at:
+    def _end_late_waits(self, looked_at: float) -> None:
+        """Those that had come to their end before the look which found nothing for them.
+
+        Whoever's time ran out while another held up the thread may have its answer by now.
+        """
+        if looked_at < self._look_at:
             return
         for descriptor, wait in list(self._waiting.items()):
-            if wait.ends_at <= now:
+            if wait.ends_at <= looked_at:
                 self._poll.unregister(descriptor)
                 del self._waiting[descriptor]
                 self._switch_to(wait.task, False)
@@ -148,19 +177,24 @@ class Loop:
         from greenlet import greenlet
 
         new = greenlet(task, self._hub)
-        self._tasks.add(new)
+        self._tasks[new] = None
         self._switch_to(new)
 
     def _switch_to(self, task: "greenlet", *value: object) -> None:
+        self._go_on(task, partial(task.switch, *value))
+
+    def _go_on(self, task: "greenlet", switch: Callable[[], object]) -> None:
         """Let a task go on until it waits again, or ends."""
+        self._busy = _Busy(self._tasks.get(task), self._monotonic())
         try:
-            task.switch(*value)
+            switch()
         except BaseException as error:  # noqa: BLE001 - one task's must not end the others
             threading.excepthook(
                 threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread))
             )
+        self._busy = None
         if task.dead:
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
 
     # In a task.
 
@@ -168,8 +202,10 @@ class Loop:
         from greenlet import getcurrent
 
         ends_at = self._monotonic() + seconds
+        task = getcurrent()
         self._poll.register(descriptor, events)
-        self._waiting[descriptor] = _Wait(getcurrent(), ends_at)
+        self._waiting[descriptor] = _Wait(task, ends_at)
+        self._tasks[task] = descriptor
         self._look_at = min(self._look_at, ends_at)
         return bool(self._hub.switch())
 
@@ -184,4 +220,5 @@ class Loop:
 
 
 def _milliseconds(seconds: float) -> int:
-    return max(0, math.ceil(seconds * 1000))
+    """For poll(2), which takes no longer ones; whoever waits for longer looks again."""
+    return max(0, min(math.ceil(seconds * 1000), _MOST_MILLISECONDS))

@@ -11,7 +11,7 @@ Owns the order of commands, what may be pipelined, and every limit. Promises:
   ends the session, and is a ``Pop3Error``.
 
 Leaves to the caller what to fetch, what to delete, when to try again. A session
-is used by one thread.
+is used by one thread at a time.
 """
 
 import base64

@@ -366,7 +366,7 @@ class Gssapi(Mechanism):
     def __init__(self, credentials: Credentials) -> None:
         """Raises Pop3Error of kind OPERATOR where the library is missing."""
         super().__init__(credentials)
-        self._context = _kerberos_context(credentials.host)
+        self._context = aside(partial(_kerberos_context, credentials.host))
 
     @property
     def hint(self) -> str:
@@ -386,9 +386,11 @@ class Gssapi(Mechanism):
         from gssapi.exceptions import GSSError
 
         try:
-            return self._context.step(token) or b""
+            # It may ask a resolver and a key distribution centre.
+            answer: bytes | None = aside(partial(self._context.step, token))
         except GSSError as error:
             raise _kerberos_failure(error, spoke=token is not None) from None
+        return answer or b""
 
     def _agree(self, challenge: bytes) -> bytes:
         """The last step (section 3.1): of the layers that the server offers, none; and whose mailbox."""

@@ -19,7 +19,7 @@ from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrie
 
 
 class Session(Protocol):
-    """A session with one mailbox, made by ``connect``; a context manager, for one thread.
+    """A session with one mailbox, made by ``connect``; a context manager, for one thread at a time.
 
     The order is ``login``, ``list``, then ``retrieve`` and ``delete`` as wanted,
     then ``quit``. Leaving the block in any other way deletes nothing. Every

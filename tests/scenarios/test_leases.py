@@ -430,6 +430,31 @@ def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archi
     assert [claim.token for claim in claim_due(archive)] == [2]
 
 
+@pytest.mark.parametrize("wants_a_thread", [False, True])
+def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
+    lone_archive: Archive, wants_a_thread: bool
+) -> None:
+    """Some libraries raise what is not even an Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    def panics(_: Account) -> str:
+        raise Panic
+
+    archive = lone_archive
+    account = archive.add(archive.serve(mailbox("a")))
+    worker = archive.worker(archive.tools(password=panics))
+    worker.stopping.set()
+    held = archive.claim(account, owner=worker.owner)
+    if wants_a_thread:
+        held.claim = replace(held.claim, recover=True)
+    worker._held[held.claim] = held
+    [ended] = worker._begin([held])
+    assert isinstance(ended.exception(20), Panic)
+    assert worker._held == {}
+
+
 # Pauses.
 
 

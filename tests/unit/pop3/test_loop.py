@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,20 +141,61 @@ def test_each_has_its_own_time(
     loop.close()
 
 
+@pytest.mark.parametrize("is_answered", [True, False])
 def test_nobody_is_late_because_another_held_up_the_thread(
+    threads: ThreadPoolExecutor, clock: Clock, is_answered: bool
+) -> None:
+    """Another is resumed, and goes on beyond the other's time; an answer that comes meanwhile counts."""
+    loop = Loop(threads, monotonic=clock)
+    with ExitStack() as ends:
+        (busy, to_busy), (ours, theirs) = [map(ends.enter_context, socket.socketpair()) for _ in range(2)]
+        waiting = run(loop, lambda: wait_for(ours, 10.0))
+
+        def hold_up() -> None:
+            wait_for(busy)
+            if is_answered:
+                theirs.send(b"!")
+            clock.seconds += 1000.0
+
+        holding = run(loop, hold_up)
+        to_busy.send(b"!")
+        holding.result(SOON_SECONDS)
+        assert waiting.result(SOON_SECONDS) is is_answered
+        loop.close()
+
+
+def test_who_holds_up_all_others_for_long_loses_its_connection(
     threads: ThreadPoolExecutor, clock: Clock, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     loop = Loop(threads, monotonic=clock)
     ours, theirs = pair
-    waiting = run(loop, lambda: wait_for(ours, 10.0))
+    reads_on = threading.Event()
 
-    def hold_up() -> None:
-        theirs.send(b"!")
-        clock.seconds += 1000.0
+    def read_for_ever() -> bytes:
+        wait_for(ours)
+        ours.recv(1)
+        reads_on.set()
+        return ours.recv(1)
 
-    run(loop, hold_up)
-    assert waiting.result(SOON_SECONDS) is True
+    reading = run(loop, read_for_ever)
+    assert not loop.cut_short(5.0)
+    theirs.send(b"!")
+    assert reads_on.wait(SOON_SECONDS)
+    assert not loop.cut_short(5.0)
+    clock.seconds += 6.0
+    assert loop.cut_short(5.0)
+    assert reading.result(SOON_SECONDS) == b""
+    assert run(loop, lambda: "alive").result(SOON_SECONDS) == "alive"
+    assert not loop.cut_short(5.0)
     loop.close()
+
+
+def test_a_wait_may_be_of_any_length(loop: Loop, pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    waiting = run(loop, lambda: wait_for(ours, 1e9))
+    assert run(loop, lambda: "alive").result(SOON_SECONDS) == "alive"
+    theirs.send(b"!")
+    assert waiting.result(SOON_SECONDS) is True
 
 
 def test_what_blocks_is_done_by_another_thread(loop: Loop) -> None:
