@@ -1,6 +1,8 @@
 """Who may poll what: claims, heartbeats and releases, with others in between."""
 
+import select
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +37,7 @@ from archiver.model import (
 )
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
+from archiver.pop3.loop import until_ready
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
 from archiver.tools import Tools, Unwatched
@@ -676,3 +679,26 @@ def test_a_process_whose_sessions_stand_still_is_not_alive(small_archive: Archiv
     gate.set()
     assert beat.wait(20)
     assert worker.alive
+
+
+def test_a_server_that_holds_up_all_sessions_loses_its_own(
+    small_archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("archiver.worker.HOLD_UP_SECONDS", 0.0)
+    worker, reads_on, ended = small_archive.worker(), threading.Event(), threading.Event()
+    ours, theirs = socket.socketpair()
+
+    def read_for_ever() -> None:
+        until_ready(ours.fileno(), select.POLLIN, 20.0)
+        ours.recv(1)
+        reads_on.set()
+        if not ours.recv(1):
+            ended.set()
+
+    with ours, theirs:
+        worker._loop.begin(read_for_ever)
+        theirs.send(b"!")
+        assert reads_on.wait(20)
+        assert not ended.is_set()
+        worker._see_to_loop()
+        assert ended.wait(20)
