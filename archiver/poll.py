@@ -200,7 +200,8 @@ class _Poll:
         self.head = before.head
         self.spent_today = before.day_octets if before.day == self.tools.now().date() else 0
         # The account was read before it was claimed: another may have begun an epoch since.
-        self.account = replace(self.account, epoch=before.epoch, deletion_hold=before.deletion_hold)
+        known = before.account
+        self.account = replace(self.account, epoch=known.epoch, deletion_hold=known.deletion_hold)
         return before
 
     def _log_in(self) -> pop3.Session:

@@ -1,9 +1,9 @@
 """Claims accounts that are due, polls them, and gives them back.
 
 Polls wait for their servers together in one thread, and where there is more to
-do than that, each goes on in a thread of its own. The module owns leases while
-they are held, the threads, and the end of the process. It
-promises that an account is polled by one thread at a time; that a poll whose
+do than that, each goes on in a thread of its own. Their ends are written by one
+thread, which has others begin in their places. The module owns leases while they
+are held, the threads, and the end of the process. It promises that an account is polled by one thread at a time; that a poll whose
 lease could not be renewed stops by itself before another may begin; and that
 whatever happens in one poll ends that poll only. APScheduler is the clock.
 What a poll does is ``poll.py``'s; when an account is due again is decided in
@@ -13,7 +13,7 @@ What a poll does is ``poll.py``'s; when an account is due again is decided in
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,10 +22,12 @@ from functools import partial
 from typing import NamedTuple
 
 from apscheduler.schedulers.background import BackgroundScheduler
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import observe, policy, process
-from archiver.db import Database, accounts, history, reads, schedule
-from archiver.db.endings import Ended, Ending, Endings, Standing
+from archiver.db import Database, endings, history, reads, schedule
+from archiver.db.endings import Ended, Ending, Standing
 from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import PAUSED_BY_HAND, Account, Claim, PollReport, mail_host
@@ -41,6 +43,8 @@ GATHER_SECONDS = 0.005
 """How long an end waits for others. Three milliseconds cost a sixth more of CPU, ten cost polls a second."""
 HOLD_UP_SECONDS = 5.0
 """A session that computes for so long, while all others wait for it, is one with a server that means harm."""
+ENDINGS_AT_ONCE = 100
+"""In one transaction: it holds as many leases locked, for as long as it takes."""
 TIDY_SECONDS = 3600.0
 STILL_SECONDS = 60.0
 """A clock that stands still for so long will not go on by itself."""
@@ -84,13 +88,17 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Polling:
-    """A poll under way. ``ended`` is done when its end was written, and its place given to whoever waits."""
+    """A poll under way.
+
+    ``ended`` is done when its end was written, and its place given to whoever
+    waits; it is the report as it was told.
+    """
 
     account: Account
     lease: HeldLease
     story: Story
     in_person: bool = False
-    ended: Future[None] = field(default_factory=Future)
+    ended: Future[PollReport] = field(default_factory=Future)
 
 
 class Over(NamedTuple):
@@ -98,6 +106,19 @@ class Over(NamedTuple):
 
     polling: Polling
     report: PollReport
+
+
+class Changeover(NamedTuple):
+    """What one transaction did: ends were written, or failed, and accounts claimed in their places.
+
+    ``claims`` is None where none were made, since another transaction was
+    making some. ``before`` is what the polls begin with, by account, or None
+    where that could not be read.
+    """
+
+    ended: list[Ended | Exception]
+    claims: list[Claim] | None
+    before: Mapping[str, reads.BeforePoll] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +147,6 @@ class Worker:
     ) -> None:
         self.tools = tools
         self.database: Database = tools.database
-        self._endings = Endings(tools.database)
         self.owner = owner or process.name_owner()
         self.lease_seconds = lease_seconds
         self.workers = workers
@@ -137,13 +157,12 @@ class Worker:
         self.stopping = stopping
         self.log = observe.get_logger()
         self._held: dict[Claim, HeldLease] = {}
-        self._claiming = threading.Lock()
-        self._wanted = threading.Event()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="poll")
         # A poll is in the loop or in a thread, and has one thing done aside at most: it never waits for one.
         self._loop = Loop(self._pool)
         self._over: deque[Over] = deque()
-        self._scribe = ThreadPoolExecutor(1, thread_name_prefix="ends")
+        self._is_wanted = self._serves = False
+        self._changeovers = ThreadPoolExecutor(1, thread_name_prefix="changeover")
         self._clock = BackgroundScheduler(timezone="UTC")
         self._beat_at = self._made_at = tools.monotonic()
         self._waiting = Waiting()
@@ -176,7 +195,7 @@ class Worker:
             self._clock.shutdown(wait=False)
         self._loop.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._scribe.shutdown(wait=False)
+        self._changeovers.shutdown(wait=False)
 
     @property
     def alive(self) -> bool:
@@ -225,59 +244,32 @@ class Worker:
             self.log.info("history.tidied", counted=done.counted, removed=done.removed, whole=done.whole)
 
     def _tick(self) -> None:
-        """Have free threads filled. Whoever comes while that goes on has it done once more."""
-        self._wanted.set()
-        while self._wanted.is_set() and self._claiming.acquire(blocking=False):
-            try:
-                self._wanted.clear()
-                self._fill_threads()
-            except ArchiverError as error:
-                self.log.warning("claim.failed", error=str(error))
-            finally:
-                self._claiming.release()
-
-    def _fill_threads(self) -> None:
-        """Claim accounts that are due for the free threads; with none free, look who waits for one."""
-        if self.stopping.is_set():
-            return
-        free = self._may_poll() - len(self._held)
-        if free > 0:
-            self._begin(self._claim_due(free))
-        self._waiting = self._look_who_waits(free)
+        """Have free places given to accounts that are due, from now on whenever there are some."""
+        self._serves = True
+        self._want_changeover()
 
     def _may_poll(self) -> int:
         running_seconds = self.tools.monotonic() - self._made_at
         return policy.ramped_up(self.workers, running_seconds, self.ramp_seconds)
 
-    def _may_fail(self) -> int:
-        """How many more accounts whose last poll failed may be taken."""
-        failing = sum(claim.failing for claim in tuple(self._held))
+    def _may_fail(self, over: Sequence[Over]) -> int:
+        """How many more accounts whose last poll failed may be taken, once these polls are over."""
+        ended = {each.polling.lease.claim for each in over}
+        failing = sum(claim.failing for claim in tuple(self._held) if claim not in ended)
         return max(0, policy.threads_for_failing(self.workers) - failing)
 
-    def _claim_due(self, free: int) -> list[HeldLease]:
-        asked_at = self.tools.monotonic()
-        failing_limit = self._may_fail()
-        claims = self.database.transact(
-            lambda connection: schedule.claim_due(
-                connection,
-                owner=self.owner,
-                lease_seconds=self.lease_seconds,
-                limit=free,
-                failing_limit=failing_limit,
-                sessions=self.sessions,
-            )
-        )
-        return [self._hold(claim, asked_at) for claim in claims]
-
-    def _begin(self, leases: list[HeldLease]) -> list[Future[None]]:
-        """Read what these polls begin with, in one go, and have each begin."""
+    def _begin(
+        self, leases: list[HeldLease], before: Mapping[str, reads.BeforePoll] | None = None
+    ) -> list[Future[PollReport]]:
+        """Have each of these polls begin; what they begin with is read here, if it was not."""
         if not leases:
             return []
         ids = [lease.claim.account_id for lease in leases]
         try:
-            with self.database.reading() as connection:
-                chosen = accounts.by_ids(connection, ids)
-                before = reads.before_polls(connection, ids)
+            if before is None:
+                with self.database.reading() as connection:
+                    before = reads.before_polls(connection, ids)
+            pollings = [self._polling(lease, before[lease.claim.account_id]) for lease in leases]
         except Exception:
             if len(leases) > 1:
                 # One that cannot be read must not take the others along.
@@ -286,16 +278,13 @@ class Worker:
             self._let_go(leases[0])
             self.log.exception("poll.not_started", account=ids[0])
             return []
-        pollings = [
-            Polling(
-                chosen[account_id], lease, self._story(chosen[account_id], lease, before=before[account_id])
-            )
-            for account_id, lease in zip(ids, leases, strict=True)
-        ]
         for polling in pollings:
             with self._broken_off([polling]):
                 self._begin_one(polling)
         return [polling.ended for polling in pollings]
+
+    def _polling(self, lease: HeldLease, before: reads.BeforePoll) -> Polling:
+        return Polling(before.account, lease, self._story(before.account, lease, before=before))
 
     def _begin_one(self, polling: Polling) -> None:
         blackout_ends_at = _blackout_ends(polling.account, self.tools.now())
@@ -321,7 +310,11 @@ class Worker:
         try:
             self.database.transact(lambda connection: schedule.tidy(connection, sessions=self.sessions))
         except ArchiverError as error:
-            self.log.warning("claim.failed", error=str(error))
+            self._tell_of_no_claim(error)
+
+    def _tell_of_no_claim(self, error: Exception) -> None:
+        mistake = None if isinstance(error, ArchiverError) else error
+        self.log.warning("claim.failed", error=str(error), exc_info=mistake)
 
     def _look_who_waits(self, free: int) -> Waiting:
         """Asked only when a poll has gone on for so long that it could make room for whoever waits."""
@@ -330,7 +323,7 @@ class Worker:
         if not long_ones:
             return Waiting()
         hosts = {lease.claim.host for lease in long_ones}
-        failing_limit = self._may_fail()
+        failing_limit = self._may_fail(())
         with self.database.reading() as connection:
             lined = schedule.hosts_with_lines(connection, hosts)
             due = 0
@@ -388,27 +381,96 @@ class Worker:
             if report is None:
                 self._pool.submit(self._poll_on, polling)
             else:
-                self._over.append(Over(polling, report))
-                self._scribe.submit(self._end_those_over)
+                self._is_over(Over(polling, report))
 
     def _poll_on(self, polling: Polling) -> None:
         with self._broken_off([polling]):
-            self._end_and_go_on([Over(polling, finish(polling.story))])
+            self._is_over(Over(polling, finish(polling.story)))
 
-    def _end_those_over(self) -> None:
-        """The end of a poll is written with those that follow within moments: together they cost far less."""
+    def _is_over(self, over: Over) -> None:
+        self._over.append(over)
+        self._want_changeover()
+
+    def _want_changeover(self) -> None:
+        """Have one done, unless one is wanted already that has not begun."""
+        if not self._is_wanted:
+            self._is_wanted = True
+            self._changeovers.submit(self._change_over)
+
+    def _change_over(self) -> None:
+        """Give the places of polls that are over, and those that are free, to accounts that are due.
+
+        An end is written with those that follow within moments: together they cost far less.
+        """
         if 0 < len(self._over) < len(self._held):
             self.stopping.wait(GATHER_SECONDS)
-        over = [self._over.popleft() for _ in range(len(self._over))]
+        self._is_wanted = False  # whoever comes from here on wants another one
+        over = [self._over.popleft() for _ in range(min(len(self._over), ENDINGS_AT_ONCE))]
+        if self._over:
+            self._want_changeover()
+        serves = self._serves and not self.stopping.is_set()
+        free = max(0, self._may_poll() + len(over) - len(self._held)) if serves else 0
         with self._broken_off([each.polling for each in over]):
-            if over:
-                self._end_and_go_on(over)
+            self._end_and_begin(over, free)
+        if serves:
+            try:
+                self._waiting = self._look_who_waits(free)
+            except ArchiverError as error:
+                self._tell_of_no_claim(error)
 
-    def _end_and_go_on(self, over: list[Over]) -> None:
-        self._end(over)
-        self._tick()
+    def _end_and_begin(self, over: list[Over], free: int) -> list[Future[PollReport]]:
+        """Write how these polls ended, begin others in up to ``free`` places, and tell of those that ended.
+
+        Returns how those that begin will have ended.
+        """
+        kept = [each for each in over if each.report.outcome != "lease_lost"]
+        asked_at = self.tools.monotonic()
+        try:
+            done = self._transact([self._ending(each) for each in kept], free, self._may_fail(over))
+        except Exception as error:  # noqa: BLE001 - each account's is told
+            if kept and len(over) + free > 1 and not isinstance(error, ArchiverError):
+                # A mistake of ours in one of them must not take the others along.
+                for each in over:
+                    with self._broken_off([each.polling]):
+                        self._end_and_begin([each], 0)
+                return []
+            done = Changeover([error for _ in kept], [], None)
+            if not kept:
+                self._tell_of_no_claim(error)
         for each in over:
-            each.polling.ended.set_result(None)
+            self._let_go(each.polling.lease)
+        if done.claims is None:
+            begun = self._end_and_begin([], free)
+        else:
+            begun = self._begin([self._hold(claim, asked_at) for claim in done.claims], done.before)
+        ended = {each.polling.lease.claim: of_it for each, of_it in zip(kept, done.ended, strict=True)}
+        for each in over:
+            report = self._as_written(each, ended.get(each.polling.lease.claim))
+            self._tell(report, each.polling.lease)
+            each.polling.ended.set_result(report)
+        return begun
+
+    def _transact(self, ends: list[Ending], free: int, failing_limit: int) -> Changeover:
+        """Write these ends and claim accounts for so many places, of them so many that failed last time."""
+
+        def work(connection: Connection) -> Changeover:
+            ended: list[Ended | Exception] = [*endings.write(connection, ends)] if ends else []
+            if free <= 0:
+                return Changeover(ended, [], None)
+            if ends and not schedule.has_turn(connection):
+                return Changeover(ended, None, None)
+            claims = schedule.claim_due(
+                connection,
+                owner=self.owner,
+                lease_seconds=self.lease_seconds,
+                limit=free,
+                failing_limit=failing_limit,
+                sessions=self.sessions,
+                in_turn=bool(ends),
+            )
+            return Changeover(ended, claims, _read_before(connection, claims))
+
+        return self.database.transact(work) if ends or free > 0 else Changeover([], [], None)
 
     def _put_off(self, polling: Polling, until: datetime) -> None:
         """Give an account back that fell due in its blackout: it was asked for, or its worker died."""
@@ -423,8 +485,8 @@ class Worker:
                 self.log.warning("lease.not_released", account=polling.account.name, error=str(error))
             finally:
                 self._let_go(polling.lease)
-            self._tick()
-            polling.ended.set_result(None)
+            self._want_changeover()
+            polling.ended.set_result(PollReport(polling.account.name, "ok", held_back="blackout"))
 
     # The command
 
@@ -457,8 +519,8 @@ class Worker:
     def _poll_held(self, account: Account, lease: HeldLease, watch: Watch | None) -> PollReport:
         """Poll in this thread, to the end; in person, if somebody watches."""
         polling = Polling(account, lease, self._story(account, lease, watch), in_person=watch is not None)
-        [report] = self._end([Over(polling, finish(polling.story))])
-        return report
+        self._is_over(Over(polling, finish(polling.story)))
+        return polling.ended.result()
 
     def _wait_for(self, account: Account) -> HeldLease:
         ends_at = self._give_up_at()
@@ -533,39 +595,19 @@ class Worker:
                 account.name, "try_later", error=f"internal error: {error!r}", journal_uncertain=True
             )
 
-    def _end(self, over: list[Over]) -> list[PollReport]:
-        """Write how these polls ended, give their leases back, and tell of them; their reports, as told."""
-        kept = [each for each in over if each.report.outcome != "lease_lost"]
-        try:
-            written = self._endings.write([self._ending(each) for each in kept])
-        except Exception:
-            if len(over) > 1:
-                # A mistake of ours in one of them must not take the others along.
-                return [report for each in over for report in self._end([each])]
-            # The lease runs out by itself, and its next holder looks at the journal.
-            self.log.exception("lease.not_released", account=over[0].polling.account.name)
-            written = []
-        for each in over:
-            self._let_go(each.polling.lease)
-        ended = {each.polling.lease.claim: future for each, future in zip(kept, written, strict=False)}
-        reports = [self._as_written(each, ended.get(each.polling.lease.claim)) for each in over]
-        for each, report in zip(over, reports, strict=True):
-            self._tell(report, each.polling.lease)
-        return reports
-
-    def _as_written(self, over: Over, ended: Future[Ended] | None) -> PollReport:
+    def _as_written(self, over: Over, ended: Ended | Exception | None) -> PollReport:
         """The report, which is another one where the lease was another's by then."""
         account, claim = over.polling.account, over.polling.lease.claim
         if ended is None:
             return over.report
-        if (error := ended.exception()) is not None:
+        if isinstance(ended, Exception):
             # The lease runs out by itself, and its next holder looks at the journal.
-            if isinstance(error, ArchiverError):
-                self.log.warning("lease.not_released", account=account.name, error=str(error))
+            if isinstance(ended, ArchiverError):
+                self.log.warning("lease.not_released", account=account.name, error=str(ended))
             else:
-                self.log.error("lease.not_released", account=account.name, exc_info=error)
+                self.log.error("lease.not_released", account=account.name, exc_info=ended)
             return over.report
-        lease_lost, host = ended.result()
+        lease_lost, host = ended
         if lease_lost:
             lost = LeaseLost(f"account {account.name} is polled by another worker now")
             return replace(over.report, outcome=lost.outcome, error=str(lost))
@@ -661,6 +703,15 @@ def _blackout_ends(account: Account, now: datetime) -> datetime | None:
         return Timetable.of(account).blackout_ends(now)
     except ValueError:
         return None  # the poll says what is wrong with it
+
+
+def _read_before(connection: Connection, claims: Sequence[Claim]) -> Mapping[str, reads.BeforePoll] | None:
+    try:
+        return reads.before_polls(connection, [claim.account_id for claim in claims])
+    except SQLAlchemyError:
+        raise
+    except Exception:  # noqa: BLE001 - whose row cannot be read is found out one by one, after the commit
+        return None
 
 
 def _timetable(account: Account, *, fall_back: bool = False) -> Timetable:

@@ -1,6 +1,5 @@
 """Accounts: added, changed, found, removed. Few rows, so this speaks the ORM."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -9,14 +8,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
-from archiver.db import record, schedule
+from archiver.db import reads, record, schedule
 from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account
 from archiver.errors import UsageError
-from archiver.model import NO_DIGEST, Account, DeletePolicy, mail_host
+from archiver.model import NO_DIGEST, Account, mail_host
 from archiver.policy import late_after_seconds
 from archiver.timetable import Timetable
-
-_BY_IDS = sa.select(account).where(account.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 REMOVED = "removed"
 """The reason that a removed account is paused for. What it captured stays."""
@@ -106,7 +103,7 @@ def page(connection: Connection, after: str, limit: int) -> list[Account]:
         .order_by(account.c.name)
         .limit(limit)
     )
-    return [_account(row) for row in rows]
+    return [reads.account_of(row) for row in rows]
 
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
@@ -125,27 +122,17 @@ def by_url(connection: Connection, url: str) -> Account | None:
     return _one(connection, sa.and_(account.c.url == url, account.c.removed_at.is_(None)))
 
 
-def by_id(connection: Connection, account_id: str) -> Account:
-    """The account behind a claim."""
-    return by_ids(connection, [account_id])[account_id]
-
-
-def by_ids(connection: Connection, account_ids: Sequence[str]) -> dict[str, Account]:
-    """The accounts behind claims, by their id."""
-    return {row.id: _account(row) for row in connection.execute(_BY_IDS, {"ids": account_ids})}
-
-
 def all_active(connection: Connection) -> list[Account]:
     """Every account that was not removed, by name."""
     rows = connection.execute(
         sa.select(account).where(account.c.removed_at.is_(None)).order_by(account.c.name)
     )
-    return [_account(row) for row in rows]
+    return [reads.account_of(row) for row in rows]
 
 
 def every(connection: Connection) -> list[Account]:
     """Every account that ever was, removed ones too: their archives are still to be proved."""
-    return [_account(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+    return [reads.account_of(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
 
 
 def _first_due(wanted: Account, at: datetime) -> datetime | None:
@@ -165,7 +152,7 @@ def _refuse_second(connection: Connection, wanted: Account) -> None:
 
 def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | None:
     row = connection.execute(sa.select(account).where(wanted)).first()
-    return None if row is None else _account(row)
+    return None if row is None else reads.account_of(row)
 
 
 def _settings(of: Account) -> dict[str, Any]:
@@ -202,33 +189,4 @@ def _row(new: Account, at: datetime) -> AccountRow:
         deletion_hold=new.deletion_hold,
         created_at=at,
         **_settings(new),
-    )
-
-
-def _account(row: sa.Row[tuple[object, ...]]) -> Account:
-    return Account(
-        id=row.id,
-        name=row.name,
-        url=row.url,
-        tls=row.tls,
-        secret=row.secret,
-        ca_file=row.ca_file,
-        delete=DeletePolicy.parse(row.delete_policy),
-        interval_seconds=row.interval_seconds,
-        timeout_seconds=row.timeout_seconds,
-        pipelining=row.pipelining,
-        epoch=row.epoch,
-        paused_reason=row.paused_reason,
-        tls_pins=tuple(row.tls_pins.split()),
-        tls_minimum=row.tls_minimum,
-        tls_server_name=row.tls_server_name,
-        client_certificate=row.client_certificate,
-        client_key=row.client_key,
-        cron=row.cron,
-        time_zone=row.time_zone,
-        interval_max_seconds=row.interval_max_seconds,
-        blackout=row.blackout,
-        day_octets=row.day_octets,
-        avoids=tuple(row.avoids.split()),
-        deletion_hold=row.deletion_hold,
     )

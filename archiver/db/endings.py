@@ -8,9 +8,7 @@ so, and the others are kept. An ending that is written again, because the
 answer to its commit was lost, changes nothing.
 """
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -19,15 +17,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db import Database, bulk, history, schedule, seconds_on
+from archiver.db import bulk, history, schedule, seconds_on
 from archiver.db.schedule import Trouble
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
-from archiver.errors import ArchiverError
 from archiver.model import Claim, PollReport, mail_host
 from archiver.policy import NextPoll, Setbacks, late_after_seconds
-
-ENDINGS_AT_ONCE = 100
-"""In one transaction: it holds as many leases locked, for as long as it takes."""
 
 
 class Standing(NamedTuple):
@@ -65,58 +59,6 @@ class Ended(NamedTuple):
 
     lease_lost: bool = False
     host: Trouble | bool | None = None
-
-
-class Endings:
-    """Writes the ends of polls, for any number of threads.
-
-    Whoever comes while a transaction is under way waits for the next one,
-    together with all the others that came meanwhile: the busier the service,
-    the less an ending costs.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._turn = threading.Lock()
-        self._lock = threading.Lock()
-        self._waiting: list[tuple[Ending, Future[Ended]]] = []
-
-    def write(self, endings: Sequence[Ending]) -> "list[Future[Ended]]":
-        """Write these endings; returns when each is committed, or failed with TryLater or OperatorNeeded."""
-        mine: list[Future[Ended]] = [Future() for _ in endings]
-        with self._lock:
-            self._waiting.extend(zip(endings, mine, strict=True))
-        with self._turn:
-            while not all(future.done() for future in mine):
-                with self._lock:
-                    together, self._waiting = self._waiting[:ENDINGS_AT_ONCE], self._waiting[ENDINGS_AT_ONCE:]
-                try:
-                    self._write(together)
-                except BaseException as error:
-                    # This thread is made to end. The others must not wait for ever.
-                    for _, future in together:
-                        if not future.done():
-                            future.set_exception(error)
-                    raise
-        return mine
-
-    def _write(self, together: list[tuple[Ending, "Future[Ended]"]]) -> None:
-        endings = [ending for ending, _ in together]
-        try:
-            found = self._database.transact(lambda connection: write(connection, endings))
-        except ArchiverError as error:
-            for _, future in together:
-                future.set_exception(error)
-        except Exception as error:  # noqa: BLE001 - it is raised in the thread whose ending it is
-            # A mistake of ours in one of them must not take the others along.
-            if len(together) > 1:
-                for each in together:
-                    self._write([each])
-            else:
-                together[0][1].set_exception(error)
-        else:
-            for (_, future), ended in zip(together, found, strict=True):
-                future.set_result(ended)
 
 
 def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:

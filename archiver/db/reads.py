@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from archiver.db import bulk
 from archiver.db.tables import account, capture, event, host, journal, lease, mailbox, poll, sighting
-from archiver.model import PAUSED_BY_HAND, JournalHead, LastLook, SightingKey
+from archiver.model import PAUSED_BY_HAND, Account, DeletePolicy, JournalHead, LastLook, SightingKey
 
 FETCH_ROWS = 1_000
 
@@ -43,16 +43,15 @@ class Provable(NamedTuple):
 
 
 class BeforePoll(NamedTuple):
-    """What a poll begins with: where journal and mailbox stand, as far as the database knows.
+    """What a poll begins with: the account, and where journal and mailbox stand, as far as is known here.
 
     ``listed`` and ``quarantined`` are of the last listing, by which ``last_look``
     is; it is None where the mailbox must be listed anew. ``day_octets`` were
     fetched on ``day`` (UTC).
     """
 
+    account: Account
     head: JournalHead
-    epoch: int
-    deletion_hold: str | None
     last_look: LastLook | None
     listed: int
     quarantined: int
@@ -85,9 +84,39 @@ def before_poll(connection: Connection, account_id: str) -> BeforePoll:
 
 
 def before_polls(connection: Connection, account_ids: Sequence[str]) -> dict[str, BeforePoll]:
-    """The same for many, by account."""
+    """The same for many, by account's id."""
     rows = connection.execute(_of_before(connection.dialect.name), {"ids": account_ids})
     return {row.id: _before(row) for row in rows}
+
+
+def account_of(row: Any) -> Account:
+    """The account that a row with all of its columns is."""
+    return Account(
+        id=row.id,
+        name=row.name,
+        url=row.url,
+        tls=row.tls,
+        secret=row.secret,
+        ca_file=row.ca_file,
+        delete=DeletePolicy.parse(row.delete_policy),
+        interval_seconds=row.interval_seconds,
+        timeout_seconds=row.timeout_seconds,
+        pipelining=row.pipelining,
+        epoch=row.epoch,
+        paused_reason=row.paused_reason,
+        tls_pins=tuple(row.tls_pins.split()),
+        tls_minimum=row.tls_minimum,
+        tls_server_name=row.tls_server_name,
+        client_certificate=row.client_certificate,
+        client_key=row.client_key,
+        cron=row.cron,
+        time_zone=row.time_zone,
+        interval_max_seconds=row.interval_max_seconds,
+        blackout=row.blackout,
+        day_octets=row.day_octets,
+        avoids=tuple(row.avoids.split()),
+        deletion_hold=row.deletion_hold,
+    )
 
 
 def _before(row: Any) -> BeforePoll:
@@ -97,14 +126,13 @@ def _before(row: Any) -> BeforePoll:
             row.stat_count, row.stat_octets, row.last_number, row.last_uidl, row.trusted_until
         )
     return BeforePoll(
+        account_of(row),
         JournalHead(row.sequence, row.digest),
-        row.epoch,
-        row.deletion_hold,
         last_look,
         row.listed or 0,
         row.quarantined or 0,
         row.day,
-        row.day_octets or 0,
+        row.fetched_octets or 0,
     )
 
 
@@ -112,9 +140,7 @@ def _before(row: Any) -> BeforePoll:
 def _of_before(dialect: str) -> sa.Select[Any]:
     return (
         sa.select(
-            account.c.id,
-            account.c.epoch,
-            account.c.deletion_hold,
+            account,
             journal.c.sequence,
             journal.c.digest,
             mailbox.c.listed,
@@ -125,7 +151,7 @@ def _of_before(dialect: str) -> sa.Select[Any]:
             mailbox.c.last_uidl,
             mailbox.c.trusted_until,
             mailbox.c.day,
-            mailbox.c.day_octets,
+            mailbox.c.day_octets.label("fetched_octets"),
         )
         .join(journal, journal.c.account_id == account.c.id)
         # An older release, which may run beside this one, adds accounts without it.

@@ -259,15 +259,17 @@ def claim_due(
     limit: int,
     failing_limit: int | None = None,
     sessions: HostSessions = DEFAULT_SESSIONS,
+    in_turn: bool = False,
 ) -> list[Claim]:
     """Claim up to ``limit`` accounts that are due and whose host has room, the longest overdue first.
 
     Of those whose last poll failed it takes ``failing_limit`` at most. A lease
     that ran out keeps its slot, since its worker may live, and hands it on.
     SKIP LOCKED passes by what is being changed; SQLite has one writer at a time
-    and needs none.
+    and needs none. Claims take turns: with ``in_turn`` the caller has it already.
     """
-    _take_turn(connection)
+    if not in_turn:
+        _take_turn(connection)
     rows = connection.execute(
         _worded(connection, _TIGHT + _CHOSEN + _CLAIM, sessions),
         {
@@ -381,6 +383,14 @@ def _free_slot(connection: Connection, name: str, most: int) -> int | None:
     return next(free, None) if len(taken) < most else None
 
 
+def has_turn(connection: Connection) -> bool:
+    """Take the turn to claim, if no other transaction has it; SQLite's has it from its begin.
+
+    For a transaction that has leases locked: it should not make them wait for others' claims, too.
+    """
+    return connection.dialect.name != "postgresql" or bool(connection.execute(_TURN_AT_ONCE).scalar())
+
+
 def _take_turn(connection: Connection) -> None:
     """Wait for the claim that is under way: the next statement sees what it took. SQLite's writers do so."""
     if connection.dialect.name == "postgresql":
@@ -388,9 +398,9 @@ def _take_turn(connection: Connection) -> None:
 
 
 # By a bitmap PostgreSQL would read a host's whole line, and sort it, for the head of it.
-_TURN = sa.select(
-    sa.func.pg_advisory_xact_lock(CLAIM_LOCK), sa.func.set_config("enable_bitmapscan", "off", sa.true())
-)
+_NO_BITMAPS = sa.func.set_config("enable_bitmapscan", "off", sa.true())
+_TURN = sa.select(sa.func.pg_advisory_xact_lock(CLAIM_LOCK), _NO_BITMAPS)
+_TURN_AT_ONCE = sa.select(sa.func.pg_try_advisory_xact_lock(CLAIM_LOCK), _NO_BITMAPS)
 
 
 def _claim(row: Any) -> Claim:

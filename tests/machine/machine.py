@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import threading
 from collections import Counter
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
@@ -30,7 +30,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from archiver.db import accounts, record, schedule
 from archiver.db.tables import host, lease
-from archiver.errors import ArchiverError
 from archiver.model import NEVER_DELETE, DeletePolicy, PollReport, message_key, segment_key
 from archiver.tools import Unwatched
 from archiver.worker import Chance
@@ -486,10 +485,8 @@ class CrashMachine(RuleBasedStateMachine):
         try:
             if due:
                 stopping.set()  # so that it looks for nothing more to do
-                with suppress(ArchiverError):  # a tick that failed: the next one tries again
-                    polls = runs._begin(runs._claim_due(1))
-                    for poll in polls:
-                        poll.result()
+                for ended in runs._end_and_begin([], 1):
+                    ended.result()
                 return None
             [report] = runs.poll_now([self.archive.fresh(self.account)], lambda _: Unwatched())
             return report

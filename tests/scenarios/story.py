@@ -46,6 +46,13 @@ def message(text: str) -> bytes:
     return f"Subject: {text}\r\n\r\nThis is {text}.\r\n".encode()
 
 
+def claimed(worker: Worker, most: int) -> list[HeldLease]:
+    """Accounts that the worker claims, and does not begin yet."""
+    asked_at = worker.tools.monotonic()
+    done = worker._transact([], most, worker._may_fail(()))
+    return [worker._hold(claim, asked_at) for claim in done.claims or ()]
+
+
 class Clock:
     """Time that stands still unless it is told to go on."""
 
@@ -338,7 +345,7 @@ class Archive:
     def fresh(self, account: Account) -> Account:
         """The account as the database has it now."""
         with self.database.reading() as connection:
-            return accounts.by_id(connection, account.id)
+            return reads.before_poll(connection, account.id).account
 
     def claim(self, account: Account, owner: str = "somebody") -> HeldLease:
         """Take the account's lease."""

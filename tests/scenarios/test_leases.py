@@ -1,6 +1,6 @@
 """Who may poll what: claims, heartbeats and releases, with others in between."""
 
-import select
+import selectors
 import signal
 import socket
 import threading
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from archiver.model import (
     Claim,
     DeletePolicy,
     MailServer,
+    PollReport,
     Segment,
     segment_key,
 )
@@ -41,7 +43,7 @@ from archiver.pop3.loop import until_ready
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
 from archiver.tools import Tools, Unwatched
-from archiver.worker import Chance, HeldLease, Worker
+from archiver.worker import Chance, HeldLease, Over, Polling, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.machine.process import Uploads
 from tests.scenarios.story import (
@@ -52,6 +54,7 @@ from tests.scenarios.story import (
     Intruder,
     MortalMailbox,
     MortalStore,
+    claimed,
     message,
 )
 
@@ -406,12 +409,12 @@ def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archi
             result = super().transact(work)
             if not claiming.is_set() and archive.polls(account):
                 claiming.set()
-                again.extend(worker._claim_due(1))
+                again.extend(claimed(worker, 1))
             return result
 
     database = Eager(archive.database.engine.url.render_as_string(hide_password=False))
     worker = archive.worker(archive.tools(database=database))
-    (first,) = worker._claim_due(1)
+    (first,) = claimed(worker, 1)
     wait(worker._begin([first]))
     assert [lease.claim.token for lease in again] == [2]
     archive.clock.advance(LEASE_SECONDS * 0.6)
@@ -425,7 +428,7 @@ def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archi
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker()
-    (held,) = worker._claim_due(1)
+    (held,) = claimed(worker, 1)
     archive.execute(sa.update(account_table).values(delete_policy="of a newer release"))
     wait(worker._begin([held]))
     archive.run_out(account)
@@ -455,6 +458,103 @@ def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
     worker._held[held.claim] = held
     [ended] = worker._begin([held])
     assert isinstance(ended.exception(20), Panic)
+    assert worker._held == {}
+
+
+# Changeovers.
+
+
+def served(archive: Archive, *accounts_due: Account) -> dict[str, int]:
+    """How often each was polled, once all were."""
+    done = threading.Event()
+    for _ in range(200):
+        if all(archive.polls(account) for account in accounts_due) or done.wait(0.05):
+            break
+    return {account.name: len(archive.polls(account)) for account in accounts_due}
+
+
+def test_the_end_of_a_poll_and_the_claim_for_its_place_are_one_transaction(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox("a"))
+    chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
+    seen: list[tuple[int, int]] = []
+
+    class Seen(Database):
+        """Polls that have ended, and polls under way, after each transaction that changes them."""
+
+        def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
+            result = super().transact(work)
+            with archive.database.reading() as connection:
+                ended = connection.execute(sa.select(sa.func.count()).select_from(poll_table)).scalar_one()
+                owned = sa.select(sa.func.count()).where(lease_table.c.owner.is_not(None))
+                state = ended, connection.execute(owned).scalar_one()
+            if state not in seen:
+                seen.append(state)
+            return result
+
+    database = Seen(archive.database.engine.url.render_as_string(hide_password=False))
+    worker = archive.worker(archive.tools(database=database), workers=1)
+    worker._tick()
+    assert set(served(archive, *chosen).values()) == {1}
+    worker._changeovers.submit(threading.Event).result()
+    assert seen == [(0, 1), (1, 1), (2, 1), (3, 0)]
+    database.close()
+
+
+def test_ends_do_not_wait_for_a_claim_that_stands_still(postgres_url: str, tmp_path: Path) -> None:
+    with Archive(postgres_url, tmp_path) as archive:
+        _end_while_another_claims(archive)
+
+
+def _end_while_another_claims(archive: Archive) -> None:
+    server = archive.serve(mailbox("a"))
+    first, second = (archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(2))
+    worker = archive.worker(workers=1)
+    archive.execute(sa.update(lease_table).where(lease_table.c.account_id == second.id).values(due_at=None))
+    [lease] = claimed(worker, 1)
+    archive.execute(
+        sa.update(lease_table).where(lease_table.c.account_id == second.id).values(due_at=sa.func.now())
+    )
+    with archive.database.engine.begin() as another:
+        assert schedule.has_turn(another)
+        worker._serves = True
+        worker._begin([lease])
+        assert served(archive, first) == {first.name: 1}
+        assert archive.polls(second) == []
+    assert served(archive, second) == {second.name: 1}
+
+
+def test_an_end_that_cannot_be_written_takes_no_other_along(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox("a"))
+    chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
+    worker = archive.worker(stopping=threading.Event())
+    worker.stopping.set()
+    over = [
+        Over(
+            Polling(account, worker._wait_for(account), worker._story(account, None)),
+            PollReport(account.name, "ok"),
+        )
+        for account in chosen
+    ]
+    mistaken = replace(over[1].report, quarantined=object())
+    worker._end_and_begin([over[0], over[1]._replace(report=mistaken), over[2]], 0)
+    assert [len(archive.polls(account)) for account in chosen] == [1, 0, 1]
+    assert [archive.lease(account).owner for account in chosen] == [None, worker.owner, None]
+    assert worker._held == {}
+
+
+def test_an_account_that_cannot_be_read_takes_no_other_along(lone_archive: Archive) -> None:
+    archive = lone_archive
+    server = archive.serve(mailbox("a"))
+    chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
+    bad = sa.update(account_table).where(account_table.c.id == chosen[1].id)
+    archive.execute(bad.values(delete_policy="of a newer release"))
+    worker = archive.worker()
+    assert len(worker._end_and_begin([], 3)) == 2
+    assert set(served(archive, chosen[0], chosen[2]).values()) == {1}
+    assert archive.lease(chosen[1]).owner == worker.owner
+    worker._changeovers.submit(threading.Event).result()
     assert worker._held == {}
 
 
@@ -619,6 +719,7 @@ def test_a_service_that_is_told_to_stop_drains(small_archive: Archive) -> None:
     chance = Chance(uniform=lambda low, high: low, sleep=lambda _: bool(never.wait(0.01)) or None)
     worker: Worker = archive.worker(chance=chance)
     worker._tick()
+    assert worker._changeovers.submit(lambda: len(worker._held)).result() == 1  # right after the tick's
     stop.set()
     assert worker.serve(stop, drain_seconds=30.0)
     assert archive.lease(account).owner is None
@@ -689,7 +790,7 @@ def test_a_server_that_holds_up_all_sessions_loses_its_own(
     ours, theirs = socket.socketpair()
 
     def read_for_ever() -> None:
-        until_ready(ours.fileno(), select.POLLIN, 20.0)
+        until_ready(ours.fileno(), selectors.EVENT_READ, 20.0)
         ours.recv(1)
         reads_on.set()
         if not ours.recv(1):

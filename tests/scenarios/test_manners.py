@@ -22,7 +22,7 @@ from archiver.policy import HOST_FAILURES
 from archiver.tools import Budget, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, message
+from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message
 
 THREADS = 8
 NOW = datetime.now(UTC)
@@ -364,10 +364,10 @@ def test_accounts_that_fail_leave_threads_for_the_others(archive: Archive) -> No
     set_lease(archive, *failing, due_at=LONG_AGO, failures=3)
     well = [add(archive, f"good{number}.example").id for number in range(3)]
     worker: Worker = archive.worker(workers=6)
-    held = worker._claim_due(6)
+    held = claimed(worker, 6)
     assert sorted(lease.claim.account_id in failing for lease in held) == [False] * 3 + [True] * 3
     assert {lease.claim.account_id for lease in held} >= set(well)
-    assert worker._claim_due(3) == []
+    assert claimed(worker, 3) == []
 
 
 def test_a_process_begins_with_one_poll(archive: Archive) -> None:
@@ -419,7 +419,7 @@ def poll_once(archive: Archive, account: Account, worker: Worker | None = None, 
     """As the service polls. The report is what the database kept of it."""
     worker = worker or archive.worker(archive.tools(**tools))
     archive.run_out(account)
-    (lease,) = worker._claim_due(1)
+    (lease,) = claimed(worker, 1)
     poll_due(worker, lease)
     return archive.polls(account)[-1]
 
@@ -470,7 +470,7 @@ def test_a_long_poll_makes_room_for_one_that_waits_and_a_short_one_does_not(arch
         account = archive.add(archive.serve(five()))
         worker = archive.worker(archive.tools(budget=Budget(slice_seconds=slice_seconds)), workers=1)
         archive.run_out(account)
-        (lease,) = worker._claim_due(1)
+        (lease,) = claimed(worker, 1)
         waiting = add(archive, "other.example")
         worker._waiting = worker._look_who_waits(0)
         assert worker._waiting.accounts == (1 if slice_seconds == 0.0 else 0)
@@ -486,7 +486,7 @@ def test_a_long_poll_makes_room_for_others_of_its_host(archive: Archive) -> None
         archive.tools(budget=Budget(slice_seconds=0.0)), workers=4, sessions=HostSessions(1)
     )
     archive.run_out(account)
-    (lease,) = worker._claim_due(1)
+    (lease,) = claimed(worker, 1)
     add(archive, "localhost")
     tidy(archive, cap=1)
     worker._waiting = worker._look_who_waits(3)
@@ -520,7 +520,7 @@ def test_an_account_that_is_due_in_its_window_is_put_off_without_a_session(archi
     server = archive.serve(five())
     account = archive.add(server, blackout=window_from(datetime.now(UTC) - timedelta(minutes=5), 60))
     worker = archive.worker()
-    (lease,) = worker._claim_due(1)
+    (lease,) = claimed(worker, 1)
     poll_due(worker, lease)
     assert (server.connections, archive.polls(account), slots(archive)) == (0, [], [])
     left = (archive.lease(account).due_at - datetime.now(UTC)).total_seconds()
@@ -534,7 +534,7 @@ def test_a_calendar_that_makes_no_sense_here_needs_an_operator(archive: Archive)
     account = archive.add(server)
     archive.execute(sa.text("UPDATE account SET time_zone = 'Mars/Olympus', cron = '0 6 * * *'"))
     worker = archive.worker()
-    (lease,) = worker._claim_due(1)
+    (lease,) = claimed(worker, 1)
     poll_due(worker, lease)
     (row,) = archive.polls(account)
     assert (row.outcome, server.connections) == ("operator_needed", 0)

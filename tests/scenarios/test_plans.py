@@ -217,7 +217,6 @@ HOT = {
     ),
     "schedule.holder": Hot(lambda c: schedule.holder(c, ONE), "pk_lease"),
     "schedule.reconsider": Hot(lambda c: schedule.reconsider(c, ONE, "pop3s://u@h", None), "pk_lease"),
-    "accounts.by_ids": Hot(lambda c: accounts.by_ids(c, [ONE, OTHER]), "pk_account"),
     "accounts.by_name": Hot(lambda c: accounts.by_name(c, "a77"), "uq_account_name"),
     "accounts.by_url": Hot(lambda c: accounts.by_url(c, "pop3s://u77@h"), "ix_account_url"),
     "accounts.page": Hot(lambda c: accounts.page(c, "a5", 100), "uq_account_name"),
