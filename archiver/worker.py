@@ -3,11 +3,11 @@
 Polls wait for their servers together in one thread, and where there is more to
 do than that, each goes on in a thread of its own. Their ends are written by one
 thread, which has others begin in their places. The module owns leases while they
-are held, the threads, and the end of the process. It promises that an account is polled by one thread at a time; that a poll whose
-lease could not be renewed stops by itself before another may begin; and that
-whatever happens in one poll ends that poll only. APScheduler is the clock.
-What a poll does is ``poll.py``'s; when an account is due again is decided in
-``policy.py``.
+are held, the threads, and the end of the process. It promises that an account is
+polled by one thread at a time; that a poll whose lease could not be renewed stops
+by itself before another may begin; and that whatever happens in one poll ends
+that poll only. APScheduler is the clock. What a poll does is ``poll.py``'s; when
+an account is due again is decided in ``policy.py``.
 """
 
 import threading
