@@ -13,7 +13,7 @@ done once an answer is there: a handshake, a login, a look at a mailbox.
 
 import math
 import os
-import select
+import selectors
 import socket
 import threading
 import time
@@ -30,20 +30,21 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _WAKE_OCTETS: Final = 4096
-_MOST_MILLISECONDS: Final = 2**31 - 1
+_MOST_SECONDS: Final = (2**31 - 1) // 1000
+"""The system calls take no longer time, in milliseconds; the loop looks again."""
 
 _of_thread = threading.local()
 """``loop``: the one whose tasks run in this thread."""
 
 
 def until_ready(descriptor: int, events: int, seconds: float) -> bool:
-    """Wait until one of these events of poll(2), or an error, is there: false after so many seconds."""
+    """Wait until one of these events of ``selectors``, or an error, is there: false after so many seconds."""
     loop: Loop | None = getattr(_of_thread, "loop", None)
     if loop is not None:
         return loop._until_ready(descriptor, events, seconds)
-    waiting = select.poll()  # not select(): a process with many threads has descriptors over 1023
-    waiting.register(descriptor, events)
-    return bool(waiting.poll(_milliseconds(seconds)))
+    with selectors.PollSelector() as waiting:  # it takes no descriptor, and any number of one
+        waiting.register(descriptor, events)
+        return bool(waiting.select(_bounded(seconds)))
 
 
 def aside(block: Callable[[], ResultT]) -> ResultT:
@@ -77,7 +78,7 @@ class Loop:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_called = self._is_closed = False
-        self._poll = select.poll()
+        self._selector = selectors.DefaultSelector()
         self._tasks: dict[greenlet, int | None] = {}
         self._busy: _Busy | None = None
         self._waiting: dict[int, _Wait] = {}
@@ -133,19 +134,20 @@ class Loop:
 
         _of_thread.loop = self
         self._hub = getcurrent()
-        self._poll.register(self._called, select.POLLIN)
+        self._selector.register(self._called, selectors.EVENT_READ)
         while self._goes_on():
             looked_at = self._monotonic()
-            for descriptor, _ in self._poll.poll(self._patience(looked_at)):
+            for (_, descriptor, _, _), _ in self._selector.select(self._patience(looked_at)):
                 if descriptor == self._called:
                     os.read(self._called, _WAKE_OCTETS)
                     continue
-                self._poll.unregister(descriptor)
+                self._selector.unregister(descriptor)
                 self._switch_to(self._waiting.pop(descriptor).task, True)
             self._end_late_waits(looked_at)
         for task in list(self._tasks):
             self._go_on(task, task.throw)
         with self._lock:
+            self._selector.close()
             os.close(self._called)
             os.close(self._call)
 
@@ -156,8 +158,8 @@ class Loop:
             self._inbox.popleft()()
         return not self._is_closed
 
-    def _patience(self, now: float) -> int | None:
-        return None if self._look_at == math.inf else _milliseconds(self._look_at - now)
+    def _patience(self, now: float) -> float:
+        return _bounded(self._look_at - now)
 
     def _end_late_waits(self, looked_at: float) -> None:
         """Those that had come to their end before the look which found nothing for them.
@@ -168,7 +170,7 @@ class Loop:
             return
         for descriptor, wait in list(self._waiting.items()):
             if wait.ends_at <= looked_at:
-                self._poll.unregister(descriptor)
+                self._selector.unregister(descriptor)
                 del self._waiting[descriptor]
                 self._switch_to(wait.task, False)
         self._look_at = min((wait.ends_at for wait in self._waiting.values()), default=math.inf)
@@ -203,7 +205,7 @@ class Loop:
 
         ends_at = self._monotonic() + seconds
         task = getcurrent()
-        self._poll.register(descriptor, events)
+        self._selector.register(descriptor, events)
         self._waiting[descriptor] = _Wait(task, ends_at)
         self._tasks[task] = descriptor
         self._look_at = min(self._look_at, ends_at)
@@ -219,6 +221,5 @@ class Loop:
         return done.result()
 
 
-def _milliseconds(seconds: float) -> int:
-    """For poll(2), which takes no longer ones; whoever waits for longer looks again."""
-    return max(0, min(math.ceil(seconds * 1000), _MOST_MILLISECONDS))
+def _bounded(seconds: float) -> float:
+    return max(0.0, min(seconds, _MOST_SECONDS))

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import os
 import re
-import select
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
+from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from archiver.pop3.failures import FailureKind, Pop3Error
@@ -309,9 +309,9 @@ class Transport:
                 wrapped.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, deadline, "the TLS handshake did not end")
+                self._wait(EVENT_READ, deadline, "the TLS handshake did not end")
             except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, deadline, "the TLS handshake did not end")
+                self._wait(EVENT_WRITE, deadline, "the TLS handshake did not end")
             except OSError as error:
                 raise _handshake_failure(error, settings) from error
         facts = _tls_facts(wrapped)
@@ -340,7 +340,7 @@ class Transport:
             octets = None if self._is_drained else self.receive_now()
             if octets is not None:
                 return octets
-            events = select.POLLIN | (select.POLLOUT if self._flush() else 0)
+            events = EVENT_READ | (EVENT_WRITE if self._flush() else 0)
             idle = limit < deadline
             self._wait(
                 events,
@@ -425,7 +425,7 @@ def _connect(candidate: socket.socket, address: Any, seconds: float) -> None:
     candidate.setblocking(False)
     problem = candidate.connect_ex(address)
     if problem == errno.EINPROGRESS:
-        if not until_ready(candidate.fileno(), select.POLLOUT, seconds):
+        if not until_ready(candidate.fileno(), EVENT_WRITE, seconds):
             raise TimeoutError
         problem = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if problem:

@@ -1,6 +1,6 @@
 """Many sessions in one thread: they wait together, and none is another's trouble."""
 
-import select
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -73,7 +73,7 @@ def run(loop: Loop, work: Callable[[], ResultT]) -> "Future[ResultT]":
 
 
 def wait_for(end: socket.socket, seconds: float = NEVER_SECONDS) -> bool:
-    return until_ready(end.fileno(), select.POLLIN, seconds)
+    return until_ready(end.fileno(), selectors.EVENT_READ, seconds)
 
 
 def test_sessions_wait_for_their_servers_together_in_one_thread(loop: Loop) -> None:
