@@ -1,11 +1,13 @@
 """Many mailboxes and the real service: what a poll costs, who waits for whom, what it keeps in memory.
 
-Run it by ``python -m tests.bench.fleet accounts|fairness|memory|soak``. A real
+Run it by ``python -m tests.bench.fleet accounts|far|fairness|memory|soak``. A real
 ``archiver run`` polls a server that does no work of its own; PostgreSQL is
 real, and the store is a directory. CPU is that of the processes themselves.
 
 ``accounts``: mailboxes in which next to nothing is new, a thousand and a
 hundred thousand by turns, as fast as they go.
+``far``: two thousand mailboxes with nothing new, whose server takes a fifth of a
+second for each answer; with 64, 256 and 1,024 at once.
 ``fairness``: how late a thousand mailboxes are polled, alone and beside one with
 200,000 messages to fetch and ten that hang.
 ``memory``: three hundred polls at once, each in the middle of its messages.
@@ -148,13 +150,19 @@ def accounts(fleet: Fleet, console: Console, seconds: float) -> None:
             # As if each had been listed, and found empty, a moment ago.
             connection.execute(
                 "UPDATE mailbox SET listed_at = now(), listed = 0, stat_count = 0, stat_octets = 0, "
-                "trusted_until = now() + interval '1 day'"
+                "trusted_until = now() + interval '3 hours'"
             )
     for turn in range(3):
         for count, found in costs.items():
             with fleet.service(urls[count], host_sessions=64) as (_, running):
                 fleet.wait_for_polls(500)
+                listed = fleet.mail.counts()["commands"].get("LIST", 0)
                 cost = fleet.cost(running, seconds)
+                listed = fleet.mail.counts()["commands"].get("LIST", 0) - listed
+                if listed > cost.polls / 10:
+                    raise RuntimeError(
+                        f"{listed} of {cost.polls} mailboxes were listed: they looked unchanged"
+                    )
             if turn:  # the first one warms up
                 found.append(cost)
     table = Table("accounts", "polls/s", "service, ms CPU each", "PostgreSQL, ms CPU each")
@@ -164,6 +172,27 @@ def accounts(fleet: Fleet, console: Console, seconds: float) -> None:
             f"{statistics.median(cost.rate for cost in found):.0f}",
             f"{statistics.median(cost.service_ms / cost.polls for cost in found):.2f}",
             f"{statistics.median(cost.database_ms / cost.polls for cost in found):.2f}",
+        )
+    console.print(table)
+
+
+def far(fleet: Fleet, console: Console, seconds: float) -> None:
+    """How many polls at once a process can have, and what they cost it."""
+    users = [f"far-{n}-3-2000" for n in range(2_000)]
+    url = fleet.database("far", users, 0.001)
+    table = Table("at once", "polls/s", "cores of the service", "ms CPU each", "PostgreSQL, ms", "most MB")
+    for workers in (64, 256, 1_024):
+        with fleet.service(url, workers=workers, host_sessions=workers, ramp_seconds=1) as (_, running):
+            fleet.wait_for_polls(2 * len(users))  # each was listed, and looked at
+            cost = fleet.cost(running, seconds)
+            peak = running.peak_resident_octets() or 0
+        table.add_row(
+            f"{workers:,}",
+            f"{cost.rate:.0f}",
+            f"{cost.service_ms / 1000 / cost.seconds:.2f}",
+            f"{cost.service_ms / cost.polls:.2f}",
+            f"{cost.database_ms / cost.polls:.2f}",
+            f"{peak / 1e6:.0f}",
         )
     console.print(table)
 
@@ -235,8 +264,8 @@ def soak(fleet: Fleet, console: Console, seconds: float) -> None:
             console.print(f"{passed:6.0f} s {polls:9,} polls {_resident_mb(running.pid):7.1f} MB resident")
 
 
-_BENCHES = {"accounts": accounts, "fairness": fairness, "memory": memory, "soak": soak}
-_SECONDS = {"accounts": 20.0, "fairness": 120.0, "memory": 60.0, "soak": 3600.0}
+_BENCHES = {"accounts": accounts, "far": far, "fairness": fairness, "memory": memory, "soak": soak}
+_SECONDS = {"accounts": 20.0, "far": 20.0, "fairness": 120.0, "memory": 60.0, "soak": 3600.0}
 
 
 def main() -> None:

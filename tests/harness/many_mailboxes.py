@@ -4,9 +4,10 @@ It answers POP3 in clear from the user's name alone: ``kind-number-messages-octe
 is a mailbox of so many messages of so many octets. ``keep`` never changes;
 ``grow`` has one message more at each login; ``roll`` has lost its oldest at
 each and got a new one; ``hang`` takes the login and never lists; ``slow`` rests
-a second in the middle of each message. What it serves is
-counted by user, so that a bench can tell who was polled, and when. It is a
-process of its own: its work is not the client's.
+a second in the middle of each message; of ``far`` each answer, from that to USER
+on, comes a fifth of a second after its command. What it serves is counted by
+user, so that a bench can tell who was polled, and when. It is a process of its
+own: its work is not the client's.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ _CAPABILITIES = b"+OK\r\nUIDL\r\nPIPELINING\r\nUSER\r\nRESP-CODES\r\n.\r\n"
 _LINE = b"All work and no play makes a dull message, line after line after line.\r\n"
 _LINES_AT_ONCE = 2_000
 _REST_SECONDS = 1.0
+_FAR_SECONDS = 0.2
 
 
 class _Counts:
@@ -73,7 +75,7 @@ class _Session(asyncio.Protocol):
         self._mailbox: _Mailbox | None = None
         self._writable = asyncio.Event()
         self._writable.set()
-        self._waiting: asyncio.Queue[bytes] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -84,7 +86,7 @@ class _Session(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\r\n")
         for line in lines:
-            self._waiting.put_nowait(line)
+            self._waiting.put_nowait((time.monotonic(), line))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._task.cancel()
@@ -97,12 +99,14 @@ class _Session(asyncio.Protocol):
 
     async def _serve(self) -> None:
         while True:
-            line = await self._waiting.get()
+            came_at, line = await self._waiting.get()
             verb, _, argument = line.decode("latin-1").partition(" ")
             verb = verb.upper()
             self._counts.commands[verb] += 1
             if self._mailbox is not None and self._mailbox.kind == "hang" and verb not in ("CAPA", "QUIT"):
                 continue
+            if "far-" in (self._user[:4], argument[:4]):
+                await asyncio.sleep(came_at + _FAR_SECONDS - time.monotonic())
             rests = verb == "RETR" and self._mailbox is not None and self._mailbox.kind == "slow"
             for answer in self._answers(verb, argument):
                 half = len(answer) // 2 if rests else len(answer)
