@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import queue
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 from archiver.demo import dovecot as demo_dovecot
 from archiver.demo import processes
 from archiver.demo.dovecot import Dovecot
-from archiver.pop3 import Endpoint, FailureKind, Mailbox, Pop3Error, Tls, TlsSettings
+from archiver.pop3 import Endpoint, FailureKind, Loop, Mailbox, Pop3Error, Tls, TlsSettings
 from tests.conftest import require
 from tests.harness.servers import CACHE
 
@@ -211,3 +214,26 @@ def test_a_key_centre_that_is_away_comes_back_by_itself(server: Dovecot, ticket:
     with elsewhere, pytest.raises(Pop3Error, match="no Kerberos ticket for the server") as caught:
         log_in(server, USER)
     assert caught.value.kind is FailureKind.TRANSIENT
+
+
+def test_sessions_that_share_a_thread_have_their_tickets_fetched_beside_it(
+    server: Dovecot, ticket: Path
+) -> None:
+    """The library blocks while it asks the key centre: that is nothing for the thread of all."""
+    mechanisms: queue.Queue[str | Pop3Error | None] = queue.Queue()
+    threads: set[int] = set()
+
+    def session() -> None:
+        threads.add(threading.get_ident())
+        try:
+            with log_in(server, USER) as mailbox:
+                mailbox.quit()
+                mechanisms.put(mailbox.facts.mechanism)
+        except Pop3Error as error:
+            mechanisms.put(error)
+
+    with ThreadPoolExecutor(2) as pool, closing(Loop(pool)) as loop:
+        for _ in range(8):
+            loop.begin(session)
+        assert [mechanisms.get(timeout=60) for _ in range(8)] == ["GSSAPI"] * 8
+    assert len(threads) == 1
