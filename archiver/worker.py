@@ -523,10 +523,8 @@ class Worker:
         return polling.ended.result()
 
     def _wait_for(self, account: Account) -> HeldLease:
-        ends_at = self._give_up_at()
+        ends_at, left_behind = self._give_up_at(), None
         while True:
-            with self.database.reading() as connection:
-                holder = schedule.holder(connection, account.id)
             asked_at = self.tools.monotonic()
             claim = self.database.transact(
                 partial(
@@ -534,12 +532,17 @@ class Worker:
                     account_id=account.id,
                     owner=self.owner,
                     lease_seconds=self.lease_seconds,
-                    take_over=holder if self._is_left_behind(holder, account.id) else None,
+                    take_over=left_behind,
                     sessions=self.sessions,
                 )
             )
             if claim is not None:
                 return self._hold(claim, asked_at)
+            with self.database.reading() as connection:
+                holder = schedule.holder(connection, account.id)
+            tried, left_behind = left_behind, holder if self._is_left_behind(holder, account.id) else None
+            if left_behind != tried:
+                continue
             if holder is None and self._is_at(mail_host(account.url)):
                 # The host's sessions are our own: they end, however long they take.
                 ends_at = self._give_up_at()
