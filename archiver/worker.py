@@ -161,7 +161,7 @@ class Worker:
         # A poll is in the loop or in a thread, and has one thing done aside at most: it never waits for one.
         self._loop = Loop(self._pool)
         self._over: deque[Over] = deque()
-        self._is_wanted = self._serves = False
+        self._is_wanted = self._is_claiming = self._serves = False
         self._changeovers = ThreadPoolExecutor(1, thread_name_prefix="changeover")
         self._clock = BackgroundScheduler(timezone="UTC")
         self._beat_at = self._made_at = tools.monotonic()
@@ -409,7 +409,8 @@ class Worker:
         if self._over:
             self._want_changeover()
         serves = self._serves and not self.stopping.is_set()
-        free = max(0, self._may_poll() + len(over) - len(self._held)) if serves else 0
+        may_claim = serves and not self._is_claiming
+        free = max(0, self._may_poll() + len(over) - len(self._held)) if may_claim else 0
         with self._broken_off([each.polling for each in over]):
             self._end_and_begin(over, free)
         if serves:
@@ -418,15 +419,26 @@ class Worker:
             except ArchiverError as error:
                 self._tell_of_no_claim(error)
 
-    def _end_and_begin(self, over: list[Over], free: int) -> list[Future[PollReport]]:
+    def _claim_in_turn(self, free: int) -> None:
+        try:
+            self._end_and_begin([], free, may_wait=True)
+        finally:
+            self._is_claiming = False
+            self._want_changeover()
+
+    def _end_and_begin(
+        self, over: list[Over], free: int, *, may_wait: bool = False
+    ) -> list[Future[PollReport]]:
         """Write how these polls ended, begin others in up to ``free`` places, and tell of those that ended.
 
-        Returns how those that begin will have ended.
+        Returns how those that begin will have ended. Where others are claiming,
+        and this thread may not wait for them, another one does.
         """
         kept = [each for each in over if each.report.outcome != "lease_lost"]
         asked_at = self.tools.monotonic()
         try:
-            done = self._transact([self._ending(each) for each in kept], free, self._may_fail(over))
+            ends, failing_limit = [self._ending(each) for each in kept], self._may_fail(over)
+            done = self._transact(ends, free, failing_limit, may_wait=may_wait)
         except Exception as error:  # noqa: BLE001 - each account's is told
             if kept and len(over) + free > 1 and not isinstance(error, ArchiverError):
                 # A mistake of ours in one of them must not take the others along.
@@ -439,10 +451,10 @@ class Worker:
                 self._tell_of_no_claim(error)
         for each in over:
             self._let_go(each.polling.lease)
+        begun = self._begin([self._hold(claim, asked_at) for claim in done.claims or ()], done.before)
         if done.claims is None:
-            begun = self._end_and_begin([], free)
-        else:
-            begun = self._begin([self._hold(claim, asked_at) for claim in done.claims], done.before)
+            self._is_claiming = True
+            self._pool.submit(self._claim_in_turn, free)
         ended = {each.polling.lease.claim: of_it for each, of_it in zip(kept, done.ended, strict=True)}
         for each in over:
             report = self._as_written(each, ended.get(each.polling.lease.claim))
@@ -450,14 +462,14 @@ class Worker:
             each.polling.ended.set_result(report)
         return begun
 
-    def _transact(self, ends: list[Ending], free: int, failing_limit: int) -> Changeover:
+    def _transact(self, ends: list[Ending], free: int, failing_limit: int, *, may_wait: bool) -> Changeover:
         """Write these ends and claim accounts for so many places, of them so many that failed last time."""
 
         def work(connection: Connection) -> Changeover:
             ended: list[Ended | Exception] = [*endings.write(connection, ends)] if ends else []
             if free <= 0:
                 return Changeover(ended, [], None)
-            if ends and not schedule.has_turn(connection):
+            if not may_wait and not schedule.has_turn(connection):
                 return Changeover(ended, None, None)
             claims = schedule.claim_due(
                 connection,
@@ -466,7 +478,7 @@ class Worker:
                 limit=free,
                 failing_limit=failing_limit,
                 sessions=self.sessions,
-                in_turn=bool(ends),
+                in_turn=not may_wait,
             )
             return Changeover(ended, claims, _read_before(connection, claims))
 

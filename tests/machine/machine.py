@@ -485,7 +485,7 @@ class CrashMachine(RuleBasedStateMachine):
         try:
             if due:
                 stopping.set()  # so that it looks for nothing more to do
-                for ended in runs._end_and_begin([], 1):
+                for ended in runs._end_and_begin([], 1, may_wait=True):
                     ended.result()
                 return None
             [report] = runs.poll_now([self.archive.fresh(self.account)], lambda _: Unwatched())

@@ -49,7 +49,7 @@ def message(text: str) -> bytes:
 def claimed(worker: Worker, most: int) -> list[HeldLease]:
     """Accounts that the worker claims, and does not begin yet."""
     asked_at = worker.tools.monotonic()
-    done = worker._transact([], most, worker._may_fail(()))
+    done = worker._transact([], most, worker._may_fail(()), may_wait=True)
     return [worker._hold(claim, asked_at) for claim in done.claims or ()]
 
 

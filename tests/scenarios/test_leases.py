@@ -508,20 +508,27 @@ def test_ends_do_not_wait_for_a_claim_that_stands_still(postgres_url: str, tmp_p
 
 def _end_while_another_claims(archive: Archive) -> None:
     server = archive.serve(mailbox("a"))
-    first, second = (archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(2))
-    worker = archive.worker(workers=1)
-    archive.execute(sa.update(lease_table).where(lease_table.c.account_id == second.id).values(due_at=None))
-    [lease] = claimed(worker, 1)
-    archive.execute(
-        sa.update(lease_table).where(lease_table.c.account_id == second.id).values(due_at=sa.func.now())
+    first, second, third = (
+        archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)
     )
+    worker = archive.worker(workers=2)
+    set_due(archive, third, None)
+    leases = {lease.claim.account_id: lease for lease in claimed(worker, 2)}
+    set_due(archive, third, sa.func.now())
+    worker._serves = True
     with archive.database.engine.begin() as another:
         assert schedule.has_turn(another)
-        worker._serves = True
-        worker._begin([lease])
-        assert served(archive, first) == {first.name: 1}
-        assert archive.polls(second) == []
-    assert served(archive, second) == {second.name: 1}
+        for account in (first, second):
+            # The second ends when a claim has been waiting since the first one did.
+            worker._begin([leases[account.id]])
+            assert served(archive, account) == {account.name: 1}
+        assert archive.polls(third) == []
+    assert served(archive, third) == {third.name: 1}
+
+
+def set_due(archive: Archive, account: Account, due_at: Any) -> None:
+    of_it = sa.update(lease_table).where(lease_table.c.account_id == account.id)
+    archive.execute(of_it.values(due_at=due_at))
 
 
 def test_an_end_that_cannot_be_written_takes_no_other_along(lone_archive: Archive) -> None:
@@ -551,7 +558,7 @@ def test_an_account_that_cannot_be_read_takes_no_other_along(lone_archive: Archi
     bad = sa.update(account_table).where(account_table.c.id == chosen[1].id)
     archive.execute(bad.values(delete_policy="of a newer release"))
     worker = archive.worker()
-    assert len(worker._end_and_begin([], 3)) == 2
+    assert len(worker._end_and_begin([], 3, may_wait=True)) == 2
     assert set(served(archive, chosen[0], chosen[2]).values()) == {1}
     assert archive.lease(chosen[1]).owner == worker.owner
     worker._changeovers.submit(threading.Event).result()
