@@ -40,7 +40,7 @@ class Costs:
     batch_database_ms: float
     """CPU of PostgreSQL for a batch of one message (simulation)."""
     worker_mib: float
-    """Memory of a worker's process that polls 64 mailboxes at once (simulation)."""
+    """Memory of a worker's process that may poll 256 mailboxes at once (simulation)."""
 
 
 _KEPT = "costs.json"
@@ -60,7 +60,7 @@ MESSAGE_OCTETS: Final = 80_000
 ROW_OCTETS: Final = 900  # capture, sighting, event and their indexes
 DAYS_A_MONTH: Final = 30.4
 
-WORKERS: Final = 64  # ARCHIVER_WORKERS in each pod
+WORKERS: Final = 256  # ARCHIVER_WORKERS in each pod
 CORE_SHARE: Final = 0.7  # of a core: Python's threads take turns, and queues grow beyond
 DATABASE_SHARE: Final = 0.5  # of PostgreSQL's cores: vacuum, checkpoints and the feed's readers want the rest
 CONNECTIONS: Final = 10  # ARCHIVER_DATABASE_CONNECTIONS in each pod

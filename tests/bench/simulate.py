@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from tests.bench.cost import MEASURED
+from tests.bench.cost import MEASURED, WORKERS
 from tests.bench.idle_store import IdleStore, idle_store
 from tests.bench.machine import BenchError, cpu_seconds_of, measured, peak_bytes_of
 from tests.harness.many_mailboxes import PASSWORD, ManyMailboxes, many_mailboxes
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=300.0, help="seconds between polls of one")
     parser.add_argument("--seconds", type=float, default=120.0, help="to measure, after one interval")
     parser.add_argument("--pods", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=64, help="of each pod")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="of each pod")
     arguments = parser.parse_args()
     simulate(arguments.mailboxes, arguments.interval, arguments.seconds, arguments.pods, arguments.workers)
 
