@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     accounts_file: Path | None = Field(
         default=None, description="TOML file of accounts, brought into the database when run starts"
     )
-    workers: Count = Field(default=16, description="polls at once in this process")
+    workers: Count = Field(default=32, description="polls at once in this process")
     uploads: Count = Field(default=16, description="uploads at once in this process")
     database_connections: Count = Field(
         default=10, description="connections to PostgreSQL at most, in this process"

@@ -12,11 +12,10 @@ from tests.bench.corpus import Mailbox
 from tests.bench.machine import BenchError, measured
 from tests.bench.proxy import FarLine
 from tests.bench.service import ONCE_SECONDS
-from tests.bench.stage import CLIENTS, Archive, Stage
+from tests.bench.stage import CLIENTS, POLLS, Archive, Stage
 
 MPOPS = 8
 MPOP = f"mpop, {MPOPS} processes"
-POLLS = 16  # ARCHIVER_WORKERS, as it is when nobody sets it
 FAR_POLLS = 64  # what waits for a line costs next to nothing: operators of far servers set it so
 IN_DIRECTORY, IN_BUCKET = "archiver, directory and SQLite", "archiver, S3 and PostgreSQL"
 _WORK = {IN_DIRECTORY: "directory, journal, SQLite; fsync each", IN_BUCKET: "S3, journal, PostgreSQL"}
@@ -48,7 +47,7 @@ def first_archives(stage: Stage) -> Measured:
             Goal("far: archiver in a directory / bare readers", far.ratio(IN_DIRECTORY, line), 0.95, ">="),
             Goal("far: archiver in S3 / bare readers", far.ratio(IN_BUCKET, line), 0.95, ">="),
         ),
-        (f"The archiver polls {POLLS} mailboxes at once, its default; so do the bare readers.",),
+        (f"The archiver polls {POLLS} mailboxes at once; so do the bare readers.",),
     )
 
 

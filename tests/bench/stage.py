@@ -27,6 +27,8 @@ from tests.harness.seaweedfs import SeaweedFS, seaweedfs
 ROUND_TRIP_SECONDS = 0.04
 LINE_OCTETS_PER_SECOND = 100e6 / 8
 BUCKET = "bench"
+POLLS = 16
+"""The archiver's at once, and of clients beside it, where nothing else is said."""
 OURS, CLIENTS = "tests.bench.ours", "tests.bench.clients"
 
 
@@ -164,7 +166,7 @@ class Stage:
         cost = measured(
             OURS,
             "poll",
-            environment=archive.environment,
+            environment=archive.environment | {"ARCHIVER_WORKERS": str(POLLS)},
             users=[box.user for box in boxes],
             **self.access(line),
         )
