@@ -36,9 +36,12 @@ ONCE_SECONDS = 3600.0
 class Service:
     """``archiver run`` that is ready, with nobody due. Made by ``service``."""
 
-    def __init__(self, running: Running, database: Database, start_seconds: float) -> None:
+    def __init__(
+        self, running: Running, database: Database, interval_seconds: float, start_seconds: float
+    ) -> None:
         self._running = running
         self._database = database
+        self._interval_seconds = interval_seconds
         self._start_seconds = start_seconds
 
     def settle(self) -> None:
@@ -87,6 +90,7 @@ class Service:
     def _polls(self, count: int) -> tuple[datetime, Sequence[Any]]:
         """When so many had ended, and all that there were. Nobody is due, and nobody polled, at the end."""
         before = self._ended()
+        self._write(lambda _: sa.update(account).values(interval_seconds=self._interval_seconds))
         self._write(lambda connection: sa.update(lease).values(due_at=now(connection)))
         wait_for(
             lambda: self._ended() >= before + count,
@@ -95,8 +99,10 @@ class Service:
             every_seconds=_LOOK_SECONDS,
         )
         ended_at = datetime.now(UTC)
-        self._write(lambda _: sa.update(lease).values(due_at=None))
+        # Whose poll goes on is due again when it ends; the next one has this interval.
+        self._write(lambda _: sa.update(account).values(interval_seconds=ONCE_SECONDS))
         wait_for(self._nobody_is_polled, "nobody polled", every_seconds=_LOOK_SECONDS)
+        self._write(lambda _: sa.update(lease).values(due_at=None))
         with self._database.reading() as connection:
             newest = sa.select(poll_table).order_by(poll_table.c.ended_at.desc(), poll_table.c.token.desc())
             rows = connection.execute(newest.limit(self._ended() - before)).all()
@@ -140,7 +146,7 @@ def service(
             wait_for(lambda: running.has_ended or running.log("service.started"), "the service's start")
             if running.has_ended:
                 raise BenchError(f"archiver run ended: {running.wait()}")
-            yield Service(running, database, time.monotonic() - running.started_at)
+            yield Service(running, database, interval_seconds, time.monotonic() - running.started_at)
             running.terminate()
             if (code := running.wait(_STOP_SECONDS).code) != 0:
                 raise BenchError(f"archiver run ended with code {code}")
