@@ -164,7 +164,7 @@ class _Poll:
                     return self._report_unchanged(before)
                 yield
                 self.listing = self._list(mailbox, before, seen)
-                plan = self._plan(self.listing, before)
+                plan = self._plan(self.listing)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
                 self._look_back(mailbox, plan)
@@ -287,23 +287,17 @@ class _Poll:
         self.trusted_until = last.trusted_until
         return tail
 
-    def _plan(self, listing: pop3.Listing, before: reads.BeforePoll) -> Plan:
+    def _plan(self, listing: pop3.Listing) -> Plan:
         """Set the listing against what is known, and note what is there although it was to go."""
         account = self.account
         delete = policy.delete_in_force(
             account.delete, hold=account.deletion_hold, forbidden=self.tools.forbid_deletion
         )
-        are_few = before.listed <= reads.FETCH_ROWS
         with self.tools.database.reading() as connection:
             # Of what came since, nothing was there.
-            known = (
-                ()
-                if listing.first > 1
-                else reads.present_sightings(connection, account.id, account.epoch, are_few=are_few)
-            )
             plan = Plan.of(
                 listing,
-                known,
+                reads.present_sightings(connection, account.id, account.epoch) if listing.first == 1 else (),
                 reads.absent_quarantined(connection, account.id, account.epoch),
                 delete=delete,
                 now=self.tools.now(),

@@ -79,6 +79,7 @@ _OF_MAILBOX = (
     sighting.c.epoch == sa.bindparam("of_epoch"),
 )
 _PRESENT = sa.select(*_KNOWN).where(*_OF_MAILBOX, sighting.c.absent_at.is_(None)).order_by(*_ORDER)
+_FIRST_PRESENT = _PRESENT.limit(sa.literal_column(str(FETCH_ROWS)))
 _ABSENT_QUARANTINED = sa.select(*_KNOWN).where(
     *_OF_MAILBOX, sighting.c.state == sa.literal_column("'quarantined'"), sighting.c.absent_at.is_not(None)
 )
@@ -186,19 +187,24 @@ def present_sightings(
     epoch: int,
     *,
     after: SightingKey | None = None,
-    are_few: bool = False,
 ) -> Iterator[tuple[SightingKey, Known]]:
     """What was on the server when it was listed last, in the order of its keys, from behind ``after`` on.
 
-    Streamed, which takes three statements on PostgreSQL, unless they are few.
-    Octets compare as octets (memcmp) on both databases.
+    The first of them come at once, and are all that a small mailbox has; to
+    stream, as the rest is, takes PostgreSQL three statements. To be read within
+    the transaction, one state for both. Octets compare as octets (memcmp) on
+    both databases.
     """
-    query = _PRESENT
-    if after is not None:
-        query = query.where(sa.tuple_(*_ORDER) > sa.tuple_(*after))
-    if not are_few:
-        query = query.execution_options(yield_per=FETCH_ROWS)
-    return map(_known, connection.execute(query, {"of_account": account_id, "of_epoch": epoch}))
+    of_mailbox = {"of_account": account_id, "of_epoch": epoch}
+    if after is None:
+        first = connection.execute(_FIRST_PRESENT, of_mailbox).all()
+        known = list(map(_known, first))
+        yield from known
+        if len(known) < FETCH_ROWS:
+            return
+        after = known[-1][0]
+    rest = _PRESENT.where(sa.tuple_(*_ORDER) > sa.tuple_(*after)).execution_options(yield_per=FETCH_ROWS)
+    yield from map(_known, connection.execute(rest, of_mailbox))
 
 
 def is_any_present(connection: Connection, account_id: str, epoch: int, uidls: Sequence[bytes]) -> bool:

@@ -4,11 +4,14 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from archiver import policy
 from archiver.db import accounts, reads, record
+from archiver.db.tables import sighting
 from archiver.errors import TryLater
 from archiver.model import Account, DeletePolicy, SightingKey, What, message_key, segment_key
 from archiver.store import Body, PutResult
@@ -159,6 +162,28 @@ def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
     assert [key.uidl for key in everything] == sorted(uidls)
     for place, key in enumerate(everything):
         assert present(key) == everything[place + 1 :]
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 1001, 3500])
+def test_what_was_there_comes_whole_and_never_at_once(archive: Archive, count: int) -> None:
+    """Whatever the last listing said: a poll that was killed may have left any number of them."""
+    account = archive.add(archive.serve(MailboxPlay([])))
+    of_all = {"account_id": account.id, "epoch": 1, "size": 1, "content": b"", "state": "archived"}
+    of_all |= {"first_seen_at": archive.clock.now(), "attempts": 0}
+    uidls = [b"%05d" % number for number in range(count)]
+    statements: list[bool] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, _values: Any, context: Any, _many: bool) -> None:
+        statements.append("LIMIT 1000" in statement or context.execution_options.get("yield_per") == 1000)
+
+    if count:
+        rows = [{**of_all, "uidl": uidl} for uidl in uidls]
+        archive.database.transact(lambda connection: connection.execute(sa.insert(sighting), rows))
+    with archive.database.reading() as connection:
+        sa.event.listen(connection, "before_cursor_execute", note)
+        present = [key.uidl for key, _ in reads.present_sightings(connection, account.id, 1)]
+    assert present == uidls
+    assert statements == [True] * (2 if count >= 1000 else 1)
 
 
 # An id that was given again to a message of the same size, when nobody looked.
