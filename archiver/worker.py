@@ -416,7 +416,7 @@ class Worker:
         if serves:
             try:
                 self._waiting = self._look_who_waits(free)
-            except ArchiverError as error:
+            except Exception as error:  # noqa: BLE001 - nobody else would tell of it
                 self._tell_of_no_claim(error)
 
     def _claim_in_turn(self, free: int) -> None:
@@ -469,8 +469,10 @@ class Worker:
             ended: list[Ended | Exception] = [*endings.write(connection, ends)] if ends else []
             if free <= 0:
                 return Changeover(ended, [], None)
-            if not may_wait and not schedule.has_turn(connection):
+            if not schedule.take_turn(connection, may_wait=may_wait):
                 return Changeover(ended, None, None)
+            if self.stopping.is_set():  # while this waited for its turn
+                return Changeover(ended, [], None)
             claims = schedule.claim_due(
                 connection,
                 owner=self.owner,
@@ -478,7 +480,7 @@ class Worker:
                 limit=free,
                 failing_limit=failing_limit,
                 sessions=self.sessions,
-                in_turn=not may_wait,
+                in_turn=True,
             )
             return Changeover(ended, claims, _read_before(connection, claims))
 

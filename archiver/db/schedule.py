@@ -266,10 +266,10 @@ def claim_due(
     Of those whose last poll failed it takes ``failing_limit`` at most. A lease
     that ran out keeps its slot, since its worker may live, and hands it on.
     SKIP LOCKED passes by what is being changed; SQLite has one writer at a time
-    and needs none. Claims take turns: with ``in_turn`` the caller has it already.
+    and needs none. Claims take turns: with ``in_turn`` the caller has taken it.
     """
     if not in_turn:
-        _take_turn(connection)
+        take_turn(connection)
     rows = connection.execute(
         _worded(connection, _TIGHT + _CHOSEN + _CLAIM, sessions),
         {
@@ -342,7 +342,7 @@ def claim_account(
     ``take_over`` names an owner that is known to be dead: its lease is not
     waited for. That the host is closed does not matter: somebody asked.
     """
-    _take_turn(connection)
+    take_turn(connection)
     free = sa.or_(lease.c.owner.is_(None), lease.c.expires_at <= now(connection), lease.c.owner == take_over)
     found = connection.execute(
         sa.select(lease.c.host, lease.c.slot)
@@ -383,18 +383,14 @@ def _free_slot(connection: Connection, name: str, most: int) -> int | None:
     return next(free, None) if len(taken) < most else None
 
 
-def has_turn(connection: Connection) -> bool:
-    """Take the turn to claim, if no other transaction has it; SQLite's has it from its begin.
+def take_turn(connection: Connection, *, may_wait: bool = True) -> bool:
+    """Wait for the claim that is under way: the next statement sees what it took. SQLite's writers do so.
 
-    For a transaction that has leases locked: it should not make them wait for others' claims, too.
+    False where there is one, and nobody may wait: with leases locked, nobody should.
     """
-    return connection.dialect.name != "postgresql" or bool(connection.execute(_TURN_AT_ONCE).scalar())
-
-
-def _take_turn(connection: Connection) -> None:
-    """Wait for the claim that is under way: the next statement sees what it took. SQLite's writers do so."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(_TURN)
+    if connection.dialect.name != "postgresql":
+        return True
+    return connection.execute(_TURN if may_wait else _TURN_AT_ONCE).scalar() is not False
 
 
 # By a bitmap PostgreSQL would read a host's whole line, and sort it, for the head of it.

@@ -15,7 +15,6 @@ import itertools
 import json
 import sqlite3
 import tempfile
-import threading
 from collections import Counter
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -472,7 +471,6 @@ class CrashMachine(RuleBasedStateMachine):
                 left_open.pop_all()
             return GatedSession(session, gate)
 
-        stopping = threading.Event()
         runs = self.archive.worker(
             replace(tools, connect=connect),
             owner=worker.name,
@@ -480,11 +478,9 @@ class CrashMachine(RuleBasedStateMachine):
             chance=Chance(
                 lambda low, high: (low + high) / 2, lambda _: self.clock.advance(LEASE_SECONDS / 2)
             ),
-            stopping=stopping,
         )
         try:
             if due:
-                stopping.set()  # so that it looks for nothing more to do
                 for ended in runs._end_and_begin([], 1, may_wait=True):
                     ended.result()
                 return None

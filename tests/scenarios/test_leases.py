@@ -503,27 +503,39 @@ def test_the_end_of_a_poll_and_the_claim_for_its_place_are_one_transaction(lone_
 
 def test_ends_do_not_wait_for_a_claim_that_stands_still(postgres_url: str, tmp_path: Path) -> None:
     with Archive(postgres_url, tmp_path) as archive:
-        _end_while_another_claims(archive)
+        server = archive.serve(mailbox("a"))
+        chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
+        first, second, third = chosen
+        worker = archive.worker(workers=2)
+        set_due(archive, third, None)
+        leases = {lease.claim.account_id: lease for lease in claimed(worker, 2)}
+        set_due(archive, third, sa.func.now())
+        worker._serves = True
+        with archive.database.engine.begin() as another:
+            assert schedule.take_turn(another, may_wait=False)
+            for account in (first, second):
+                # The second ends when a claim has been waiting since the first one did.
+                worker._begin([leases[account.id]])
+                assert served(archive, account) == {account.name: 1}
+            assert archive.polls(third) == []
+        assert served(archive, third) == {third.name: 1}
 
 
-def _end_while_another_claims(archive: Archive) -> None:
-    server = archive.serve(mailbox("a"))
-    first, second, third = (
-        archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)
-    )
-    worker = archive.worker(workers=2)
-    set_due(archive, third, None)
-    leases = {lease.claim.account_id: lease for lease in claimed(worker, 2)}
-    set_due(archive, third, sa.func.now())
-    worker._serves = True
-    with archive.database.engine.begin() as another:
-        assert schedule.has_turn(another)
-        for account in (first, second):
-            # The second ends when a claim has been waiting since the first one did.
-            worker._begin([leases[account.id]])
-            assert served(archive, account) == {account.name: 1}
-        assert archive.polls(third) == []
-    assert served(archive, third) == {third.name: 1}
+def test_a_claim_that_waited_for_its_turn_until_the_stop_takes_nothing(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    with Archive(postgres_url, tmp_path) as archive:
+        account = archive.add(archive.serve(mailbox("a")))
+        worker: Worker = archive.worker()
+        with archive.database.engine.begin() as another:
+            assert schedule.take_turn(another, may_wait=False)
+            worker._tick()
+            worker._changeovers.submit(threading.Event).result()
+            assert worker._is_claiming
+            worker.stopping.set()
+        worker._pool.shutdown()
+        assert not worker._is_claiming
+        assert archive.lease(account).owner is None
 
 
 def set_due(archive: Archive, account: Account, due_at: Any) -> None:

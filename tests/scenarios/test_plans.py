@@ -373,11 +373,11 @@ def test_a_claim_costs_the_same_behind_a_full_host(database: Database) -> None:
         in_line = connection.execute(sa.text("SELECT count(*) FROM lease WHERE in_line")).scalar_one()
         assert in_line == OF_FULL_HOST - CAP
         statement = schedule._worded(connection, statement_text, SESSIONS)
-        schedule._take_turn(connection)
+        schedule.take_turn(connection)
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
         # The full host has room again: its longest overdue come, and nothing else of its line is looked at.
-        schedule._take_turn(connection)
+        schedule.take_turn(connection)
         connection.execute(sa.text("UPDATE lease SET slot = NULL, owner = NULL WHERE slot <= 10"))
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
