@@ -183,7 +183,7 @@ def tables(costs: Costs = MEASURED) -> str:
         f"| a message, worker | {costs.message_worker_ms:g} ms of CPU |\n"
         f"| a batch, worker | {costs.batch_worker_ms:g} ms of CPU |\n"
         f"| a batch of one message, PostgreSQL | {costs.batch_database_ms:g} ms of CPU |\n"
-        f"| a worker's process, {WORKERS} polls at once | {costs.worker_mib:g} MiB |"
+        f"| a worker's process that may have {WORKERS} polls at once | {costs.worker_mib:g} MiB |"
     )
     return f"{measured}\n\n{head}\n" + "\n".join(lines)
 
