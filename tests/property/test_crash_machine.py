@@ -5,7 +5,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.machine.machine import CrashMachine, expect_fair_shares
 
-EXAMPLES, STEPS = 15, 40
+EXAMPLES, STEPS = 30, 40
 
 
 def test_whatever_happens_nothing_is_lost_altered_or_unaccounted_for() -> None:
