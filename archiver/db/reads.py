@@ -294,6 +294,8 @@ def find_captures(
     )
     if account_id is not None:
         query = query.where(capture.c.account_id == account_id)
+    elif connection.dialect.name == "sqlite":
+        query = query.where(capture.c.account_id.in_(sa.select(account.c.id)))
     return list(connection.execute(query))
 
 

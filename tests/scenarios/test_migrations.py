@@ -48,7 +48,9 @@ def test_the_migrations_make_what_the_tables_say(database: Database) -> None:
                 "include_name": lambda name, kind, _: kind != "table" or not is_partition(name),
             },
         )
-        assert compare_metadata(context, metadata) == []
+        # Alembic does not know that an index is for one kind of database only.
+        missing = {(what, index.name) for what, index in compare_metadata(context, metadata)}
+        assert missing == ({("add_index", "ix_capture_sha256")} if database.is_sqlite else set())
     assert migrate.upgrade(database) == (migrate.latest(), migrate.latest())
 
 

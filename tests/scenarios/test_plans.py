@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -391,3 +392,23 @@ def test_a_claim_is_by_index_before_anybody_was_put_in_line(database: Database) 
         values = {"lined_up": 100, **schedule._values(SESSIONS)}
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
+
+
+# In SQLite, which has no index by digest alone.
+
+
+def test_sqlite_looks_for_a_digest_by_the_key_of_each_accounts_captures(tmp_path: Path) -> None:
+    with closing(Database(f"sqlite:///{tmp_path / 'archiver.db'}")) as database:
+        migrate.upgrade(database)
+        with database.reading() as connection:
+            said: list[str] = []
+
+            def explain(_: Any, __: Any, statement: str, values: Any, *___: Any) -> None:
+                driver: Any = connection.connection.driver_connection
+                said.extend(row[3] for row in driver.execute(f"EXPLAIN QUERY PLAN {statement}", values))
+
+            sa.event.listen(database.engine, "before_cursor_execute", explain)
+            digests = {"sha256_from": b"\1" * 32, "sha256_to": b"\1" * 31 + b"\2"}
+            assert reads.find_captures(connection, **digests, account_id=None) == []
+    of_captures = [step for step in said if "capture" in step]
+    assert of_captures == ["SEARCH capture USING PRIMARY KEY (account_id=? AND sha256>? AND sha256<?)"]
