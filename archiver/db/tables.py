@@ -8,6 +8,7 @@ Digests and UIDLs are octets. Times are UTC and aware.
 
 from collections.abc import Callable
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -66,6 +67,7 @@ def _in_utc(value: datetime | None) -> datetime | None:
     return value.astimezone(UTC)
 
 
+@lru_cache(maxsize=1_000)  # a message's time goes into three tables
 def _as_text(value: datetime | None) -> str | None:
     in_utc = _in_utc(value)
     return None if in_utc is None else in_utc.isoformat(" ", "microseconds")[: -len("+00:00")]
