@@ -289,7 +289,10 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
     # FULL, because a capture is only durable when the log is on the disk:
     # https://www.sqlite.org/pragma.html#pragma_synchronous
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    # Four times the usual number of pages in the log, 16 MB: most are written again and again, and so often
+    # are they copied from there.
+    pragmas = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=4000")
+    for pragma in pragmas:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
     connection.create_function(bulk.OCTETS, 1, bytes.fromhex, deterministic=True)
