@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,14 @@ def _segment(
 ) -> Segment:
     keys = sightings or [SightingKey(b"%06d-%04d" % (sequence, number), 16_000) for number in range(size)]
     lines = [
-        Resolved(What.CAPTURED, key, _AT, sha256=hashlib.sha256(key.uidl).digest(), octets=key.size)
-        for key in keys
+        Resolved(
+            What.CAPTURED,
+            key,
+            _AT + timedelta(seconds=sequence, milliseconds=number),
+            sha256=hashlib.sha256(key.uidl).digest(),
+            octets=key.size,
+        )
+        for number, key in enumerate(keys)
     ]
     return Segment(
         account_id=account.id,
