@@ -12,6 +12,7 @@ hard links and fsync.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import secrets
 import stat
@@ -44,6 +45,7 @@ _STALE_SECONDS = 24 * 3600
 # How many directories to remember as durable: two megabytes at most.
 _REMEMBERED_DIRECTORIES = 8_192
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _OBJECT_MODE = 0o444  # written once: the mode says so, too
 _ROOT_MODE = 0o700  # mail is nobody else's business; who wants it otherwise makes the directory first
 
@@ -60,6 +62,9 @@ class FilesystemStore:
         self._root = root.absolute()
         self._incoming = self._root / ".incoming"
         self._durable_directories: set[str] = set()
+        # Names of temporary files, told apart from those of other stores, processes and machines.
+        self._token = secrets.token_hex(8)
+        self._numbers = itertools.count(1)
 
     @property
     def url(self) -> str:
@@ -135,18 +140,19 @@ class FilesystemStore:
         except OSError as error:
             raise failure(error, f"use the directory {self._root} as a store") from error
 
-    def _temporary(self) -> tuple[BinaryIO, Path]:
-        path = self._incoming / f"{os.getpid()}-{secrets.token_hex(8)}"
+    def _temporary(self) -> tuple[int, Path]:
+        """A new file, open for writing, and its path."""
+        path = self._incoming / f"{os.getpid()}-{self._token}-{next(self._numbers)}"
         try:
-            return path.open("xb"), path
+            return os.open(path, _NEW_FILE, _OBJECT_MODE), path
         except FileNotFoundError:
             self._incoming.mkdir(exist_ok=True)
-            return path.open("xb"), path
+            return os.open(path, _NEW_FILE, _OBJECT_MODE), path
 
     @contextmanager
     def _mark(self) -> Iterator[Path]:
-        file, path = self._temporary()
-        file.close()
+        descriptor, path = self._temporary()
+        os.close(descriptor)
         try:
             yield path
         finally:
@@ -154,13 +160,13 @@ class FilesystemStore:
 
     def _write(self, key: str, body: Body) -> Path:
         """A temporary file that holds the body, checked and durable."""
-        file, path = self._temporary()
+        descriptor, path = self._temporary()
         try:
-            with file, body.open() as reader:
-                os.fchmod(file.fileno(), _OBJECT_MODE)
-                _copy(key, reader, file, body)
-                file.flush()
-                durable(file.fileno())
+            try:
+                _copy(key, body, descriptor)
+                durable(descriptor)
+            finally:
+                os.close(descriptor)
         except BaseException:
             path.unlink()
             raise
@@ -168,8 +174,12 @@ class FilesystemStore:
 
     def _link(self, temporary: Path, path: Path) -> bool:
         """Gives the temporary file its name; false when that is taken."""
-        self._make_directory(path.parent)
         try:
+            if str(path.parent) in self._durable_directories:
+                with contextlib.suppress(FileNotFoundError):
+                    path.hardlink_to(temporary)
+                    return True
+            self._make_directory(path.parent)
             path.hardlink_to(temporary)
         except FileExistsError:
             return False
@@ -239,12 +249,16 @@ def _chunks(reader: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def _copy(key: str, reader: BinaryIO, file: BinaryIO, body: Body) -> None:
+def _copy(key: str, body: Body, descriptor: int) -> None:
     digest = hashlib.sha256()
     size = 0
-    for chunk in _chunks(reader):
-        digest.update(chunk)
-        size += file.write(chunk)
+    with body.open() as reader:
+        for chunk in _chunks(reader):
+            digest.update(chunk)
+            size += len(chunk)
+            written = os.write(descriptor, chunk)
+            while written < len(chunk):
+                written += os.write(descriptor, memoryview(chunk)[written:])
     if (size, digest.digest()) != (body.size, body.sha256):
         raise IntegrityError(f"the content of {key} changed between the wire and the store")
 
