@@ -31,6 +31,7 @@ from archiver.errors import ArchiverError
 from tests.bench import cost, many_mailboxes, one_mailbox, parts, report
 from tests.bench.contest import Measured
 from tests.bench.corpus import FULL, QUICK, Corpus, Scale
+from tests.bench.disk import scratch
 from tests.bench.machine import BenchError, cpu_seconds_of, described, machine_cpu_seconds, version_of
 from tests.bench.peers import Peers
 from tests.bench.stage import Stage, stage
@@ -95,7 +96,10 @@ def _measure(arguments: argparse.Namespace) -> int:
     peers = Peers(BUILD / "venv")
     around = Circumstances(_commit(), load, _versions(peers), scale, place)
     failed = False
-    with _stages(place, scale, peers, shared=arguments.quick) as fresh:
+    with (
+        scratch(place, patient=not arguments.quick) as written,
+        _stages(place, written, scale, peers, shared=arguments.quick) as fresh,
+    ):
         for letter in _wanted(arguments, results):
             failed |= not _measure_row(letter, results, around, fresh)
     if not arguments.quick:
@@ -106,13 +110,13 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _stages(
-    place: Path, scale: Scale, peers: Peers, *, shared: bool
+    place: Path, written: Path, scale: Scale, peers: Peers, *, shared: bool
 ) -> Iterator[Callable[[], AbstractContextManager[Stage]]]:
     """A fresh stage for each row; or one for all, with servers started once, where figures mean nothing."""
     if not shared:
-        yield lambda: stage(place, scale, peers)
+        yield lambda: stage(place, written, scale, peers)
         return
-    with stage(place, scale, peers) as one:
+    with stage(place, written, scale, peers) as one:
         yield lambda: nullcontext(one)
 
 

@@ -219,13 +219,14 @@ def described(place: Path) -> dict[str, str]:
         "processors": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         "memory": f"{int(memory[1]) / 1024**2:.0f} GiB" if memory else "unknown",
         "system": f"{system}, Linux {platform.release()}",
-        "disk": _file_system(place.resolve()),
+        "disk": file_system(place),
         "python": platform.python_version(),
     }
 
 
-def _file_system(place: Path) -> str:
+def file_system(place: Path) -> str:
     """What an fsync goes to. One without a journal has another price for it, and for a new file."""
+    place = place.resolve()
     mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
     device, _, kind = max(
         (mount for mount in mounts if place.is_relative_to(mount[1])), key=lambda mount: len(mount[1])

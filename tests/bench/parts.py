@@ -130,7 +130,6 @@ def rows(stage: Stage) -> Measured:
         if cost.told["count"] != batches * _BATCH_MESSAGES:
             raise BenchError(f"the database has {cost.told['count']} captures of {batches * _BATCH_MESSAGES}")
         statements[name] = cost.told["statements"]
-        stage.forget(archive)
         return Sample.of(cost, batches * _BATCH_MESSAGES, 0, server_cpu_seconds=used)
 
     # A bucket is where an archive in PostgreSQL has its objects; none is written here.

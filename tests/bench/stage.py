@@ -1,11 +1,10 @@
 """What a row is played on: the servers, fresh for each row; the mail, which stays; the peers.
 
-Owns the directory of a run. A row takes what it needs from a ``Stage`` and
-leaves nothing running behind.
+A row takes what it needs from a ``Stage`` and leaves nothing running behind.
+What it wrote stays until the run ends (see ``disk``).
 """
 
 import itertools
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,11 +43,11 @@ class Archive:
 class Stage:
     """Servers and places of one row. Made by ``stage``."""
 
-    def __init__(self, place: Path, scale: Scale, peers: Peers, stack: ExitStack) -> None:
+    def __init__(self, place: Path, scratch: Path, scale: Scale, peers: Peers, stack: ExitStack) -> None:
         self.scale = scale
         self.peers = peers
         self.corpus = Corpus(place, scale)
-        self.scratch = place / "scratch"
+        self.scratch = scratch
         self._stack = stack
         self._numbers = itertools.count(1)
 
@@ -93,9 +92,9 @@ class Stage:
         """What PostgreSQL has used so far, all its processes."""
         return cpu_seconds_of(self.postgres.pid)
 
-    def directory(self, name: str) -> Path:
-        """An empty directory that the servers' user may enter, on the disk of the mail."""
-        path = self.scratch / f"{name}-{next(self._numbers)}"
+    def directory(self, name: str, disk: Path | None = None) -> Path:
+        """An empty directory that the servers' user may enter, on the disk of the mail or another one."""
+        path = (disk or self.scratch) / f"{name}-{next(self._numbers)}"
         path.mkdir(parents=True)
         processes.give(path)
         return path
@@ -120,9 +119,9 @@ class Stage:
         }
         return Archive(environment, None, prefix)
 
-    def in_directory(self, name: str) -> Archive:
+    def in_directory(self, name: str, disk: Path | None = None) -> Archive:
         """A new archive in a directory and SQLite."""
-        directory = self.directory(name)
+        directory = self.directory(name, disk)
         environment = {
             "ARCHIVER_STORE_URL": f"file:{directory / 'store'}",
             "ARCHIVER_DATABASE_URL": f"sqlite:///{directory / 'archiver.db'}",
@@ -191,11 +190,6 @@ class Stage:
         ) as running:
             yield running
 
-    def forget(self, archive: Archive) -> None:
-        """Remove what a turn left in a directory; a bucket goes with its row."""
-        if archive.directory is not None:
-            shutil.rmtree(archive.directory)
-
 
 def read_whole(cost: Cost, boxes: list[Mailbox]) -> Sample:
     """A sample of a client that tells how much it read. Raises BenchError if that was not all."""
@@ -213,11 +207,9 @@ def together(*children: Child) -> list[Cost]:
 
 
 @contextmanager
-def stage(place: Path, scale: Scale, peers: Peers) -> Iterator[Stage]:
-    """A stage with nothing on it, cleared at the end."""
-    scratch = place / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+def stage(place: Path, scratch: Path, scale: Scale, peers: Peers) -> Iterator[Stage]:
+    """A stage with nothing on it, which writes into a new directory of ``scratch``."""
+    own = next(path for number in itertools.count(1) if not (path := scratch / str(number)).exists())
+    own.mkdir()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        yield Stage(place, scale, peers, stack)
+        yield Stage(place, own, scale, peers, stack)
