@@ -25,7 +25,7 @@ from archiver.pop3.failures import FailureKind, Pop3Error, printable
 COMMAND_LINE_OCTETS: Final = 255  # with CRLF; RFC 2449 section 4
 STATUS_LINE_OCTETS: Final = 8192  # RFC 1939 allows 512; real servers talk more
 
-_FORBIDDEN_IN_COMMANDS: Final = (b"\r", b"\n", b"\0")
+_FORBIDDEN_IN_COMMANDS: Final = frozenset(b"\r\n\0")
 _TLS_RECORD_TYPES: Final = (b"\x15", b"\x16")  # alert, handshake: a TLS peer where clear text is due
 
 
@@ -76,7 +76,7 @@ def command(
             f"{name} was not sent: its argument is not ASCII, which needs SASL, or a server with UTF8 USER",
         )
     octets = line.encode()
-    if any(octet in octets for octet in _FORBIDDEN_IN_COMMANDS):
+    if not _FORBIDDEN_IN_COMMANDS.isdisjoint(octets):
         raise Pop3Error(FailureKind.OPERATOR, f"{name} was not sent: its argument holds CR, LF or NUL")
     if len(octets) + 2 > COMMAND_LINE_OCTETS:
         raise Pop3Error(
