@@ -86,7 +86,16 @@ class Database:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._url = _parse(url)
-        self._sleep = sleep
+        # Without what follows the question mark: a password may be there, too.
+        shown = self._url.set(drivername=self._url.get_backend_name(), query={})
+        self._name = shown.render_as_string(hide_password=True)
+        self._retrying = Retrying(
+            retry=retry_if_exception_type(TryLater),
+            stop=stop_after_attempt(TRANSACTION_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_CAP_SECONDS),
+            sleep=sleep,
+            reraise=True,
+        )
         self.engine = _create_engine(self._url, pool_size)
 
     @property
@@ -101,9 +110,7 @@ class Database:
         return None
 
     def __str__(self) -> str:
-        # Without what follows the question mark: a password may be there, too.
-        shown = self._url.set(drivername=self._url.get_backend_name(), query={})
-        return shown.render_as_string(hide_password=True)
+        return self._name
 
     def transact(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction that commits when it returns and rolls back when it raises.
@@ -114,24 +121,17 @@ class Database:
         Raises TryLater when the fault lasts, OperatorNeeded for what waiting
         does not mend, and whatever ``work`` raises.
         """
-        retrying = Retrying(
-            retry=retry_if_exception_type(TryLater),
-            stop=stop_after_attempt(TRANSACTION_ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_CAP_SECONDS),
-            sleep=self._sleep,
-            reraise=True,
-        )
-        result: T = retrying(self._attempt, work)
+        result: T = self._retrying(self._attempt, work)
         return result
 
     def _attempt(self, work: Callable[[Connection], T]) -> T:
-        with _translated(str(self)), self.engine.begin() as connection:
+        with _translated(self._name), self.engine.begin() as connection:
             return work(connection)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one state and writes nothing. Raises TryLater or OperatorNeeded."""
-        with _translated(str(self)), self.engine.connect() as connection:
+        with _translated(self._name), self.engine.connect() as connection:
             connection.execution_options(**(_READING_SQLITE if self.is_sqlite else _READING))
             # To its commit: at a rollback the driver forgets what is prepared.
             with connection.begin():
