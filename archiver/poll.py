@@ -201,7 +201,8 @@ class _Poll:
         self.spent_today = before.day_octets if before.day == self.tools.now().date() else 0
         # The account was read before it was claimed: another may have begun an epoch since.
         known = before.account
-        self.account = replace(self.account, epoch=known.epoch, deletion_hold=known.deletion_hold)
+        if (known.epoch, known.deletion_hold) != (self.account.epoch, self.account.deletion_hold):
+            self.account = replace(self.account, epoch=known.epoch, deletion_hold=known.deletion_hold)
         return before
 
     def _log_in(self) -> pop3.Session:
@@ -856,16 +857,18 @@ class _Poll:
 
     def _report_unchanged(self, before: reads.BeforePoll) -> PollReport:
         """The mailbox is as it was when it was listed last, and so is what is known of its messages."""
-        report = self._report("ok", None)
-        known = before.listed - before.quarantined
-        return replace(report, listed=before.listed, known=known, quarantined=before.quarantined)
+        self.quarantined = before.quarantined
+        self.known = before.listed - before.quarantined
+        return self._report("ok", None, listed=before.listed)
 
-    def _report(self, outcome: Outcome, error: ArchiverError | None) -> PollReport:
+    def _report(
+        self, outcome: Outcome, error: ArchiverError | None, *, listed: int | None = None
+    ) -> PollReport:
         facts = None if self.mailbox is None else self.mailbox.facts
         return PollReport(
             account=self.account.name,
             outcome=outcome,
-            listed=None if self.listing is None else self.listing.count,
+            listed=listed if self.listing is None else self.listing.count,
             new=self.new,
             known=self.known,
             quarantined=self.quarantined,
