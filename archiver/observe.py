@@ -6,6 +6,7 @@ standard error. Event names are ``noun.verb``. Metrics begin with
 ever given a secret.
 """
 
+import json
 import logging
 import sys
 from contextlib import suppress
@@ -72,9 +73,11 @@ def log_json(level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
+    # json.dumps would make an encoder for each line.
+    encode = json.JSONEncoder(default=str).encode
     rendered: list[Any] = [
         structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(default=str),
+        structlog.processors.JSONRenderer(serializer=lambda event, **_: encode(event)),
     ]
     # Our own lines do without logging's records: one a poll, they would cost a twentieth of an idle one.
     structlog.configure(
