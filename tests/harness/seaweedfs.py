@@ -117,7 +117,8 @@ def _attempt(directory: Path) -> Iterator[SeaweedFS]:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=64",
+        # When a bucket's volume is full, PUTs wait for a second until it has the next one.
+        "-master.volumeSizeLimitMB=1024",
         "-volume.max=1000",
         "-volume.minFreeSpace=0",
         *(f"-{name}={port}" for name, port in ports.items()),
