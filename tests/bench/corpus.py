@@ -46,7 +46,7 @@ class Scale:
 
 FULL = Scale(
     messages=2_000,
-    few=400,
+    few=800,
     fewest=200,
     mailboxes=200,
     far_mailboxes=40,
