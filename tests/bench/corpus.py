@@ -122,11 +122,11 @@ class Corpus:
 
     @property
     def few(self) -> Mailbox:
-        return self.mailbox("few", 0, self.scale.few)
+        return self.mailbox(f"few{self.scale.few}", 0, self.scale.few)
 
     @property
     def fewest(self) -> Mailbox:
-        return self.mailbox("fewest", 0, self.scale.fewest)
+        return self.mailbox(f"fewest{self.scale.fewest}", 0, self.scale.fewest)
 
     @property
     def many(self) -> list[Mailbox]:
