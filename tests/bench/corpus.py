@@ -29,9 +29,8 @@ class Scale:
     """How much is measured."""
 
     messages: int
-    """Of the one mailbox; ``few`` are its first ones, for what is slow, ``fewest`` for what is very slow."""
+    """Of the one mailbox; ``few`` are its first ones, for what is slow."""
     few: int
-    fewest: int
     mailboxes: int
     far_mailboxes: int
     in_each: int
@@ -46,8 +45,7 @@ class Scale:
 
 FULL = Scale(
     messages=2_000,
-    few=800,
-    fewest=200,
+    few=400,
     mailboxes=200,
     far_mailboxes=40,
     in_each=20,
@@ -61,7 +59,6 @@ FULL = Scale(
 QUICK = Scale(
     messages=60,
     few=20,
-    fewest=8,
     mailboxes=6,
     far_mailboxes=4,
     in_each=3,
@@ -125,10 +122,6 @@ class Corpus:
         return self.mailbox(f"few{self.scale.few}", 0, self.scale.few)
 
     @property
-    def fewest(self) -> Mailbox:
-        return self.mailbox(f"fewest{self.scale.fewest}", 0, self.scale.fewest)
-
-    @property
     def many(self) -> list[Mailbox]:
         size = self.scale.in_each
         return [
@@ -150,8 +143,8 @@ class Corpus:
     def served(self) -> Iterator[Dovecot]:
         """Dovecot with all mailboxes but the one of ``listed``, until the end of the block."""
         self.make()
-        boxes = [self.all, self.few, self.fewest, *self.many]
-        firsts = itertools.chain((0, 0, 0), itertools.count(0, self.scale.in_each))
+        boxes = [self.all, self.few, *self.many]
+        firsts = itertools.chain((0, 0), itertools.count(0, self.scale.in_each))
         for box, first in zip(boxes, firsts, strict=False):
             self._link(box, first)
         with Dovecot(self.mail, {box.user: PASSWORD for box in boxes}) as server:
