@@ -337,9 +337,8 @@ def test_an_index_whose_build_was_ended_is_built_anew(
             ).fetchall():
                 pass
 
-    database._sleep = look
-    with _before_each(database, read_on):
-        migrate.upgrade(database)
+    with closing(Database(_url(database), sleep=look)) as migrated, _before_each(migrated, read_on):
+        migrate.upgrade(migrated)
     assert set(left_behind) == {"ix_sighting_by_uidl", "ix_sighting_by_uidl_07"}
     _assert_whole(database, fresh)
 
