@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.bench import disk, peers
 from tests.bench.contest import Contender, Contest, Goal, Measured, Sample, compete
 from tests.bench.corpus import Mailbox
-from tests.bench.machine import BenchError, Child, Cost, file_system, measured
+from tests.bench.machine import BenchError, Child, file_system, measured
 from tests.bench.proxy import FarLine
 from tests.bench.service import AT_ONCE_SECONDS, ONCE_SECONDS
 from tests.bench.stage import BUCKET, CLIENTS, LINE_OCTETS_PER_SECOND, OURS, Stage, together
@@ -343,7 +343,7 @@ def _mpop(stage: Stage, box: Mailbox, line: FarLine | None, on: Path | None = No
         files = peers.mpop_files(directory, stage.server(line), [box])
         cost = peers.mpop(program, files)
         peers.check_maildir("mpop", directory / box.user / "mail", box)
-        return _done(cost, box)
+        return Sample.of(cost, box.count, box.octets)
 
     return Contender("mpop", turn, "Maildir, fsync each", missing=stage.peers.missing("mpop"))
 
@@ -363,7 +363,7 @@ def _mpop_then_s5cmd(stage: Stage, box: Mailbox) -> Contender:
         sizes = stage.objects(name)
         if (len(sizes), sum(sizes)) != (box.count, box.lf_octets):
             raise BenchError(f"the bucket has {len(sizes)} objects of {sum(sizes)} octets")
-        return _done(cost, box)
+        return Sample.of(cost, box.count, box.octets)
 
     return Contender(
         "mpop, then s5cmd", turn, "Maildir, then S3", missing=stage.peers.missing("mpop", "s5cmd")
@@ -434,7 +434,7 @@ def _getmail(stage: Stage, box: Mailbox, line: FarLine | None, rounds: int | Non
     def turn(name: str) -> Sample:
         directory = stage.directory(name)
         cost = peers.getmail(stage.peers.there("getmail"), directory, stage.server(line), box)
-        return _done(cost, box)
+        return Sample.of(cost, box.count, box.octets)
 
     return Contender(
         "getmail6",
@@ -451,7 +451,7 @@ def _fetchmail(stage: Stage, box: Mailbox, line: FarLine | None, rounds: int | N
         cost = peers.fetchmail(
             stage.peers.there("fetchmail"), directory / "fetchmail", stage.server(line), box
         )
-        return _done(cost, box)
+        return Sample.of(cost, box.count, box.octets)
 
     return Contender(
         "fetchmail",
@@ -460,7 +460,3 @@ def _fetchmail(stage: Stage, box: Mailbox, line: FarLine | None, rounds: int | N
         rounds=rounds or stage.scale.slow_rounds,
         missing=stage.peers.missing("fetchmail"),
     )
-
-
-def _done(cost: Cost, box: Mailbox) -> Sample:
-    return Sample.of(cost, box.count, box.octets)
