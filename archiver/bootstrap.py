@@ -21,11 +21,11 @@ from archiver.db import Database, accounts, migrate
 from archiver.db.schedule import HostSessions
 from archiver.errors import UsageError
 from archiver.model import Account
+from archiver.poll.ports import BatchLimits, Budget, Tools
 from archiver.secrets import Secrets
 from archiver.settings import Settings
 from archiver.store import Store, open_store
 from archiver.store.spool import Spool
-from archiver.tools import BatchLimits, Budget, Tools
 from archiver.worker import Chance, Worker
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from archiver.bootstrap import Archiver
-    from archiver.completeness import Ledger
     from archiver.model import Account
+    from archiver.views.status import Ledger
 
 app = typer.Typer(
     no_args_is_help=True, help="The mailboxes that are archived: add, look, check, pause, remove."
@@ -227,12 +227,12 @@ def show_account(
     and what went: deleted by us, gone by another's hand, or lost before we had
     it. And when nobody looked for longer than planned.
     """
-    from archiver import completeness
     from archiver.bootstrap import Archiver
     from archiver.db import reads
     from archiver.model import uidl_text
     from archiver.policy import quirks
     from archiver.settings import load
+    from archiver.views import status as view
 
     with Archiver(load()) as archiver:
         account = lookup.account(archiver, name)
@@ -242,7 +242,7 @@ def show_account(
             aside = reads.quarantined(connection, account.id)
             now = archiver.now()
             standing = ScheduleShown.of(connection, account, now, archiver.settings.day_octets)
-            ledger = completeness.ledger(connection, account.id, now, days=days)
+            ledger = view.ledger(connection, account.id, now, days=days)
         forbidden = archiver.settings.forbid_deletion
     if json:
         emit(
@@ -278,7 +278,7 @@ def show_account(
                     for row in aside
                 ],
             }
-            | completeness.ledger_json(ledger)
+            | view.ledger_json(ledger)
         )
         return
     say(f"{account.name}  {account.url}  ({_word(state)})")

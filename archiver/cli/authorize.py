@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
     from archiver.model import Account
     from archiver.oauth import Credential, Poster, Provider
-    from archiver.oauth.endpoint import Client
+    from archiver.outbound import Client
     from archiver.pop3 import Endpoint
 
 BY_TOKEN = ("XOAUTH2", "OAUTHBEARER")
@@ -78,7 +78,7 @@ def authorize(
     from archiver import oauth
     from archiver.bootstrap import Archiver
     from archiver.errors import UsageError
-    from archiver.oauth.endpoint import Client
+    from archiver.outbound import Client
     from archiver.secrets import from_file
     from archiver.settings import load
 
@@ -197,8 +197,8 @@ def _try(poster: "Poster", credential: "Credential", user: str, name: str) -> No
     import time
 
     from archiver.errors import OperatorNeeded
-    from archiver.oauth.endpoint import Refusal
     from archiver.oauth.tokens import access_token, request
+    from archiver.outbound import Refusal
 
     try:
         access_token(request(poster, credential, user, now=time.time()), name)

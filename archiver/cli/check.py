@@ -42,8 +42,8 @@ def check(
     """
     from archiver.bootstrap import Archiver
     from archiver.errors import ArchiverError
-    from archiver.mailserver import translated, warnings
     from archiver.model import Account
+    from archiver.poll.server import translated, warnings
     from archiver.secrets import PROMPT
     from archiver.settings import load
 
@@ -140,7 +140,7 @@ def _advice(
     facts: "ServerFacts", entries: "Sequence[Entry]", *, has_uidl: bool, days: int | None, round_trip: float
 ) -> list[str]:
     """What an operator should know of this server, in plain words. A pure function."""
-    from archiver.plan import without_own_id
+    from archiver.poll.plan import without_own_id
 
     advice = []
     if facts.tls_version is None:

@@ -9,8 +9,8 @@ from archiver.cli.output import Json, ago, emit, one_line, say, show, size, tabl
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from archiver.completeness import Concern, Overview
     from archiver.db.history import Day
+    from archiver.views.status import Concern, Overview
 
 LONGEST_DAYS = 3660
 _HOURS_FROM_SECONDS = 2 * 3600.0
@@ -45,20 +45,18 @@ def status(
     has looked, or something is in quarantine; not for one that was paused by
     hand.
     """
-    from archiver import completeness
     from archiver.bootstrap import Archiver
     from archiver.settings import load
+    from archiver.views import status as view
 
     with Archiver(load()) as archiver:
         now = archiver.now()
         with archiver.database.reading() as connection:
-            found = completeness.overview(
-                connection, now, days=days, limit=None if every else completeness.SHOWN
-            )
+            found = view.overview(connection, now, days=days, limit=None if every else view.SHOWN)
         where = archiver.settings.store_url
         forbidden = archiver.settings.forbid_deletion
     if json:
-        emit(completeness.overview_json(found, deletion_forbidden=forbidden))
+        emit(view.overview_json(found, deletion_forbidden=forbidden))
     else:
         if forbidden:
             say("nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")

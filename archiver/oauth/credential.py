@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
 
 from archiver.errors import OperatorNeeded, UsageError
-from archiver.oauth.endpoint import Client
+from archiver.outbound import Client
 from archiver.secrets import OAUTH
 
 _FIELDS: Final = ("token_endpoint", "client_id", "client_secret", "refresh_token", "private_key", "scope")

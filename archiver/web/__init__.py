@@ -27,9 +27,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from archiver import completeness, feed, observe
+from archiver import feed, observe
 from archiver.db import Database, accounts, reads, schedule
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
+from archiver.views import status as view
 
 EVENTS_AT_MOST = 5_000
 DAYS_AT_MOST = 3_660
@@ -214,18 +215,18 @@ def _of_accounts(
 
 def _status(connection: Connection, request: Request, *, deletion_forbidden: bool) -> dict[str, Any]:
     days = _number(request, "days", 0, DAYS_AT_MOST)
-    limit = _number(request, "limit", completeness.SHOWN, ACCOUNTS_AT_MOST)
-    found = completeness.overview(connection, datetime.now(UTC), days=days or None, limit=limit)
-    return completeness.overview_json(found, deletion_forbidden=deletion_forbidden)
+    limit = _number(request, "limit", view.SHOWN, ACCOUNTS_AT_MOST)
+    found = view.overview(connection, datetime.now(UTC), days=days or None, limit=limit)
+    return view.overview_json(found, deletion_forbidden=deletion_forbidden)
 
 
 def _account_days(connection: Connection, request: Request) -> dict[str, Any] | None:
-    days = max(1, _number(request, "days", completeness.LOOK_BACK_DAYS, DAYS_AT_MOST))
+    days = max(1, _number(request, "days", view.LOOK_BACK_DAYS, DAYS_AT_MOST))
     account = accounts.by_name(connection, request.path_params["name"])
     if account is None:
         return None
-    found = completeness.ledger(connection, account.id, datetime.now(UTC), days=days)
-    return {"account": account.name, "id": account.id} | completeness.ledger_json(found)
+    found = view.ledger(connection, account.id, datetime.now(UTC), days=days)
+    return {"account": account.name, "id": account.id} | view.ledger_json(found)
 
 
 def _refusal(request: Request, token: str | None, *, on_loopback: bool) -> Response | None:

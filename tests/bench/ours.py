@@ -36,10 +36,10 @@ from archiver.model import (
     What,
     new_account_id,
 )
+from archiver.poll.ports import Unwatched
 from archiver.settings import load
 from archiver.store import open_store
 from archiver.store.spool import Spool
-from archiver.tools import Unwatched
 from tests.bench.machine import Work, serve
 
 _HOST = "127.0.0.1"

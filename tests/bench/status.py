@@ -17,9 +17,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from archiver import completeness
 from archiver.db import Database, history, migrate, reads
 from archiver.db.tables import account, lease, mailbox, poll, poll_day
+from archiver.views import status as view
 from tests.harness.postgres import postgres
 
 _ACCOUNTS, _POLLS, _COUNTED, _DAYS = 100_000, 10, 1_000, 7
@@ -113,11 +113,11 @@ def measure(database: Database, count: int, now: datetime) -> dict[str, float]:
     one = f"{count // 2:016x}"
     questions: dict[str, Callable[[sa.Connection], object]] = {
         "metrics (standing)": lambda connection: reads.standing(connection, now),
-        "status": lambda connection: completeness.overview(connection, now),
-        f"status --days {_DAYS}": lambda connection: completeness.overview(connection, now, days=_DAYS),
-        "status --all": lambda connection: completeness.overview(connection, now, limit=None),
+        "status": lambda connection: view.overview(connection, now),
+        f"status --days {_DAYS}": lambda connection: view.overview(connection, now, days=_DAYS),
+        "status --all": lambda connection: view.overview(connection, now, limit=None),
         "account show: state": lambda connection: reads.account_states(connection, [one]),
-        "account show: days": lambda connection: completeness.ledger(connection, one, now, days=30),
+        "account show: days": lambda connection: view.ledger(connection, one, now, days=30),
         "account list": reads.account_states,
     }
     found: dict[str, float] = {}

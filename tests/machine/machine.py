@@ -30,7 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from archiver.db import accounts, record, schedule
 from archiver.db.tables import host, lease
 from archiver.model import NEVER_DELETE, DeletePolicy, PollReport, message_key, segment_key
-from archiver.tools import Unwatched
+from archiver.poll.ports import Unwatched
 from archiver.worker import Chance
 from tests.machine.mailbox import Fault, Letter, ModelMailbox, Session
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Process, Turn, Uploads

@@ -8,7 +8,7 @@ from typing import cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archiver.store._http import Answer, BadAnswerError, read_answer
+from archiver.store.s3.http import Answer, BadAnswerError, read_answer
 
 MOST = 64 * 1024
 

@@ -27,10 +27,10 @@ from archiver.evidence.verify import Verdict, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
+from archiver.poll.ports import BatchLimits, Tools, Unwatched
 from archiver.store import Body, PutResult, Store, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
-from archiver.tools import BatchLimits, Tools, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
 from tests.machine.process import Uploads

@@ -14,9 +14,9 @@ from archiver.db import accounts, reads, record
 from archiver.db.tables import sighting
 from archiver.errors import TryLater
 from archiver.model import Account, DeletePolicy, SightingKey, What, message_key, segment_key
+from archiver.poll.ports import BatchLimits, Budget
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
-from archiver.tools import BatchLimits, Budget
 from tests.harness.scripted_pop3 import HangUp, MailboxPlay, Send
 from tests.scenarios.story import Archive, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, DAY, mailbox

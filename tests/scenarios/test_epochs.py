@@ -6,7 +6,7 @@ import pytest
 
 from archiver.db import record
 from archiver.model import Account, DeletePolicy, What
-from archiver.tools import BatchLimits
+from archiver.poll.ports import BatchLimits
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Fuse, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, mailbox

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from archiver import pop3
 from archiver.db import accounts, record
 from archiver.model import Account, DeletePolicy, new_account_id
+from archiver.poll.ports import Tools
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
-from archiver.tools import Tools
 from tests.conftest import Mailbox
 from tests.harness.scripted_pop3 import CAPABILITIES, Channel, HangUp, MailboxPlay, ScriptedPop3, Send, Talk
 from tests.scenarios.story import Archive, Fuse, message

@@ -11,13 +11,13 @@ import pytest
 import sqlalchemy as sa
 from structlog.testing import capture_logs
 
-from archiver import completeness
 from archiver.db import Database, accounts, endings, history, migrate, reads, schedule
 from archiver.db.endings import Ending
 from archiver.db.history import Day, Gap
 from archiver.db.tables import gap, poll, poll_day
 from archiver.model import Account, PollReport, new_account_id
 from archiver.policy import NextPoll, Setbacks
+from archiver.views import status as view
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Death, Fuse, MortalDatabase, message
 
@@ -290,7 +290,7 @@ def test_days_without_a_poll_are_shown_and_those_before_the_account_are_not(log:
     log.poll(account, ADDED + timedelta(minutes=1), listed=2, new=2)
     now = ADDED + timedelta(days=3)
     with log.database.reading() as connection:
-        ledger = completeness.ledger(connection, account.id, now, days=30)
+        ledger = view.ledger(connection, account.id, now, days=30)
     assert [(day.day.day, day.polls) for day in ledger.days] == [(1, 1), (2, 0), (3, 0), (4, 0)]
     assert [round(ledger.gap_seconds(day.day) / 3600) for day in ledger.days] == [12, 24, 24, 12]
 
@@ -326,7 +326,7 @@ def test_the_service_tidies_up(archive: Archive, log_output: list[MutableMapping
     assert (told["counted"] >= 2, told["removed"] >= 1, told["whole"]) == (True, True, True)
     assert [row.known for row in archive.polls(account)] == [1]
     with archive.database.reading() as connection:
-        days = completeness.ledger(connection, account.id, archive.clock.now(), days=30).days
+        days = view.ledger(connection, account.id, archive.clock.now(), days=30).days
     assert (sum(day.polls for day in days), sum(day.new for day in days)) == (2, 1)
     worker.stopping.set()
     worker._tidy()

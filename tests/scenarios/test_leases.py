@@ -39,10 +39,10 @@ from archiver.model import (
 )
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
+from archiver.poll.ports import Tools, Unwatched
 from archiver.pop3.loop import until_ready
 from archiver.process import name_owner
 from archiver.store.spool import BytesBody
-from archiver.tools import Tools, Unwatched
 from archiver.worker import Chance, HeldLease, Over, Polling, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.machine.process import Uploads

@@ -19,7 +19,7 @@ from archiver.db.tables import lease as lease_table
 from archiver.db.tables import mailbox as mailbox_table
 from archiver.model import PAUSED_BY_HAND, Account, Claim, new_account_id
 from archiver.policy import HOST_FAILURES
-from archiver.tools import Budget, Unwatched
+from archiver.poll.ports import Budget, Unwatched
 from archiver.worker import Chance, HeldLease, Worker
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message

@@ -20,8 +20,8 @@ from archiver.demo.dovecot import Dovecot
 from archiver.errors import TryLater, UsageError
 from archiver.model import Account
 from archiver.oauth import AccessTokens, Poster
+from archiver.poll.ports import Tools
 from archiver.secrets import Secrets
-from archiver.tools import Tools
 from tests.conftest import require
 from tests.harness.oauth_provider import CLIENT, SCOPE, SECRET, OauthProvider
 from tests.scenarios.story import Archive, message

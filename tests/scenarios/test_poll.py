@@ -16,10 +16,10 @@ from archiver import pop3
 from archiver.db.tables import lease
 from archiver.errors import ArchiverError, IntegrityError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, DeletePolicy, What, message_key
+from archiver.poll.ports import BatchLimits, Tools
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
-from archiver.tools import BatchLimits, Tools
 from tests.harness.scripted_pop3 import Cut, HangUp, MailboxPlay, Send
 from tests.machine.process import Uploads
 from tests.scenarios.story import Archive, Fuse, State, message

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from archiver import completeness, web
+from archiver import web
 from archiver.cli import app
 from archiver.db import Database, accounts, endings, history, migrate, reads, record, schedule
 from archiver.db.endings import Ending
@@ -23,6 +23,7 @@ from archiver.db.tables import host as host_table
 from archiver.db.tables import mailbox as mailbox_table
 from archiver.model import PAUSED_BY_HAND, Account, DeletePolicy, PollReport, new_account_id
 from archiver.policy import NextPoll, Setbacks
+from archiver.views import status as view
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import Archive, message
 
@@ -68,7 +69,7 @@ def assert_accounted_for(life: Life) -> None:
             assert row.listed == row.new + row.known + row.quarantined + row.to_come, row
     with archive.database.reading() as connection:
         (state,) = reads.account_states(connection, [account.id])
-        ledger = completeness.ledger(connection, account.id, archive.clock.now(), days=30)
+        ledger = view.ledger(connection, account.id, archive.clock.now(), days=30)
     for day in ledger.days:
         if day.listed is not None:
             assert day.listed == day.archived + day.quarantined + day.to_come, day
@@ -112,7 +113,7 @@ def gone_by_day(archive: Archive, account: Account) -> list[int]:
     """How many archived messages went by another's hand, by day."""
     now = archive.clock.now()
     with archive.database.reading() as connection:
-        return [day.gone for day in completeness.ledger(connection, account.id, now, days=30).days]
+        return [day.gone for day in view.ledger(connection, account.id, now, days=30).days]
 
 
 def test_what_we_deleted_is_told_apart_from_what_others_did(archive: Archive) -> None:
@@ -125,7 +126,7 @@ def test_what_we_deleted_is_told_apart_from_what_others_did(archive: Archive) ->
     assert_accounted_for(life)
     now = archive.clock.now()
     with archive.database.reading() as connection:
-        ledger = completeness.ledger(connection, life.account.id, now, days=30)
+        ledger = view.ledger(connection, life.account.id, now, days=30)
     assert sum(day.deleted for day in ledger.days) == 3
     assert sum(day.gone + day.lost for day in ledger.days) == 0
 
@@ -246,7 +247,7 @@ def test_many_accounts_in_trouble_are_a_few_lines(commands: Commands) -> None:
     text = commands.run("status", code=1)
     assert sum("failing," in line or " failing " in line for line in text.splitlines()) < 25
     assert "and 25 accounts more: archiver status --all" in text
-    assert len(commands.json("status", code=1)["attention"]) == completeness.SHOWN
+    assert len(commands.json("status", code=1)["attention"]) == view.SHOWN
     assert len(commands.json("status", "--all", code=1)["attention"]) == 45
 
 

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from archiver.batch import Batch, Fetched, Unrecorded
 from archiver.errors import TryLater
 from archiver.model import Resolved, SightingKey, What
-from archiver.plan import Item
+from archiver.poll.batch import Batch, Fetched, Unrecorded
+from archiver.poll.plan import Item
+from archiver.poll.ports import BatchLimits
 from archiver.pop3 import Entry
 from archiver.store import PutResult
-from archiver.tools import BatchLimits
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 LIMITS = BatchLimits(messages=3, octets=1000, seconds=10.0)

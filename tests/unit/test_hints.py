@@ -6,8 +6,8 @@ import pytest
 
 from archiver import pop3
 from archiver.errors import ArchiverError, MessageRefused, OperatorNeeded, TryLater
-from archiver.mailserver import translated, warnings
 from archiver.model import Account
+from archiver.poll.server import translated, warnings
 from archiver.settings import Settings
 
 ACCOUNT = Account("id", "sales", "pop3s://sales@localhost", "implicit", "env:NONE")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from archiver.store._http import Answer, BadAnswerError, read_answer
+from archiver.store.s3.http import Answer, BadAnswerError, read_answer
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n"

@@ -24,7 +24,7 @@ from archiver.errors import ArchiverError, OperatorNeeded, TryLater, UsageError
 from archiver.model import Account
 from archiver.oauth import GOOGLE, MICROSOFT, AccessTokens, Credential, Poster, Provider
 from archiver.oauth.consent import Browser, ask_device_code, await_device
-from archiver.oauth.endpoint import ANSWER_OCTETS, Client
+from archiver.outbound import ANSWER_OCTETS, Client
 from archiver.secrets import Secrets, check_reference
 from tests.harness.oauth_provider import (
     CLIENT,

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archiver import plan as planning
 from archiver.db.reads import Known
 from archiver.model import UNKNOWN_SIZE, DeletePolicy, SightingKey, What
-from archiver.plan import Plan
+from archiver.poll import plan as planning
+from archiver.poll.plan import Plan
 from archiver.pop3 import Listing
 from archiver.pop3.listing import SizeColumn, UidlColumn, join
 

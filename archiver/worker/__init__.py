@@ -6,7 +6,7 @@ thread, which has others begin in their places. The module owns leases while the
 are held, the threads, and the end of the process. It promises that an account is
 polled by one thread at a time; that a poll whose lease could not be renewed stops
 by itself before another may begin; and that whatever happens in one poll ends
-that poll only. APScheduler is the clock. What a poll does is ``poll.py``'s; when
+that poll only. APScheduler is the clock. What a poll does is ``archiver.poll``'s; when
 an account is due again is decided in ``policy.py``.
 """
 
@@ -32,9 +32,9 @@ from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import PAUSED_BY_HAND, Account, Claim, PollReport, mail_host
 from archiver.poll import Story, begin, finish, poll
+from archiver.poll.ports import Tools, Watch
 from archiver.pop3 import Loop
 from archiver.timetable import Timetable
-from archiver.tools import Tools, Watch
 
 TICK_SECONDS = 1.0
 LINE_UP_SECONDS = 2.0

@@ -4,7 +4,7 @@ Owns the queue between the wire and the journal: what is on its way to the
 store, what is there, what turned out without an object. Promises that a batch
 holds stored messages alone, in the order of their arrival unless one takes
 long, and that little piles up. Leaves the uploads, and what is done with a
-batch, to ``poll.py``.
+batch, to ``archiver.poll``.
 """
 
 from collections import deque
@@ -15,9 +15,9 @@ from itertools import islice
 from typing import NamedTuple
 
 from archiver.model import Resolved
-from archiver.plan import Item
+from archiver.poll.plan import Item
+from archiver.poll.ports import BatchLimits
 from archiver.store import PutResult
-from archiver.tools import BatchLimits
 
 BATCHES_UPLOADING = 2.0
 """So many may be on their way to the store; then the next message waits until half of them are there."""

@@ -1,7 +1,7 @@
 """What a poll works with, and within which limits.
 
 Values and ports, no more: the parts are made in ``bootstrap.py``, and what is
-done with them is ``poll.py``'s story.
+done with them is ``archiver.poll``'s story.
 """
 
 from collections.abc import Callable

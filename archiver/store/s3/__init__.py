@@ -10,7 +10,7 @@ s3:AbortMultipartUpload. A lifecycle rule that removes incomplete multipart
 uploads after some days clears away what a killed process leaves unseen.
 
 Tries once: botocore's own retries are off. Credentials come by boto3's chain.
-Whatever is small goes up by ``_put.py``, all else by boto3.
+Whatever is small goes up by ``put.py``, all else by boto3.
 """
 
 import base64
@@ -45,7 +45,7 @@ from archiver.store import (
     is_key,
 )
 from archiver.store._disk import failure
-from archiver.store._put import SmallPut
+from archiver.store.s3.put import SmallPut
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

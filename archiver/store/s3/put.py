@@ -1,7 +1,7 @@
 """The PUT of a small object, which is made for every message, without boto3's layers.
 
 Owns that one request: its signature, its connections, and what its answer,
-which ``_http.py`` reads, means. Promises what boto3's ``put_object`` does, for
+which ``http.py`` reads, means. Promises what boto3's ``put_object`` does, for
 about a fifth of its CPU. The SHA-256 by which the caller knows an object is its
 checksum and covered by the signature too, so that nothing is hashed here.
 
@@ -38,7 +38,7 @@ from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 from urllib3.util.wait import wait_for_read
 
-from archiver.store._http import Answer, BadAnswerError, read_answer
+from archiver.store.s3.http import Answer, BadAnswerError, read_answer
 
 if TYPE_CHECKING:
     import boto3

@@ -17,8 +17,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
-from archiver import mailserver, policy, pop3
-from archiver.batch import Batch, Fetched, Unrecorded
+from archiver import policy, pop3
 from archiver.db import reads, record
 from archiver.errors import (
     ArchiverError,
@@ -43,10 +42,12 @@ from archiver.model import (
     message_key,
     segment_key,
 )
-from archiver.plan import ABSENCES_AT_ONCE, Item, Plan
+from archiver.poll import server as mailserver
+from archiver.poll.batch import Batch, Fetched, Unrecorded
+from archiver.poll.plan import ABSENCES_AT_ONCE, Item, Plan
+from archiver.poll.ports import Lease, Tools, Unwatched, Watch
 from archiver.store import ObjectDiffers, PutResult
 from archiver.store.spool import BytesBody, SpooledMessage
-from archiver.tools import Lease, Tools, Unwatched, Watch
 
 DELETIONS_AT_ONCE = 500
 """Messages between one look at the store and their DELE; what a lost connection leaves unsure."""
