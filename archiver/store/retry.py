@@ -1,12 +1,12 @@
-"""Repeats what may work a moment later. The only place where a store's call is repeated.
+"""Repeats store calls that may succeed a moment later. No other module repeats them.
 
 Wraps any store. Promises a bounded number of attempts in a bounded time, with
-full jitter between them, and that whatever is not ``TryLater`` passes at once.
-Nothing that was handed to a caller is taken back: ``get`` repeats only its
-opening, ``list`` goes on behind the last object it gave.
+full jitter between them. Only ``TryLater`` is repeated; every other error
+passes at once. Results that a caller already has stay valid: ``get`` repeats
+only its opening, and ``list`` continues after the last object it returned.
 
-A wait that the other side asked for is kept, or, where it is longer than the
-time that is left, passed on with the error to those who can wait.
+Where the other side asks for a wait, the wait is honoured. A wait longer than
+the time left is not: the error then goes to the caller, who can wait.
 """
 
 import random
@@ -16,9 +16,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TypeVar
 
-import structlog
-import tenacity
-
+from archiver import observe
 from archiver.errors import TryLater
 from archiver.store import Body, PutResult, Store, StoredObject
 
@@ -26,19 +24,17 @@ __all__ = ["RetryingStore"]
 
 _Result = TypeVar("_Result")
 
-# Objects asked for at a time: a page of S3. What a failure in the midst makes us list again.
+# Objects requested at a time: one page of S3. After a failure, at most one page is listed again.
 _LIST_BATCH = 1000
-
-_log = structlog.get_logger(__name__)
 
 
 class RetryingStore:
-    """``store``, asked up to ``attempts`` times within about ``total_seconds``.
+    """``store``, called up to ``attempts`` times within about ``total_seconds``.
 
     The wait before attempt n + 1 is drawn evenly from 0 to ``base_seconds`` *
-    2 ** (n - 1), at most ``most_seconds``. (The default: at most .2, .4 and .8
-    seconds; a store that is away for longer is the schedule's affair.)
-    ``total_seconds`` bounds when the last attempt begins, not how long it takes.
+    2 ** (n - 1), capped at ``most_seconds``. With the defaults the waits are at
+    most 0.2, 0.4 and 0.8 seconds; longer outages are left to the schedule.
+    ``total_seconds`` bounds when the last attempt starts, not how long it takes.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ class RetryingStore:
                 rest = rest or self._store.list(prefix, after=last)
                 return tuple(islice(rest, _LIST_BATCH))
             except TryLater:
-                rest = None  # an iterator that failed is at its end
+                rest = None  # a generator that raised yields nothing more
                 raise
 
         while batch := self._repeat("list", next_batch):
@@ -99,46 +95,27 @@ class RetryingStore:
 
     def _repeat(self, verb: str, call: Callable[[], _Result]) -> _Result:
         started = self._monotonic()
-        try:
-            return call()  # as a rule that is all; tenacity would cost a third of a small PUT
-        except TryLater as error:
-            failed = [error]
+        attempt = 1
+        while True:
+            try:
+                return call()
+            except TryLater as error:
+                wait_seconds = self._wait_seconds(attempt, error)
+                starts_after = self._monotonic() - started + wait_seconds
+                if attempt >= self._attempts or starts_after > self._total_seconds:
+                    raise
+                observe.get_logger().warning(
+                    "store.call_repeated",
+                    verb=verb,
+                    store=self.url,
+                    attempt=attempt,
+                    wait_seconds=round(wait_seconds, 3),
+                    error=str(error),
+                )
+            self._sleep(wait_seconds)
+            attempt += 1
 
-        def attempt() -> _Result:
-            if failed:
-                raise failed.pop()  # tenacity takes over from here, and counts it
-            return call()
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            asked = _failure(state).wait_seconds or 0
-            most = min(self._most_seconds, self._base_seconds * 2 ** (state.attempt_number - 1))
-            return asked + self._uniform(0, most)
-
-        def stop(state: tenacity.RetryCallState) -> bool:
-            begins = self._monotonic() - started + state.upcoming_sleep
-            return state.attempt_number >= self._attempts or begins > self._total_seconds
-
-        def log(state: tenacity.RetryCallState) -> None:
-            _log.warning(
-                "store.call_repeated",
-                verb=verb,
-                store=self.url,
-                attempt=state.attempt_number,
-                wait_seconds=round(state.upcoming_sleep, 3),
-                error=str(_failure(state)),
-            )
-
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(TryLater),
-            wait=wait,
-            stop=stop,
-            sleep=self._sleep,
-            before_sleep=log,
-            reraise=True,
-        )(attempt)
-
-
-def _failure(state: tenacity.RetryCallState) -> TryLater:
-    """What made this repetition necessary; nothing else is ever repeated."""
-    error = state.outcome.exception() if state.outcome else None
-    return error if isinstance(error, TryLater) else TryLater("no answer")
+    def _wait_seconds(self, attempt: int, error: TryLater) -> float:
+        """How long to wait after attempt number ``attempt`` failed with ``error``."""
+        most = min(self._most_seconds, self._base_seconds * 2 ** (attempt - 1))
+        return (error.wait_seconds or 0) + self._uniform(0, most)
