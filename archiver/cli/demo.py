@@ -18,7 +18,7 @@ from archiver.cli.output import SyncProgress, say, show, size, table
 if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
     from archiver.demo import MailServer
-    from archiver.evidence.verify import Verdict
+    from archiver.evidence.verify import Findings
     from archiver.model import Account, PollReport
 
 MESSAGES = {"anna": 150, "ben": 100, "carla": 50}
@@ -156,15 +156,15 @@ def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str],
     _reports(story.poll())
 
     say("\n5. Verifying: every message is read from the archive and hashed again.")
-    verdict = _verify(story)
+    findings = _verify(story)
     say(
-        f"   {verdict.checked} messages, {size(verdict.octets)}; {verdict.segments} journal segments: "
-        f"{verdict.missing} missing, {verdict.damaged} damaged, {verdict.chain_breaks} chain breaks, "
-        f"{verdict.unrecorded} unrecorded"
+        f"   {findings.checked} messages, {size(findings.octets)}; {findings.segments} journal segments: "
+        f"{findings.missing} missing, {findings.damaged} damaged, {findings.chain_breaks} chain breaks, "
+        f"{findings.unrecorded} unrecorded"
     )
     story.put_to_rest()
-    _farewell(story, verdict, directory)
-    if not verdict.clean:
+    _farewell(story, findings, directory)
+    if not findings.clean:
         raise typer.Exit(1)
 
 
@@ -201,31 +201,31 @@ def _reports(reports: "list[PollReport]") -> None:
     show(made)
 
 
-def _verify(story: _Story) -> "Verdict":
+def _verify(story: _Story) -> "Findings":
     from concurrent.futures import ThreadPoolExecutor
 
-    from archiver.evidence.verify import Verdict, verify
+    from archiver.evidence.verify import Findings, verify
 
-    verdict = Verdict()
+    findings = Findings()
     with ThreadPoolExecutor(4) as readers:
         for account in story.accounts:
             verify(
                 account,
                 story.archiver.database,
                 story.archiver.store,
-                verdict,
+                findings,
                 now=story.archiver.now(),
                 readers=readers,
             )
-    return verdict
+    return findings
 
 
-def _farewell(story: _Story, verdict: "Verdict", directory: Path) -> None:
+def _farewell(story: _Story, findings: "Findings", directory: Path) -> None:
     from archiver.db import reads
 
     with story.archiver.database.reading() as connection:
         newest = next(reads.captures(connection, limit=1, newest=True))
-    count, boxes = verdict.checked, len(story.accounts)
+    count, boxes = findings.checked, len(story.accounts)
     command = _command()
     elsewhere = ""
     if directory != Path("archive"):

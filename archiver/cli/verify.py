@@ -8,7 +8,7 @@ from archiver.cli.output import Json, console, emit, say, size
 
 if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
-    from archiver.evidence.verify import Verdict
+    from archiver.evidence.verify import Findings
     from archiver.model import Account
 
 READERS = 8
@@ -41,10 +41,10 @@ def verify(
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
     from archiver.errors import UsageError
-    from archiver.evidence.verify import Verdict
+    from archiver.evidence.verify import Findings
     from archiver.settings import load
 
-    verdict = Verdict()
+    findings = Findings()
     with Archiver(load()) as archiver:
         with archiver.database.reading() as connection:
             chosen = accounts.every(connection)
@@ -53,31 +53,31 @@ def verify(
             if missing:
                 raise UsageError(f"there is no account named {min(missing)}", hint="archiver account list")
             chosen = [account for account in chosen if account.name in names]
-        _verify(archiver, chosen, verdict, every=not names, rehash=not quick, quiet=json)
+        _verify(archiver, chosen, findings, every=not names, rehash=not quick, quiet=json)
     if json:
         emit(
             {
-                "checked": verdict.checked,
-                "bytes": 0 if quick else verdict.octets,
-                "segments": verdict.segments,
-                "missing": verdict.missing,
-                "damaged": verdict.damaged,
-                "chain_breaks": verdict.chain_breaks,
-                "unrecorded": verdict.unrecorded,
-                "miscounted": verdict.miscounted,
-                "findings": [finding._asdict() for finding in verdict.findings],
+                "checked": findings.checked,
+                "bytes": 0 if quick else findings.octets,
+                "segments": findings.segments,
+                "missing": findings.missing,
+                "damaged": findings.damaged,
+                "chain_breaks": findings.chain_breaks,
+                "unrecorded": findings.unrecorded,
+                "miscounted": findings.miscounted,
+                "findings": [finding._asdict() for finding in findings.named],
             }
         )
     else:
-        _tell(verdict, len(chosen), rehashed=not quick)
-    if not verdict.clean:
+        _tell(findings, len(chosen), rehashed=not quick)
+    if not findings.clean:
         raise typer.Exit(1)
 
 
 def _verify(
     archiver: "Archiver",
     chosen: "list[Account]",
-    verdict: "Verdict",
+    findings: "Findings",
     *,
     every: bool,
     rehash: bool,
@@ -92,7 +92,7 @@ def _verify(
     from archiver.evidence.verify import verify as verify_account
 
     if every:
-        find_strays({account.id for account in chosen}, archiver.store, verdict)
+        find_strays({account.id for account in chosen}, archiver.store, findings)
     with archiver.database.reading() as connection:
         # PostgreSQL takes 65,535 parameters, and there may be more accounts.
         states = reads.account_states(connection, None if every else [account.id for account in chosen])
@@ -108,7 +108,7 @@ def _verify(
                 account,
                 archiver.database,
                 archiver.store,
-                verdict,
+                findings,
                 now=archiver.now(),
                 readers=readers,
                 rehash=rehash,
@@ -116,14 +116,14 @@ def _verify(
             )
 
 
-def _tell(verdict: "Verdict", accounts: int, *, rehashed: bool) -> None:
-    how = f"{size(verdict.octets)} hashed again" if rehashed else "their sizes compared"
-    for finding in verdict.findings:
+def _tell(findings: "Findings", accounts: int, *, rehashed: bool) -> None:
+    how = f"{size(findings.octets)} hashed again" if rehashed else "their sizes compared"
+    for finding in findings.named:
         say(f"{finding.kind.replace('_', ' ')}: {finding.account}: {finding.key}: {finding.detail}")
     say(
-        f"{verdict.checked} messages ({how}) and "
-        f"{verdict.segments} journal segments of {accounts} accounts: "
-        f"{verdict.missing} missing, {verdict.damaged} damaged, "
-        f"{verdict.chain_breaks} chain breaks, {verdict.unrecorded} unrecorded, "
-        f"{verdict.miscounted} miscounted"
+        f"{findings.checked} messages ({how}) and "
+        f"{findings.segments} journal segments of {accounts} accounts: "
+        f"{findings.missing} missing, {findings.damaged} damaged, "
+        f"{findings.chain_breaks} chain breaks, {findings.unrecorded} unrecorded, "
+        f"{findings.miscounted} miscounted"
     )

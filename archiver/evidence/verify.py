@@ -39,7 +39,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(slots=True)
-class Verdict:
+class Findings:
     """What was looked at and what was found. ``checked`` counts messages."""
 
     checked: int = 0
@@ -50,7 +50,7 @@ class Verdict:
     chain_breaks: int = 0
     unrecorded: int = 0
     miscounted: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    named: list[Finding] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
@@ -68,22 +68,22 @@ class Verdict:
                 self.unrecorded += 1
             case "miscounted":
                 self.miscounted += 1
-        if len(self.findings) < FINDINGS_KEPT:
-            self.findings.append(finding)
+        if len(self.named) < FINDINGS_KEPT:
+            self.named.append(finding)
 
 
 def verify(
     account: Account,
     database: Database,
     store: Store,
-    verdict: Verdict,
+    findings: Findings,
     *,
     now: datetime,
     readers: Executor,
     rehash: bool = True,
     progress: Callable[[StoredObject], None] = lambda _: None,
 ) -> None:
-    """Check one account and add to ``verdict``. With ``rehash`` every object is read and hashed again.
+    """Check one account and add to ``findings``. With ``rehash`` every object is read and hashed again.
 
     Raises what the store and the database raise.
     """
@@ -92,18 +92,18 @@ def verify(
         recorded = set(reads.capture_digests(connection, account.id))
         told, held = reads.counted(connection, account.id), reads.count_again(connection, account.id)
         since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
-    written = _read_journal(account, store, head, since, verdict)
+    written = _read_journal(account, store, head, since, findings)
     unnamed = {message_key(account.id, digest) for digest in recorded - written.captured.keys()}
     for key in unnamed:
         detail = "the database has it, the journal has not"
-        verdict.add(Finding("unrecorded", account.name, key, detail))
+        findings.add(Finding("unrecorded", account.name, key, detail))
     lacking = written.known_to_database - recorded
     if told != held and not unnamed and not lacking:
         detail = f"{told} captures and octets are told of, {held} are there; run: archiver db recount"
-        verdict.add(Finding("miscounted", account.name, "mailbox", detail))
+        findings.add(Finding("miscounted", account.name, "mailbox", detail))
     for digest in lacking:
         detail = "the journal has it, the database has not"
-        verdict.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
+        findings.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
 
     expected = {message_key(account.id, digest): digest for digest in written.captured}
     sound: list[tuple[StoredObject, bytes]] = []
@@ -111,24 +111,24 @@ def verify(
         wanted = expected.pop(found.key, None)
         if wanted is None:
             if found.key not in unnamed and not _is_younger(found, since):
-                verdict.add(Finding("unrecorded", account.name, found.key, "no journal segment names it"))
+                findings.add(Finding("unrecorded", account.name, found.key, "no journal segment names it"))
         elif found.size != written.captured[wanted]:
             detail = f"{found.size} octets, and the journal says {written.captured[wanted]}"
-            verdict.add(Finding("damaged", account.name, found.key, detail))
+            findings.add(Finding("damaged", account.name, found.key, detail))
         else:
             sound.append((found, wanted))
     for key in expected:
-        verdict.add(Finding("missing", account.name, key, "the store lacks it"))
-    verdict.checked += len(written.captured)
+        findings.add(Finding("missing", account.name, key, "the store lacks it"))
+    findings.checked += len(written.captured)
     for found, finding in _rehashed(account, store, sound, readers) if rehash else _taken_as_is(sound):
         progress(found)
-        verdict.octets += found.size
+        findings.octets += found.size
         if finding is not None:
-            verdict.add(finding)
+            findings.add(finding)
 
 
-def find_strays(known: Collection[str], store: Store, verdict: Verdict) -> None:
-    """Add to ``verdict`` what lies in the store for accounts that the database does not know.
+def find_strays(known: Collection[str], store: Store, findings: Findings) -> None:
+    """Add to ``findings`` what lies in the store for accounts that the database does not know.
 
     ``known`` has every account's id. One request an account: what lies behind
     an id is passed over.
@@ -139,7 +139,7 @@ def find_strays(known: Collection[str], store: Store, verdict: Verdict) -> None:
             account_id = found.key.removeprefix(prefix).partition("/")[0]
             if account_id not in known:
                 detail = "the database has no account of that id"
-                verdict.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
+                findings.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
             # The tilde comes after every character that a key of ours has.
             after = f"{prefix}{account_id}/~"
 
@@ -164,24 +164,24 @@ def _is_younger(found: StoredObject, since: datetime) -> bool:
 
 
 def _read_journal(
-    account: Account, store: Store, head: JournalHead, since: datetime, verdict: Verdict
+    account: Account, store: Store, head: JournalHead, since: datetime, findings: Findings
 ) -> _Written:
     written = _Written()
     last = JournalHead(0, bytes(32))
     for listed in store.list(journal_prefix(account.id)):
         sequence = _number(account, listed.key)
         if sequence is None:
-            verdict.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
+            findings.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
             continue
         if sequence > last.sequence + 1:
             missing = last.sequence + 1
             detail = f"segment {missing} is not there"
-            verdict.add(Finding("chain_break", account.name, segment_key(account.id, missing), detail))
+            findings.add(Finding("chain_break", account.name, segment_key(account.id, missing), detail))
             last = JournalHead(sequence - 1, b"")
         try:
             found = journal.read(store, account.id, sequence)
         except IntegrityError as error:
-            verdict.add(Finding("chain_break", account.name, listed.key, str(error)))
+            findings.add(Finding("chain_break", account.name, listed.key, str(error)))
             last = JournalHead(sequence, b"")
             continue
         if found is None:
@@ -189,19 +189,19 @@ def _read_journal(
         segment, digest = found
         if last.digest and not journal.follows(segment, last):
             detail = "it does not name the segment before it"
-            verdict.add(Finding("chain_break", account.name, listed.key, detail))
+            findings.add(Finding("chain_break", account.name, listed.key, detail))
         if sequence == head.sequence and digest != head.digest:
             detail = "the database knows it with another digest"
-            verdict.add(Finding("chain_break", account.name, listed.key, detail))
+            findings.add(Finding("chain_break", account.name, listed.key, detail))
         if sequence > head.sequence and not _is_younger(listed, since):
             detail = "the database does not know it; if it was restored from a backup: archiver db catch-up"
-            verdict.add(Finding("unrecorded", account.name, listed.key, detail))
+            findings.add(Finding("unrecorded", account.name, listed.key, detail))
         written.take_in(segment, known_to_database=sequence <= head.sequence)
-        verdict.segments += 1
+        findings.segments += 1
         last = JournalHead(sequence, digest)
     if last.sequence < head.sequence:
         detail = f"the database knows {head.sequence} segments, the store has {last.sequence}"
-        verdict.add(Finding("chain_break", account.name, segment_key(account.id, head.sequence), detail))
+        findings.add(Finding("chain_break", account.name, segment_key(account.id, head.sequence), detail))
     return written
 
 

@@ -1,6 +1,6 @@
 """The access tokens of this process: fetched when a poll needs one, renewed before they end.
 
-Owns what is held in memory, which is all there is: a token is good for an hour
+Owns what is cached in memory, which is all there is: a token is good for an hour
 or so, and is written nowhere. Promises that for one credential one request is
 under way at a time, whatever the number of threads that poll by it; that a
 token given out is good for some minutes more; and that a refresh token which
@@ -59,8 +59,8 @@ class _Token:
     renew_at: float
 
 
-class _Held:
-    """What is held for one credential, under its lock: its newest form, where that lies, and a token."""
+class CachedToken:
+    """What is cached for one credential, under its lock: its newest form, where that lies, and a token."""
 
     def __init__(self, credential: Credential, reference: str) -> None:
         self.lock = threading.Lock()
@@ -101,28 +101,34 @@ class AccessTokens:
         self._monotonic = monotonic
         self._now = now
         self._lock = threading.Lock()
-        self._held: dict[bytes, _Held] = {}
+        self._cached: dict[bytes, CachedToken] = {}
         self._swept_at = monotonic()
 
+    @property
+    def cached(self) -> tuple[CachedToken, ...]:
+        """What this process holds: one entry for each document by which a token is found."""
+        with self._lock:
+            return tuple(self._cached.values())
+
     def current(self, account: Account, user: str) -> str:
-        """A token that is good for some minutes more: the one held, or a new one."""
-        held = self._hold(account, user)
-        with held.lock:
-            return self._valid(held, account, user).value
+        """A token that is good for some minutes more: the one cached, or a new one."""
+        cached = self._find(account, user)
+        with cached.lock:
+            return self._valid(cached, account, user).value
 
     def instead(self, account: Account, user: str, refused: str) -> str | None:
         """Another token than that which the mail server refused; None when a new one would not help."""
-        held = self._hold(account, user)
-        with held.lock:
-            token = held.token
+        cached = self._find(account, user)
+        with cached.lock:
+            token = cached.token
             if token is not None and token.value == refused:
                 if self._monotonic() - token.fetched_at < YOUNG_SECONDS:
                     return None
-                held.token = None
-            value = self._valid(held, account, user).value
+                cached.token = None
+            value = self._valid(cached, account, user).value
         return None if value == refused else value
 
-    def _hold(self, account: Account, user: str) -> _Held:
+    def _find(self, account: Account, user: str) -> CachedToken:
         inner = account.secret.removeprefix(OAUTH)
         document = self._secrets.resolve(account.id, account.name, inner, what="OAuth credential")
         credential = Credential.parse(document, account.name)
@@ -130,45 +136,45 @@ class AccessTokens:
         now = self._monotonic()
         with self._lock:
             self._sweep(now)
-            held = self._held.get(key)
-            if held is None:
-                held = _Held(credential, account.secret)
-                self._know(held, key)
-            held.used_at = now
-            return held
+            cached = self._cached.get(key)
+            if cached is None:
+                cached = CachedToken(credential, account.secret)
+                self._know(cached, key)
+            cached.used_at = now
+            return cached
 
-    def _know(self, held: _Held, key: bytes) -> None:
+    def _know(self, cached: CachedToken, key: bytes) -> None:
         """Find it by this key from now on, too.
 
         Accounts that were read before a replacement come with an older document:
         the first, where one process polls for long, or the last but one.
         """
-        self._held[key] = held
-        held.keys.append(key)
-        if len(held.keys) > KEYS_KEPT:
-            del self._held[held.keys.pop(1)]
+        self._cached[key] = cached
+        cached.keys.append(key)
+        if len(cached.keys) > KEYS_KEPT:
+            del self._cached[cached.keys.pop(1)]
 
     def _sweep(self, now: float) -> None:
         if now - self._swept_at < FORGOTTEN_SECONDS:
             return
         self._swept_at = now
-        self._held = {
-            key: held
-            for key, held in self._held.items()
-            if held.unkept or now - held.used_at < FORGOTTEN_SECONDS
+        self._cached = {
+            key: cached
+            for key, cached in self._cached.items()
+            if cached.unkept or now - cached.used_at < FORGOTTEN_SECONDS
         }
 
-    def _valid(self, held: _Held, account: Account, user: str) -> _Token:
-        self._keep_replaced(held, account)  # what the database could not take before
-        if held.token is None or self._monotonic() >= held.token.renew_at:
-            held.token = None
-            held.token = self._fetch(held, account, user)
-        return held.token
+    def _valid(self, cached: CachedToken, account: Account, user: str) -> _Token:
+        self._keep_replaced(cached, account)  # what the database could not take before
+        if cached.token is None or self._monotonic() >= cached.token.renew_at:
+            cached.token = None
+            cached.token = self._fetch(cached, account, user)
+        return cached.token
 
-    def _fetch(self, held: _Held, account: Account, user: str) -> _Token:
+    def _fetch(self, cached: CachedToken, account: Account, user: str) -> _Token:
         asked_at = self._monotonic()
         try:
-            answer = request(self._poster, held.credential, user, now=self._now())
+            answer = request(self._poster, cached.credential, user, now=self._now())
         except Refusal as refusal:
             observe.TOKEN_REQUESTS.labels("refused").inc()
             remedy = _REMEDIES.get(refusal.code)
@@ -181,31 +187,31 @@ class AccessTokens:
             raise
         observe.TOKEN_REQUESTS.labels("ok").inc()
         replaced = answer.get("refresh_token")
-        if isinstance(replaced, str) and replaced and held.credential.refresh_token not in {None, replaced}:
-            self._replace(held, account, user, replaced)
+        if isinstance(replaced, str) and replaced and cached.credential.refresh_token not in {None, replaced}:
+            self._replace(cached, account, user, replaced)
         value = access_token(answer, account.name)
         lives = _seconds(answer.get("expires_in"))
         margin = min(MARGIN_SECONDS, lives * MARGIN_SHARE)
         return _Token(value, asked_at, asked_at + lives - margin)
 
-    def _replace(self, held: _Held, account: Account, user: str, refresh_token: str) -> None:
+    def _replace(self, cached: CachedToken, account: Account, user: str, refresh_token: str) -> None:
         """Take over a refresh token that the provider gave in place of the one it was shown.
 
         In a file, the old one stays: where a provider lets it stand, as Microsoft
         does until its 90 days are over, a restart goes on with that.
         """
-        if not held.is_sealed and not held.unkept:
+        if not cached.is_sealed and not cached.unkept:
             observe.get_logger().warning("credential.not_kept", account=account.name)
-        held.credential = replace(held.credential, refresh_token=refresh_token)
-        held.unkept = True
+        cached.credential = replace(cached.credential, refresh_token=refresh_token)
+        cached.unkept = True
         with self._lock:
-            self._know(held, held.credential.key(account.id, user))
-        self._keep_replaced(held, account)
+            self._know(cached, cached.credential.key(account.id, user))
+        self._keep_replaced(cached, account)
 
-    def _keep_replaced(self, held: _Held, account: Account) -> None:
-        if held.unkept and held.is_sealed:
-            held.reference = self._keep(account, held.reference, held.credential.document())
-            held.unkept = False
+    def _keep_replaced(self, cached: CachedToken, account: Account) -> None:
+        if cached.unkept and cached.is_sealed:
+            cached.reference = self._keep(account, cached.reference, cached.credential.document())
+            cached.unkept = False
 
 
 def request(poster: Poster, credential: Credential, user: str, *, now: float) -> dict[str, Any]:

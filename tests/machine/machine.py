@@ -675,7 +675,7 @@ class CrashMachine(RuleBasedStateMachine):
         if unknown := self.segments_behind_the_database():
             # An older copy, whose operator did not have it catch up, and no mail came that would have.
             assert self.was_restored
-            assert unknown <= {finding.key for finding in self.archive.verify(self.account).findings}
+            assert unknown <= {finding.key for finding in self.archive.verify(self.account).named}
             self.archive.database.transact(schedule.doubt_journals)
             self.poll_until_nothing_is_left()
             assert not self.segments_behind_the_database()
@@ -702,14 +702,14 @@ class CrashMachine(RuleBasedStateMachine):
         letters, recorded = self.mailbox.letters, self.captured()
         assert not self.missing(letters)
         assert self.archive.segments(self.account) or not recorded
-        verdict = self.archive.verify(self.account)
+        findings = self.archive.verify(self.account)
         # What was stored and not named yet when its worker died, and then taken away by somebody else,
         # no later poll can name.
         there = {message_key(ACCOUNT, hashlib.sha256(letter.content).digest()) for letter in letters}
         unnamed = {key for key in self.messages() if key not in there}
-        strays = [one for one in verdict.findings if one.key in unnamed and one.kind == "unrecorded"]
-        assert verdict.findings == strays
-        assert verdict.checked == len(recorded)
+        strays = [one for one in findings.named if one.key in unnamed and one.kind == "unrecorded"]
+        assert findings.named == strays
+        assert findings.checked == len(recorded)
         if not self.was_restored:
             self.expect_everything_told(recorded)
         account = self.archive.fresh(self.account)

@@ -23,7 +23,7 @@ from archiver import policy, pop3
 from archiver.db import Database, accounts, migrate, reads, schedule
 from archiver.db.tables import event, lease, mailbox, poll, sighting
 from archiver.evidence import journal
-from archiver.evidence.verify import Verdict, verify
+from archiver.evidence.verify import Findings, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
@@ -431,18 +431,18 @@ class Archive:
             if bytes.fromhex(key.rpartition("/")[2].removesuffix(".eml")) in recorded & written
         ]
 
-    def verify(self, account: Account, *, later_seconds: float = 3600.0) -> Verdict:
+    def verify(self, account: Account, *, later_seconds: float = 3600.0) -> Findings:
         """What a verification finds an hour on, when nothing can be under way any more."""
-        verdict = Verdict()
+        findings = Findings()
         verify(
             account,
             self.database,
             self.store,
-            verdict,
+            findings,
             now=datetime.now(UTC) + timedelta(seconds=later_seconds),
             readers=self.uploads,
         )
-        return verdict
+        return findings
 
     def state(self, account: Account, play: MailboxPlay) -> State:
         with self.database.reading() as connection:

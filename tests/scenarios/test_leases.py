@@ -233,8 +233,8 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
             assert report.outcome == "lease_lost", (index, name, report)
         archive.sync(account)
         assert archive.state(account, play) == expected, (index, name)
-        verdict = archive.verify(account)
-        assert verdict.clean, (index, name, verdict.findings)
+        findings = archive.verify(account)
+        assert findings.clean, (index, name, findings.named)
 
 
 def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive: Archive) -> None:
@@ -323,7 +323,7 @@ def test_a_database_that_was_restored_catches_up_without_new_mail(archive: Archi
     put_back(archive, account)
     play.messages.clear()
     archive.sync(account)
-    [finding] = archive.verify(account).findings
+    [finding] = archive.verify(account).named
     assert finding.key == segment_key(account.id, 1)
     assert "archiver db catch-up" in finding.detail
 

@@ -85,9 +85,9 @@ def test_whenever_a_poll_dies_the_next_ones_end_in_the_same_state(archive: Archi
         for _ in range(2):
             assert archive.sync(account).outcome == "ok", (index, name)
         assert archive.state(account, play) == expected, (index, name)
-        verdict = archive.verify(account)
-        assert verdict.clean, (index, name, verdict.findings)
-        assert verdict.checked == 3
+        findings = archive.verify(account)
+        assert findings.clean, (index, name, findings.named)
+        assert findings.checked == 3
 
 
 def test_a_poll_that_dies_while_it_catches_up_is_caught_up_with(archive: Archive) -> None:

@@ -139,8 +139,8 @@ def test_a_wrong_count_is_found_and_mended(archive: Archive) -> None:
     archive.execute(
         sa.update(mailbox_table).where(mailbox_table.c.account_id == life.account.id).values(captures=7)
     )
-    verdict = archive.verify(life.account)
-    assert (verdict.miscounted, verdict.clean) == (1, False)
+    findings = archive.verify(life.account)
+    assert (findings.miscounted, findings.clean) == (1, False)
     mend = partial(record.recount, account_id=life.account.id)
     assert [archive.database.transact(mend), archive.database.transact(mend)] == [True, False]
     assert archive.verify(life.account).clean

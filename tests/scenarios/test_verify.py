@@ -15,7 +15,7 @@ from archiver.db.tables import capture, lease
 from archiver.db.tables import journal as journal_table
 from archiver.errors import TryLater
 from archiver.evidence import journal
-from archiver.evidence.verify import FINDINGS_KEPT, Finding, Verdict, find_strays, verify
+from archiver.evidence.verify import FINDINGS_KEPT, Finding, Findings, find_strays, verify
 from archiver.model import Account, journal_prefix, message_key, segment_key
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
@@ -44,11 +44,11 @@ class Scene:
         return self.archive.directory / "store" / segment_key(self.account.id, sequence)
 
     def counts(self) -> tuple[int, int, int, int]:
-        verdict = self.archive.verify(self.account)
-        return verdict.missing, verdict.damaged, verdict.chain_breaks, verdict.unrecorded
+        findings = self.archive.verify(self.account)
+        return findings.missing, findings.damaged, findings.chain_breaks, findings.unrecorded
 
     def findings(self) -> set[tuple[str, str]]:
-        found = self.archive.verify(self.account).findings
+        found = self.archive.verify(self.account).named
         # Nothing is said twice.
         assert len({(finding.kind, finding.key) for finding in found}) == len(found)
         return {(finding.kind, finding.key) for finding in found}
@@ -69,10 +69,10 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def test_a_sound_archive_is_clean(scene: Scene) -> None:
-    verdict = scene.archive.verify(scene.account)
-    assert verdict.clean
-    assert (verdict.checked, verdict.segments) == (6, 3)
-    assert verdict.octets == sum(len(message(name)) for name in NAMES)
+    findings = scene.archive.verify(scene.account)
+    assert findings.clean
+    assert (findings.checked, findings.segments) == (6, 3)
+    assert findings.octets == sum(len(message(name)) for name in NAMES)
 
 
 def test_an_object_removed(scene: Scene) -> None:
@@ -84,17 +84,17 @@ def test_a_bit_flipped(scene: Scene) -> None:
     rewrite(scene.object("c"), lambda octets: octets[:-3] + bytes([octets[-3] ^ 1]) + octets[-2:])
     assert scene.findings() == {("damaged", scene.key("c"))}
     # Sizes alone do not show it.
-    verdict = Verdict()
+    findings = Findings()
     verify(
         scene.account,
         scene.archive.database,
         scene.archive.store,
-        verdict,
+        findings,
         now=datetime.now(UTC),
         readers=scene.archive.uploads,
         rehash=False,
     )
-    assert verdict.clean
+    assert findings.clean
 
 
 def test_an_object_truncated(scene: Scene) -> None:
@@ -207,7 +207,7 @@ def test_a_segment_says_nothing_that_a_terminal_would_obey(scene: Scene) -> None
     segments = scene.archive.segments(scene.account)
     forged = replace(segments[1], account_id="\x1b]0;owned\x07", account_name="\x1b[2J")
     rewrite(scene.segment(2), lambda _: journal.encode(forged))
-    details = [finding.detail for finding in scene.archive.verify(scene.account).findings]
+    details = [finding.detail for finding in scene.archive.verify(scene.account).named]
     assert details
     assert all(detail.isprintable() for detail in details)
 
@@ -230,7 +230,7 @@ def test_a_poll_under_way_is_no_fault(archive: Archive) -> None:
     archive.store.put(key, BytesBody(b"left"))
     archive.execute(sa.update(lease).where(lease.c.account_id == account.id).values(owner="a dead one"))
     assert archive.verify(account, later_seconds=600.0).clean
-    assert archive.verify(account, later_seconds=1000.0).findings[-1].key == key
+    assert archive.verify(account, later_seconds=1000.0).named[-1].key == key
 
 
 def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Archive) -> None:
@@ -252,17 +252,17 @@ def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Ar
 
 def test_what_comes_during_the_verification_is_left_to_the_next(scene: Scene) -> None:
     scene.archive.store.put(scene.key("late"), BytesBody(message("late")))
-    verdict = scene.archive.verify(scene.account, later_seconds=-60.0)
-    assert verdict.clean
+    findings = scene.archive.verify(scene.account, later_seconds=-60.0)
+    assert findings.clean
     assert scene.counts() == (0, 0, 0, 1)
 
 
 def test_all_findings_are_counted_and_some_are_named() -> None:
-    verdict = Verdict()
+    findings = Findings()
     for number in range(FINDINGS_KEPT + 5):
-        verdict.add(Finding("missing", "a", str(number), "gone"))
-    assert (verdict.missing, len(verdict.findings)) == (FINDINGS_KEPT + 5, FINDINGS_KEPT)
-    assert not verdict.clean
+        findings.add(Finding("missing", "a", str(number), "gone"))
+    assert (findings.missing, len(findings.named)) == (FINDINGS_KEPT + 5, FINDINGS_KEPT)
+    assert not findings.clean
 
 
 def test_a_removed_account_is_still_proved(scene: Scene) -> None:
@@ -276,9 +276,9 @@ def test_a_removed_account_is_still_proved(scene: Scene) -> None:
 
 def test_what_lies_there_for_an_account_that_the_database_lacks(scene: Scene) -> None:
     known, store = {scene.account.id}, scene.archive.store
-    verdict = Verdict()
-    find_strays(known, store, verdict)
-    assert verdict.clean
+    findings = Findings()
+    find_strays(known, store, findings)
+    assert findings.clean
     for key in (
         "messages/0000/00/1.eml",
         "messages/0000/00/2.eml",
@@ -286,10 +286,10 @@ def test_what_lies_there_for_an_account_that_the_database_lacks(scene: Scene) ->
         "journal/ffff/1",
     ):
         store.put(key, BytesBody(key.encode()))
-    find_strays(known, store, verdict)
-    assert [finding.key for finding in verdict.findings] == [
+    find_strays(known, store, findings)
+    assert [finding.key for finding in findings.named] == [
         "messages/0000/",
         "messages/ffff/",
         "journal/ffff/",
     ]
-    assert verdict.unrecorded == 3
+    assert findings.unrecorded == 3

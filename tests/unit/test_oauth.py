@@ -292,7 +292,7 @@ def test_what_nobody_asks_for_is_forgotten(world: World) -> None:
         world.tokens.current(account, USER)
     world.time += 25 * 3600
     world.tokens.current(world.person(), USER)
-    assert len(world.tokens._held) == 1
+    assert len(world.tokens.cached) == 1
 
 
 # Refresh tokens that are replaced.
@@ -319,7 +319,7 @@ def test_a_poll_that_goes_on_for_days_knows_every_replacement(rotating: World) -
         rotating.tokens.current(account, USER)
         rotating.time += 3600
     assert len(rotating.kept) == 5
-    assert len(rotating.tokens._held) == 3
+    assert len(rotating.tokens.cached) == 3
     newest = replace(account, secret=rotating.kept[-1])
     assert rotating.tokens.current(newest, USER) in rotating.provider.access_tokens
 
@@ -456,7 +456,7 @@ def test_no_secret_is_in_any_error_or_repr(world: World) -> None:
     account = world.account(refresh_token=refresh_token)
     token = world.tokens.current(account, USER)
     credential = Credential.parse(world.document(refresh_token=refresh_token), "anna")
-    held = next(iter(world.tokens._held.values()))
+    held = world.tokens.cached[0]
     for value in (world.tokens, credential, credential.client, held, held.token, vars(held)):
         assert not [secret for secret in (refresh_token, SECRET, token) if secret in repr(value)]
     world.provider.refresh_tokens.clear()
