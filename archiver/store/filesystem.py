@@ -33,7 +33,7 @@ from archiver.store import (
     check_prefix,
     is_key,
 )
-from archiver.store._disk import durable, durable_directory, failure
+from archiver.store.disk import durable, durable_directory, failure
 
 __all__ = ["FilesystemStore"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, BinaryIO, Self
 
-from archiver.store._disk import failure
+from archiver.store.disk import failure
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

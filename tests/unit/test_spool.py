@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archiver.errors import OperatorNeeded, TryLater
-from archiver.store._disk import failure
+from archiver.store.disk import failure
 from archiver.store.spool import BytesBody, Spool, SpooledMessage
 
 KIB = 1024

@@ -44,7 +44,7 @@ from archiver.store import (
     check_prefix,
     is_key,
 )
-from archiver.store._disk import failure
+from archiver.store.disk import failure
 from archiver.store.s3.put import SmallPut
 
 if TYPE_CHECKING:
