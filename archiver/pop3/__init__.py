@@ -19,7 +19,7 @@ unless ``Mailbox.quit`` was called.
 """
 
 from archiver.pop3.failures import FailureKind, Pop3Error
-from archiver.pop3.listing import Entries, Entry, Listing, Stat
+from archiver.pop3.listing import Entries, Entry, Listing
 from archiver.pop3.loop import Loop, aside
 from archiver.pop3.mailbox import Mailbox
 from archiver.pop3.pop2 import Pop2Mailbox
@@ -48,7 +48,6 @@ __all__ = [
     "ServerFacts",
     "Session",
     "Sink",
-    "Stat",
     "Tls",
     "TlsSettings",
     "UrlError",

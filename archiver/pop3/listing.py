@@ -52,14 +52,6 @@ class Entry(NamedTuple):
     size: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """How many messages a mailbox holds, and of how many octets, by STAT: a hint, and some servers err."""
-
-    count: int
-    octets: int
-
-
 class Entries(Sequence[Entry]):
     """The messages of a listing by ascending number. Each Entry is made when it is asked for."""
 
@@ -118,7 +110,7 @@ class Listing:
     LIST; of what has no uid, LIST alone would have told. ``digest`` is the
     SHA-256 over the canonical entries, one line each: ``number SP size SP uidl
     LF``, with -1 for an unknown size, and without the last field where there is
-    no uid. ``stat`` is what STAT said beside, where it was asked and made sense.
+    no uid.
     ``first`` is the number from which on messages were asked for, one by one;
     of those before it there are no entries.
     """
@@ -128,7 +120,6 @@ class Listing:
     has_uidl: bool
     has_sizes: bool
     digest: bytes
-    stat: Stat | None = None
     first: int = 1
 
     @property
@@ -375,9 +366,7 @@ class SizeColumn(_Column[int]):
         self.sizes = array("q", (_UNKNOWN if place == _NOWHERE else self.sizes[place] for place in places))
 
 
-def join(
-    uidl: UidlColumn | None, sizes: SizeColumn | None, stat: Stat | None = None, *, first: int = 1
-) -> Listing:
+def join(uidl: UidlColumn | None, sizes: SizeColumn | None, *, first: int = 1) -> Listing:
     """One listing from both, finished; None stands for a command that the server does not know.
 
     A number that UIDL did not tell is a message without a uid. Beyond all that
@@ -391,7 +380,6 @@ def join(
         has_uidl=uidl is not None,
         has_sizes=sizes is not None,
         digest=_digest(entries),
-        stat=stat,
         first=first,
     )
 

@@ -36,7 +36,7 @@ from archiver.pop3.failures import (
     printable,
     says_unknown_command,
 )
-from archiver.pop3.listing import LARGEST_NUMBER, Entry, Listing, SizeColumn, Stat, UidlColumn, decimal, join
+from archiver.pop3.listing import LARGEST_NUMBER, Entry, Listing, SizeColumn, UidlColumn, decimal, join
 from archiver.pop3.sasl import (
     APOP,
     LOGIN_COMMANDS,
@@ -69,7 +69,6 @@ from archiver.pop3.wire import (
 _CAPABILITY_OCTETS: Final = 64 * 1024  # the longest seen is under 1 KiB
 _LISTINGS: Final = frozenset({"UIDL", "LIST"})
 _CHALLENGES: Final = 8  # of one login; SCRAM needs two
-_TOP_OCTETS: Final = 4 * 1024 * 1024  # kept in memory: any header, and a good look at the body
 _GREETING: Final = Command(b"", "the greeting", Shape.GREETING)
 
 
@@ -258,33 +257,28 @@ class Mailbox:
         if number is not None and not self._avoid & {"UIDL", "UIDL-N"}:
             asked.append(command("UIDL", number))
         sent = self._begin(*asked)
-        stat = self._stat(asked[0], sent=sent)
+        count, size = self._stat(asked[0], sent=sent)
         uidl = self._uidl_of(number, asked[1], sent=sent) if number is not None and len(asked) > 1 else None
-        return Glance(None, None, uidl) if stat is None else Glance(stat.count, stat.octets, uidl)
+        return Glance(count, size, uidl)
 
-    def list(self, *, stat: bool = False) -> Listing:
+    def list(self) -> Listing:
         """The one listing of this session, by UIDL and LIST; a second call is a programming error.
 
         After a DELE some servers renumber their listings while RETR and DELE
         keep the old numbers, so a session lists once, before any DELE. UIDL is
-        tried even if CAPA lacks it. With ``stat`` STAT is asked beside, for
-        ``Listing.stat``. Raises Pop3Error when the server has neither UIDL nor
-        LIST.
+        tried even if CAPA lacks it. Raises Pop3Error when the server has neither
+        UIDL nor LIST.
         """
         if self._listed:
             raise RuntimeError("a session lists its mailbox once")
         self._listed = True
-        asked = {"STAT": command("STAT")} if stat else {}
-        asked |= {verb: command(verb, shape=Shape.BLOCK) for verb in ("UIDL", "LIST")}
-        for verb in self._avoid & {"STAT", "UIDL"}:
-            asked.pop(verb, None)
-        sent = self._begin(*asked.values())
-        said = self._stat(asked["STAT"], sent=sent) if "STAT" in asked else None
-        uidl = self._column(asked["UIDL"], UidlColumn(), sent=sent) if "UIDL" in asked else None
-        sizes = self._column(asked["LIST"], SizeColumn(), sent=sent)
+        asked = [command(verb, shape=Shape.BLOCK) for verb in ("UIDL", "LIST") if verb not in self._avoid]
+        sent = self._begin(*asked)
+        uidl = self._column(asked[0], UidlColumn(), sent=sent) if len(asked) > 1 else None
+        sizes = self._column(asked[-1], SizeColumn(), sent=sent)
         if uidl is None and sizes is None:
             raise self._error(FailureKind.PROTOCOL, "UIDL and LIST", "the server knows neither")
-        return join(uidl, sizes, said)
+        return join(uidl, sizes)
 
     def list_from(self, first: int, last: int) -> Listing | None:
         """The messages from ``first`` to ``last`` alone, by ``UIDL n`` and ``LIST n``, in place of ``list``.
@@ -373,36 +367,12 @@ class Mailbox:
                 marked.append(entry)
 
     def round_trip(self) -> float:
-        """Seconds that a command takes which does nothing: NOOP, or CAPA before the login."""
-        started = self._monotonic()
-        if self._mechanism:
-            self.noop()
-        else:
-            asked = command("CAPA", shape=Shape.BLOCK)
-            self._send(asked)
-            if self._reply(self._idle, self._deadline).ok:
-                self._block(asked, _CAPABILITY_OCTETS, self._deadline)
-        return self._monotonic() - started
-
-    def noop(self) -> None:
-        """Show the server that somebody is there. An -ERR shows it too. Raises Pop3Error."""
+        """Seconds that a NOOP takes; an -ERR is an answer too. Raises Pop3Error."""
         self._need_quiet()
+        started = self._monotonic()
         self._send(command("NOOP"))
         self._reply(self._idle, self._deadline)
-
-    def reset(self) -> None:
-        """Take back every ``delete`` of this session. Raises Pop3Error when the server does not."""
-        self._ask(command("RSET"), Stage.UPDATE)
-
-    def top(self, entry: Entry, lines: int) -> bytes:
-        """The header, the empty line, and so many lines of the body (RFC 1939 section 7); at most 4 MiB.
-
-        Only to look: what TOP gives is no original. Raises Pop3Error, of kind
-        POISON where this message alone cannot be had.
-        """
-        asked = command("TOP", entry.number, lines, shape=Shape.BLOCK)
-        self._ask(asked, Stage.RETRIEVE)
-        return self._block(asked, _TOP_OCTETS, self._deadline)
+        return self._monotonic() - started
 
     def quit(self) -> None:
         """End the session so that the server deletes what was marked, and close.
@@ -676,14 +646,14 @@ class Mailbox:
             self._capabilities = self._told_capabilities(capa, self._until("capability_seconds"))
         return pipelined
 
-    def _stat(self, asked: Command, *, sent: bool) -> Stat | None:
-        """The answer to STAT, if it makes sense."""
+    def _stat(self, asked: Command, *, sent: bool) -> tuple[int, int] | tuple[None, None]:
+        """How many messages there are, and of how many bytes, if the answer to STAT makes sense."""
         reply = self._line(asked, sent=sent)
         match [decimal(field) for field in reply.text.split()[:2]]:
-            case [int(count), int(octets)] if reply.ok and count <= LARGEST_NUMBER:
-                return Stat(count, octets)
+            case [int(count), int(size)] if reply.ok and count <= LARGEST_NUMBER:
+                return count, size
             case _:
-                return None
+                return None, None
 
     def _uidl_of(self, number: int, asked: Command, *, sent: bool) -> bytes | None:
         """The answer to ``UIDL number``: one line, ``+OK number uid``.
@@ -813,15 +783,6 @@ class Mailbox:
         if batch:
             awaited.extend(batch)
             self._send(*map(render, batch))
-
-    def _ask(self, asked: Command, stage: Stage) -> Reply:
-        """A command of one line to its +OK."""
-        self._need_quiet()
-        self._send(asked)
-        reply = self._reply(self._idle, self._deadline)
-        if not reply.ok:
-            raise self._refused(asked.label, reply, stage)
-        return reply
 
     def _send(self, *commands: Command) -> None:
         self._need_life()

@@ -240,7 +240,7 @@ class Pop2Mailbox:
         self._need_life()
         return Glance(self._count, None)
 
-    def list(self, *, stat: bool = False) -> Listing:  # noqa: ARG002 - there is no STAT
+    def list(self) -> Listing:
         """Numbers and sizes, by a READ for each message; a second call is a programming error.
 
         A number that holds no message (or an empty one, which POP2 cannot tell

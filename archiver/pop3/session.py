@@ -44,8 +44,8 @@ class Session(Protocol):
     def glance(self, number: int | None = None) -> Glance:
         """How many messages there are, and of how many octets; with a number, that message's uid too."""
 
-    def list(self, *, stat: bool = False) -> Listing:
-        """The one listing of this session; with ``stat``, along with what STAT says."""
+    def list(self) -> Listing:
+        """The one listing of this session."""
 
     def list_from(self, first: int, last: int) -> Listing | None:
         """The messages of these numbers alone, in place of the listing; None where they cannot be had so."""

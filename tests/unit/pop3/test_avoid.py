@@ -37,7 +37,8 @@ def failed(mailbox: Mailbox) -> Pop3Error:
 
     def fetch_all() -> None:
         mailbox.login("secret")
-        list(mailbox.retrieve(mailbox.list(stat=True).entries, lambda _: io.BytesIO()))
+        mailbox.glance()
+        list(mailbox.retrieve(mailbox.list().entries, lambda _: io.BytesIO()))
 
     with mailbox, pytest.raises(Pop3Error) as caught:
         fetch_all()
@@ -185,7 +186,6 @@ def test_y14_a_stat_without_sense_is_no_error(said: bytes) -> None:
     with server({"STAT": Send(said)}) as at, connected(at) as mailbox:
         mailbox.login("secret")
         assert mailbox.glance()[:2] == (None, None)
-        assert mailbox.list(stat=True).stat is None
 
 
 @pytest.mark.parametrize("said", [b"-ERR no such message\r\n", b"-ERR unknown command\r\n"])
@@ -216,7 +216,7 @@ def test_mp1_a_listing_behind_the_answer_to_one_uidl_ends_the_session_and_is_rem
         mailbox.login("secret")
         mailbox.glance(7)
         with pytest.raises(Pop3Error) as caught:
-            mailbox.noop()
+            mailbox.round_trip()
         assert caught.value.kind is FailureKind.PROTOCOL
         assert mailbox.facts.avoid == {"UIDL-N"}
 
@@ -280,13 +280,5 @@ def test_a_server_that_trips_over_stat_is_not_asked(trip: Fault) -> None:
         with connected(at, "STAT") as mailbox:
             mailbox.login("secret")
             assert mailbox.glance(1) == (None, None, None)
-            assert mailbox.list(stat=True).stat is None
+            assert mailbox.list().entries
         assert at.commands["STAT"] == 1
-
-
-def test_stat_beside_the_listing() -> None:
-    with server({}) as at, connected(at) as mailbox:
-        mailbox.login("secret")
-        stat = mailbox.list(stat=True).stat
-        assert stat is not None
-        assert stat.count == 99

@@ -111,7 +111,7 @@ def retrieve(mailbox: Mailbox) -> None:
 def test_what_never_ends_is_refused(script: list[Step], call: Callable[[Mailbox], object]) -> None:
     def go_on(mailbox: Mailbox) -> None:
         call(mailbox)
-        mailbox.noop()
+        mailbox.round_trip()
 
     assert attack(script, go_on).kind is FailureKind.PROTOCOL
 
@@ -176,7 +176,7 @@ def test_an_answer_in_the_wrong_order_is_no_listing() -> None:
         mailbox.login("secret")
         listing = mailbox.list()
         with pytest.raises(Pop3Error) as caught:
-            mailbox.noop()
+            mailbox.round_trip()
     assert [entry.uidl for entry in listing.entries] == [b"forged"]
     assert caught.value.kind is FailureKind.PROTOCOL
 

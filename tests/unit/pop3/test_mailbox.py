@@ -191,10 +191,8 @@ def test_quit_that_is_not_answered_is_an_error() -> None:
         assert "QUIT" in str(failure_of(mailbox.quit))
 
 
-def test_a_round_trip_can_be_measured_before_and_after_the_login() -> None:
-    with ScriptedPop3(play()) as server, Mailbox.connect(server.endpoint) as mailbox:
-        assert mailbox.round_trip() > 0
-        mailbox.login("secret")
+def test_a_round_trip_can_be_measured() -> None:
+    with ScriptedPop3(play()) as server, logged_in(server) as mailbox:
         assert mailbox.round_trip() > 0
         assert server.commands["NOOP"] == 1
         mailbox.quit()

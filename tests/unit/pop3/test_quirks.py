@@ -355,7 +355,7 @@ def test_w6_pipelined_messages_that_interleave_end_the_session() -> None:
 
 def test_w3_a_session_that_waits_can_show_that_it_lives() -> None:
     with server() as at, logged_in(at) as mailbox:
-        mailbox.noop()
+        mailbox.round_trip()
         assert at.commands["NOOP"] == 1
 
 
