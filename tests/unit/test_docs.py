@@ -14,6 +14,7 @@ from typer.core import TyperGroup, TyperOption
 
 from archiver import observe, settings
 from archiver.cli import app
+from tests.harness import layers
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -239,3 +240,8 @@ def test_every_decision_is_listed() -> None:
     assert set(LINK.findall((folder / "README.md").read_text())) == pages
     for name in pages:
         assert (folder / name).read_text().startswith(f"# {name[:4]}: ")
+
+
+def test_the_diagram_of_the_layers_matches_the_import_contract() -> None:
+    page = layers.PAGE.read_text()
+    assert layers.written(page) == page, "run python -m tests.harness.layers"
