@@ -26,8 +26,8 @@ bench: setup ## Measure beside mpop, getmail6, fetchmail, s5cmd into docs/perfor
 	@tests/bench/install
 	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(WHAT)
 
-.PHONY: lint lint-code lint-format lint-types lint-imports lint-chart
-lint: lint-code lint-format lint-types lint-imports lint-chart ## Everything a machine can judge: style, types, layers, the chart
+.PHONY: lint lint-code lint-format lint-types lint-imports lint-chart lint-prose
+lint: lint-code lint-format lint-types lint-imports lint-chart lint-prose ## Everything a machine can judge: style, types, layers, the chart, the English
 
 lint-code: setup
 	@$(BIN)/ruff check
@@ -44,6 +44,9 @@ lint-imports: setup
 lint-chart: setup
 	@helm=$$($(BIN)/python -m tests.harness.helm) && for values in helm/archiver/ci/*-values.yaml; do \
 	     "$$helm" lint --strict --quiet --values "$$values" helm/archiver || exit; done
+
+lint-prose: setup
+	@$(BIN)/python tools/prose.py
 
 .PHONY: format
 format: setup ## Let ruff lay out the code and mend what it can
