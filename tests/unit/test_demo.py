@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import io
 import os
+import poplib
 import re
 import socket
 import ssl
@@ -12,10 +14,12 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from archiver.demo import start_mail_server
+from archiver.demo.__main__ import practise
 from archiver.demo.certificates import self_signed
 from archiver.demo.corpus import corpus
 from archiver.demo.dovecot import Dovecot, unavailable
@@ -276,3 +280,36 @@ def _until_closed(connection: socket.socket) -> bytes:
     except ConnectionResetError:
         pass  # closed with something from us unread
     return received
+
+
+def test_a_mail_server_to_practise_with_delivers_a_message_a_line(tmp_path: Path) -> None:
+    practice = tmp_path / "practice"
+
+    def count() -> int:
+        url = urlsplit((practice / "url").read_text().strip())
+        assert url.hostname is not None
+        assert url.port is not None
+        assert url.username is not None
+        client = poplib.POP3_SSL(
+            url.hostname, url.port, context=ssl.create_default_context(cafile=practice / "ca.pem")
+        )
+        client.user(url.username)
+        client.pass_((practice / "password").read_text().strip())
+        sizes = [int(line.split()[1]) for line in client.list()[1]]
+        client.quit()
+        assert sizes == [file.stat().st_size for file in sorted((practice / "sent").iterdir())]
+        return len(sizes)
+
+    def lines() -> Iterator[str]:
+        assert count() == 20
+        yield "\n"
+        assert count() == 21
+
+    output = io.StringIO()
+    practise(practice, lines(), output)
+    assert "Delivered one more: 21 messages." in output.getvalue()
+
+
+def test_a_directory_that_is_there_is_not_practised_in(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError):
+        practise(tmp_path, [], io.StringIO())
