@@ -22,7 +22,7 @@ from tests.conftest import require
 from tests.harness import helm
 
 CHART = Path(__file__).parents[2] / "helm" / "archiver"
-GUIDE = CHART.parents[1] / "docs" / "kubernetes.md"
+GUIDE = CHART.parents[1] / "docs" / "how-to" / "kubernetes.md"
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))
 KUBERNETES = "1.36"
 """Of the schemas that every object is held against."""
