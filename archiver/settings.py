@@ -1,7 +1,7 @@
 """The settings: ``ARCHIVER_*`` variables, over an optional TOML file, over defaults that suit one machine.
 
 Only the command line and the composition root see this module; all else is
-given plain values. Every setting is described in docs/settings.md, and a test
+given plain values. Every setting is described in docs/reference/settings.md, and a test
 compares the two.
 """
 
@@ -166,7 +166,7 @@ def load() -> Settings:
         wrong = "; ".join(
             f"{PREFIX}{'_'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()
         )
-        raise UsageError(f"wrong settings: {wrong}", hint="docs/settings.md tells what each may be") from None
+        raise UsageError(f"wrong settings: {wrong}", hint="docs/reference/settings.md tells what each may be") from None
     except ValueError as error:
         raise UsageError(f"configuration file {path}: {error}") from None
 

@@ -113,7 +113,7 @@ def _read(path: Path) -> list[_Entry]:
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"])
         raise UsageError(
-            f"{path}: {where}: {found['msg']}", hint="docs/settings.md describes the file"
+            f"{path}: {where}: {found['msg']}", hint="docs/reference/settings.md describes the file"
         ) from None
     except ValueError as error:
         raise UsageError(f"{path} is not TOML: {error}") from None

@@ -53,7 +53,7 @@ _OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"}
 
 
 def _how_to_raise(limit: str | None) -> str | None:
-    """The setting of a limit of the client's bears its name; docs/settings.md describes each."""
+    """The setting of a limit of the client's bears its name; docs/reference/settings.md describes each."""
     if limit is None:
         return None
     own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""

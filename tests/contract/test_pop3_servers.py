@@ -1,7 +1,7 @@
 """The POP3 client, and a poll of the whole archiver, against eight unrelated servers.
 
 ``tests/harness/servers`` says where they come from. What differs between them
-lawfully is a row of ``docs/servers.md``; what must not differ is a test here.
+lawfully is a row of ``docs/reference/servers.md``; what must not differ is a test here.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def test_a_second_session_is_let_in_or_told_that_the_mailbox_is_in_use(found: di
 
 def test_the_table_in_the_documentation_is_what_the_server_does(name: str, found: dict[str, str]) -> None:
     assert survey.rows().get(name) == found, (
-        "docs/servers.md differs; python -m tests.harness.servers.survey writes it anew"
+        "docs/reference/servers.md differs; python -m tests.harness.servers.survey writes it anew"
     )
 
 

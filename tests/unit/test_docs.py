@@ -18,8 +18,8 @@ from tests.harness import layers
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
-COMMANDS = (DOCS / "commands.md").read_text()
-SETTINGS = (DOCS / "settings.md").read_text()
+COMMANDS = (DOCS / "reference" / "commands.md").read_text()
+SETTINGS = (DOCS / "reference" / "settings.md").read_text()
 OPERATIONS = (DOCS / "operations.md").read_text()
 PAGES = sorted(
     page
@@ -155,13 +155,13 @@ def documented_events() -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(set(TREE) - {"archiver"}))
 def test_every_command_has_its_section(name: str) -> None:
-    assert name in SECTIONS, f"docs/commands.md has no heading {name!r}"
+    assert name in SECTIONS, f"docs/reference/commands.md has no heading {name!r}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in TREE if options(TREE[name]) and name != "archiver"))
 def test_every_option_is_in_its_commands_section(name: str) -> None:
     told = set(re.findall(r"--[a-z][a-z-]*", SECTIONS[name]))
-    assert options(TREE[name]) <= told, f"docs/commands.md does not tell of these below {name!r}"
+    assert options(TREE[name]) <= told, f"docs/reference/commands.md does not tell of these below {name!r}"
 
 
 def test_the_options_of_the_program_itself_are_told() -> None:

@@ -1,7 +1,7 @@
 """What each real server does, found by asking it, and the page that says so.
 
 ``python -m tests.harness.servers.survey`` asks every server that can be had
-here and rewrites their rows in ``docs/servers.md``; the rows of the others stay.
+here and rewrites their rows in ``docs/reference/servers.md``; the rows of the others stay.
 """
 
 import io
@@ -17,7 +17,7 @@ from archiver.pop3 import FailureKind, Mailbox, Pop3Error, Retrieved, Tls, TlsSe
 from tests.harness import servers
 from tests.harness.servers import Box, Server
 
-PAGE: Final = Path(__file__).parents[3] / "docs" / "servers.md"
+PAGE: Final = Path(__file__).parents[3] / "docs" / "reference" / "servers.md"
 
 FEATURES: Final = (
     "TLS",
