@@ -166,7 +166,9 @@ def load() -> Settings:
         wrong = "; ".join(
             f"{PREFIX}{'_'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()
         )
-        raise UsageError(f"wrong settings: {wrong}", hint="docs/reference/settings.md tells what each may be") from None
+        raise UsageError(
+            f"wrong settings: {wrong}", hint="docs/reference/settings.md tells what each may be"
+        ) from None
     except ValueError as error:
         raise UsageError(f"configuration file {path}: {error}") from None
 
