@@ -28,6 +28,8 @@ PAGES = sorted(
     if not page.is_symlink()
 )
 
+DECISIONS = sorted((DOCS / "decisions").glob("[0-9]*.md"))
+
 SETTING_NAMES = {f"{settings.PREFIX}{name}".upper() for name in settings.Settings.model_fields}
 SETTING_NAMES.add(settings.CONFIG)
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
@@ -240,6 +242,14 @@ def test_every_decision_is_listed() -> None:
     assert set(LINK.findall((folder / "README.md").read_text())) == pages
     for name in pages:
         assert (folder / name).read_text().startswith(f"# {name[:4]}: ")
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
+def test_every_decision_has_a_status_a_date_and_its_sections(page: Path) -> None:
+    text = page.read_text()
+    status = r"Status: (accepted|replaced by \[\d{4}\]\(\d{4}[\w.-]+\)), \d{4}-\d{2}-\d{2}"
+    assert re.fullmatch(status, text.splitlines()[2])
+    assert {"Decision", "Why", "Costs", "Rejected"} <= set(sections(text))
 
 
 def test_the_diagram_of_the_layers_matches_the_import_contract() -> None:
