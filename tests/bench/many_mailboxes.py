@@ -46,7 +46,7 @@ def first_archives(stage: Stage) -> Measured:
             Goal("far: archiver in a directory / bare readers", far.ratio(IN_DIRECTORY, line), 0.95, ">="),
             Goal("far: archiver in S3 / bare readers", far.ratio(IN_BUCKET, line), 0.95, ">="),
         ),
-        (f"The archiver polls {POLLS} mailboxes at once; so do the bare readers.",),
+        (f"The archiver polls {POLLS} mailboxes at once, and so do the bare readers.",),
     )
 
 
@@ -124,13 +124,13 @@ def nothing_new(stage: Stage) -> Measured:
         ),
         (
             (
-                f"Far, the archiver has ARCHIVER_WORKERS and ARCHIVER_HOST_SESSIONS at {FAR_POLLS}, and "
-                f"so many threads has the bare client; mpop has {MPOPS} processes in both."
+                f"Far, ARCHIVER_WORKERS and ARCHIVER_HOST_SESSIONS are {FAR_POLLS}, and the bare client has "
+                f"{FAR_POLLS} threads. mpop has {MPOPS} processes in both."
             ),
             (
-                "The archiver is `archiver run`, whose accounts all fall due at once. It has polled each "
-                "before the clock runs, and sees by STAT and the last UIDL that nothing changed; the others "
-                "list. The wait for its clock, a second at most, is not in its time, but its CPU is."
+                "The archiver is `archiver run`, whose accounts are all due at once. It polled each account "
+                "before the clock starts, so STAT and the last UIDL show that nothing changed. The others "
+                "list. The wait for its clock tick, at most a second, counts for its CPU but not its time."
             ),
         ),
     )

@@ -62,11 +62,11 @@ def backfill(stage: Stage) -> Measured:
         goals,
         (
             (
-                "In favour of us: the archiver's process runs already, as the service does; mpop and s5cmd "
-                "start, which takes them some milliseconds. Its own start stands in the column for that."
+                "In the archiver's favour: its process runs already, as the service does, while mpop and "
+                "s5cmd take some milliseconds to start. The archiver's start has its own column."
             ),
             (
-                "In favour of them: mpop and s5cmd keep no journal and no hash, and check no checksum; mpop "
+                "In their favour: mpop and s5cmd keep no journal and no hash, and check no checksum. mpop "
                 "waits for the disk (fsync) where the archiver waits for the store."
             ),
         ),
@@ -122,15 +122,15 @@ def to_directory(stage: Stage) -> Measured:
         try:
             journaled = disk.with_journal(stage.scratch, _ROOM * box.octets * stage.scale.rounds + _JOURNAL)
         except BenchError as error:
-            notes.append(f"This disk has no journal, and one that has could not be made: {error}.")
+            notes.append(f"This disk has no journal, and ext4 with a journal could not be made: {error}.")
         else:
             contests.append(
                 _to_disk(stage, "One mailbox to ext4 with a journal, near", "fj", journaled=journaled)
             )
             goals.append(_as_fast_as_mpop(contests[-1], "same ext4 with a journal"))
             notes.append(
-                "This machine's disk has no journal, as hardly any has that keeps an archive: so the same on "
-                "ext4 as it is made by default, in a file on that disk."
+                "This machine's disk has no journal, which is rare for a disk with an archive. So the row is "
+                "repeated on ext4 with its default options, in a file on that disk."
             )
     return Measured(contests, goals, notes)
 
@@ -240,13 +240,13 @@ def long_listing(stage: Stage) -> Measured:
     notes = (
         (
             f"A bare login with STAT and QUIT alone takes {floor:.3f} of the bare listing's time here, and "
-            f"{cpu_floor:.3f} of its CPU: less cannot be had. Dovecot's own login is most of the time."
+            f"{cpu_floor:.3f} of its CPU. That is the minimum. Dovecot's own login takes most of the time."
         ),
         (
-            f"The archiver is `archiver run`. With nothing new it polls {_GLANCES} times, one after the "
-            "other, and sees by STAT and the last UIDL that nothing changed. With one new it sees by them "
-            "that the mailbox did no more than grow, and asks for UIDL and size of what came; every four "
-            "hours at the latest it lists all, which has a line of its own."
+            f"The archiver is `archiver run`. With nothing new, it polls {_GLANCES} times in sequence, and "
+            "STAT and the last UIDL show that nothing changed. With one new message, they show that the "
+            "mailbox only grew, and it lists only the new message. At least every four hours it makes a "
+            "full listing, which has its own line."
         ),
     )
     return Measured([contest], goals, notes)

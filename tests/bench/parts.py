@@ -108,8 +108,8 @@ def puts(stage: Stage) -> Measured:
         ),
         (
             (
-                "The messages are in memory, hashed where a checksum is sent, and every connection is open, "
-                "before the clock runs; s5cmd reads files, opens connections and starts within it."
+                "Before the clock starts, the messages are in memory, hashed where a checksum is sent, and "
+                "every connection is open. s5cmd starts, opens connections and reads files within its time."
             ),
         ),
     )

@@ -1,8 +1,8 @@
-"""The pages that tell the figures: a table, a picture, and what was aimed at and met or not.
+"""The pages of results: tables, a chart, and which goals were met.
 
 Owns ``results.md``, ``results.svg`` and the marked part of ``windows.md`` in
-docs/performance. All of it is made from the rows' JSON alone, so that it can be
-made again without measuring.
+docs/performance. It generates them from the rows' JSON, so it can write them
+again without measuring.
 """
 
 import json
@@ -17,17 +17,17 @@ from tests.bench.contest import Sample, figure_of
 
 _MIB = 1024 * 1024
 _NOTHING = "-"
-_OTHERS = 0.1  # of the machine's time, for all that is not the bench: beyond, figures are of a busy machine
-_DISTURBED = "**Measured on a busy machine**: take these figures for a sign that the row works, no more."
+_OTHERS = 0.1  # share of the machine's time used by other processes; above it, the machine was busy
+_DISTURBED = "**Measured on a busy machine**: these figures only show that the row works."
 
-# Of the picture, in pixels.
+# Sizes in the chart, in pixels.
 _WIDTH, _LABEL_WIDTH, _FIGURE_WIDTH = 900, 300, 120
 _BAR_HEIGHT, _BAR_GAP, _TITLE_HEIGHT = 16, 5, 34
 _OURS_COLOUR, _LIMIT_COLOUR, _THEIRS_COLOUR, _INK = "#1f6f8b", "#b9c4c9", "#d98e4a", "#222222"
 
 
 def write(results: Path, docs: Path, order: Sequence[str]) -> None:
-    """The pages, from whatever rows there are."""
+    """Write the pages from the rows that exist."""
     rows = [json.loads(file.read_text()) for letter in order if (file := results / f"{letter}.json").exists()]
     if not rows:
         return
@@ -40,12 +40,12 @@ def write(results: Path, docs: Path, order: Sequence[str]) -> None:
 
 
 def fill(page: Path, mark: str, text: str) -> None:
-    """Put ``text`` between the two comments of that name."""
+    """Put ``text`` between the two comments with that name."""
     begin, end = f"<!-- {mark}: made by make bench -->", f"<!-- {mark} ends -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     old = page.read_text()
     if not pattern.search(old):
-        raise ValueError(f"{page.name} has no place for {mark}")
+        raise ValueError(f"{page.name} has no comments that mark the place of {mark}")
     page.write_text(pattern.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", old))
 
 
@@ -58,11 +58,11 @@ def _page(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "# Results",
         (
-            "This page is made by `make bench`; [README.md](README.md) tells what the rows mean and how they "
-            "are measured. Compare figures of one contest with each other, not with those of another day."
+            "`make bench` generates this page. [README.md](README.md) explains the rows and how they are "
+            "measured. Compare figures only within one contest, not with those of another day."
         ),
         (
-            f"Measured from {first} to {last}, {minutes:.0f} minutes in all, on {machine['processors']}, "
+            f"Measured from {first} to {last}, {minutes:.0f} minutes in total, on {machine['processors']}, "
             f"{machine['memory']}, {machine['disk']}, {machine['system']}, Python {machine['python']}."
         ),
         _circumstances(rows),
@@ -72,9 +72,9 @@ def _page(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{corpus['median'] / 1e3:.1f} KB, mean {corpus['mean'] / 1e3:.1f} KB, largest "
             f"{corpus['largest'] / 1e6:.1f} MB."
         ),
-        "## Aimed at",
+        "## Goals",
         _goals(rows),
-        "![Rates of ours and theirs](results.svg)",
+        "![Rates of the archiver and of other programs](results.svg)",
     ]
     for row in rows:
         parts += [f"## {row['row']}: {row['title']}", *_disturbed(row)]
@@ -91,9 +91,9 @@ def _disturbed(row: Mapping[str, Any]) -> list[str]:
 
 
 def _circumstances(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured in which rows, and how busy the machine was with other things."""
+    """Which commit each row measured, and how busy the machine was with other processes."""
     lines = [
-        "| commit | rows | load average before | others' share of the machine meanwhile |",
+        "| commit | rows | load average before | share of the machine used by other processes |",
         "| --- | --- | ---: | ---: |",
     ]
     runs: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
@@ -108,7 +108,7 @@ def _circumstances(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _goals(rows: Iterable[Mapping[str, Any]]) -> str:
-    lines = ["| row | what | measured | aimed at | |", "| --- | --- | ---: | ---: | --- |"]
+    lines = ["| row | what | measured | goal | |", "| --- | --- | ---: | ---: | --- |"]
     for row in rows:
         for goal in row["measured"]["goals"]:
             value, target, sense = goal["value"], goal["target"], goal["sense"]
@@ -166,11 +166,11 @@ def _windows(contest: Mapping[str, Any]) -> str:
 
 
 def _statements(found: Mapping[str, Mapping[str, int]]) -> str:
-    words = [
+    counted = [
         f"{name}: " + ", ".join(f"{count} in a batch of {size}" for size, count in counts.items())
         for name, counts in found.items()
     ]
-    return "Statements sent to the database. " + ". ".join(words) + "."
+    return "Statements sent to the database. " + ". ".join(counted) + "."
 
 
 def _samples(contest: Mapping[str, Any]) -> dict[str, list[Sample]]:
@@ -186,7 +186,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, or all of those before the point."""
+    """Three significant digits, or all digits before the decimal point."""
     if value == 0:
         return "0"
     if abs(value) >= 100:
@@ -195,7 +195,7 @@ def _number(value: float) -> str:
 
 
 def _picture(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bars of the median rates, a block for each contest, each in its own scale; whiskers from min to max."""
+    """Bars of the median rates, with whiskers from min to max. Each contest is a block with its own scale."""
     shapes: list[str] = []
     y = 0
     for row in rows:
@@ -211,12 +211,12 @@ def _picture(rows: Sequence[Mapping[str, Any]]) -> str:
                 y += _BAR_HEIGHT + _BAR_GAP
     style = f'font-family="sans-serif" font-size="12" fill="{_INK}"'
     height = y + _BAR_GAP
-    legend = "archiver: blue; others that do the work: orange; bare clients, which keep nothing: grey"
+    legend = "archiver: blue; other programs: orange; bare clients, which keep nothing: grey"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -20 {_WIDTH + 20} {height + 30}" {style}>\n'
-        f"<title>Rates of ours and theirs</title>\n"
+        f"<title>Rates of the archiver and of other programs</title>\n"
         f'<rect x="-10" y="-20" width="{_WIDTH + 20}" height="{height + 30}" fill="#ffffff"/>\n'
-        f'<text x="0" y="0">{legend}; lines from the least to the most</text>\n'
+        f'<text x="0" y="0">{legend}; lines from minimum to maximum</text>\n'
         + "\n".join(shapes)
         + "\n</svg>\n"
     )
