@@ -69,7 +69,7 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Meaning:
     """What an ``-ERR`` means: the kind, and the wait that the server asked for."""
 
     kind: FailureKind
@@ -147,7 +147,7 @@ def classify(
     *,
     auth_resp_code: bool = False,
     login_delay_seconds: float | None = None,
-) -> Verdict:
+) -> Meaning:
     """What the text after ``-ERR`` means at ``stage``. A pure function.
 
     ``auth_resp_code``: the server promised by AUTH-RESP-CODE (RFC 3206 section
@@ -172,37 +172,37 @@ _CODES = frozenset({"LOGIN-DELAY", "IN-USE", "SYS/TEMP", "SYS/PERM", "AUTH", "UT
 
 def _by_code(
     code: str | None, words: bytes, stage: Stage, login_delay_seconds: float | None
-) -> Verdict | None:
+) -> Meaning | None:
     while code is not None and code not in _CODES:  # an unknown sub-code means what its parent means
         code = code.rpartition("/")[0] or None
     match code:
         case "LOGIN-DELAY":
-            return Verdict(
+            return Meaning(
                 FailureKind.TRANSIENT,
                 _wait_in(words) or login_delay_seconds or _DEFAULT_LOGIN_DELAY_SECONDS,
             )
         case "IN-USE" | "SYS/TEMP":
-            return Verdict(FailureKind.TRANSIENT, _wait_in(words))
+            return Meaning(FailureKind.TRANSIENT, _wait_in(words))
         case "SYS/PERM":
-            return Verdict(FailureKind.POISON if stage is Stage.RETRIEVE else FailureKind.OPERATOR)
+            return Meaning(FailureKind.POISON if stage is Stage.RETRIEVE else FailureKind.OPERATOR)
         case "AUTH":
             # Gmail: "[AUTH] Application-specific password required"; no retry will ever help.
-            return Verdict(FailureKind.OPERATOR if _OPERATOR_WORDS.search(words) else FailureKind.AUTH)
+            return Meaning(FailureKind.OPERATOR if _OPERATOR_WORDS.search(words) else FailureKind.AUTH)
         case "UTF8" if stage is Stage.RETRIEVE:
-            return Verdict(FailureKind.POISON)
+            return Meaning(FailureKind.POISON)
         case _:
             return None
 
 
-def _at_retrieve(words: bytes) -> Verdict:
+def _at_retrieve(words: bytes) -> Meaning:
     if _VANISHED_WORDS.search(words):
-        return Verdict(FailureKind.TRANSIENT)
+        return Meaning(FailureKind.TRANSIENT)
     if not _MESSAGE_SIZE_WORDS.search(words) and _SESSION_WORDS.search(words):
-        return Verdict(FailureKind.TRANSIENT, _wait_in(words))
-    return Verdict(FailureKind.POISON)
+        return Meaning(FailureKind.TRANSIENT, _wait_in(words))
+    return Meaning(FailureKind.POISON)
 
 
-def _by_words(words: bytes, stage: Stage, *, auth_resp_code: bool) -> Verdict:
+def _by_words(words: bytes, stage: Stage, *, auth_resp_code: bool) -> Meaning:
     wait_seconds = _wait_in(words)
     if _ACCOUNT_LOCKED.search(words):
         passing = wait_seconds is not None or b"temporar" in words
@@ -219,7 +219,7 @@ def _by_words(words: bytes, stage: Stage, *, auth_resp_code: bool) -> Verdict:
         kind = FailureKind.OPERATOR
     else:
         kind = FailureKind.AUTH
-    return Verdict(kind, wait_seconds if kind is FailureKind.TRANSIENT else None)
+    return Meaning(kind, wait_seconds if kind is FailureKind.TRANSIENT else None)
 
 
 def _wait_in(words: bytes) -> float | None:

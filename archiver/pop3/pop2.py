@@ -1,41 +1,43 @@
 """POP2 (RFC 937), the protocol before POP3: its framing, without I/O, and a session.
 
-Owns what differs from POP3: replies known by their first octet (``+`` ready,
-``-`` refused and over, ``#`` a count of messages, ``=`` a count of octets),
-and messages that are framed by that count alone, without stuffing and without
-a terminator. Promises what ``mailbox`` promises, and that no octet of a message
-is asked for before its count is known and within the limit. Shares the limits,
-the facts, and the outcomes of ``mailbox``.
+Owns what differs from POP3. The first byte of a reply says what it is: ``+``
+ready, ``-`` refused and over, ``#`` a count of messages, ``=`` a length in
+bytes. That length alone frames a message: there is no stuffing and no
+terminator. Promises what ``mailbox`` promises. Promises that no byte of a
+message is asked for before its length is known and within the limit. Shares the
+conversation, the order, the limits, the facts and the outcomes with ``mailbox``.
 
-Nothing names a message but its number, which is good for one session. So an
-archive knows these messages by their content, and fetches all of them each
-time. It answers each with ACKS (received, keep it). ACKD would delete the
-message whose number was just read, but whether that is the one that was
-archived nobody can prove beforehand: this client never says it.
+Only a number names a message, and it is good for one session. So an archive
+knows these messages by their content, and fetches all of them each time. It
+answers each with ACKS (received, keep it). ACKD would delete the message whose
+number was just read, but nothing proves that this is the one that was archived.
+So this client never sends ACKD.
 
-The password crosses in clear, in HELO: ``url`` lets nobody do that unasked.
-POP2 is lock-step, so nothing is pipelined; one mailbox is open: that of HELO, or
-the one that FOLD opens in its place.
+HELO sends the password in clear text; ``url`` refuses that unless the operator
+asks for it. POP2 is lock-step, so nothing is pipelined. One mailbox is open:
+the one of HELO, or the one that FOLD opens in its place.
 """
 
 import builtins
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from archiver.pop3.failures import FailureKind, Pop3Error, Stage, classify, printable
+from archiver.pop3.conversation import Conversation, Terms, Wait
+from archiver.pop3.failures import FailureKind, Meaning, Pop3Error, Stage, classify, printable
 from archiver.pop3.listing import LARGEST_NUMBER, LARGEST_SIZE, Entry, Listing, SizeColumn, decimal, join
-from archiver.pop3.transport import DEFAULT_TLS, TimedOut, TlsSettings, Transport
+from archiver.pop3.order import Verb
+from archiver.pop3.transport import DEFAULT_TLS, TlsSettings
 from archiver.pop3.url import Endpoint, Tls
 from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
 from archiver.pop3.wire import STATUS_LINE_OCTETS, Command, command
 
 _TLS_RECORD_TYPES: Final = (b"\x15", b"\x16")
-_GREETING: Final = "the greeting"
+_GREETING: Final = Command(b"", "the greeting")
 
 
 class Mark(Enum):
@@ -78,8 +80,13 @@ class Receiver:
 
     @property
     def surplus(self) -> bytes:
-        """What has come and was not asked for yet."""
+        """What has arrived and was not taken yet."""
         return self._buffer[self._position :]
+
+    @property
+    def in_reply(self) -> bool:
+        """Whether a part of the next reply has arrived."""
+        return self._position < len(self._buffer)
 
     def feed(self, data: bytes) -> None:
         """Take octets from the wire."""
@@ -133,7 +140,7 @@ _LARGEST: Final = {Mark.COUNT: LARGEST_NUMBER, Mark.LENGTH: LARGEST_SIZE}
 
 
 class Pop2Mailbox:
-    """A session with one mailbox by POP2, as ``session.Session`` has it; a context manager."""
+    """A session with one mailbox by POP2, as ``session.Session`` describes it; a context manager."""
 
     def __init__(
         self,
@@ -143,32 +150,33 @@ class Pop2Mailbox:
         limits: Limits = DEFAULT_LIMITS,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Connect, with TLS from the first octet if the endpoint says so, and read the greeting."""
-        self._endpoint = endpoint
-        self._limits = limits
-        self._monotonic = monotonic
-        self._deadline = monotonic() + limits.session_seconds
-        self._deadline_limit = "session_seconds"
-        self._password = b""
-        self._receiver = Receiver(line_octets=limits.status_line_octets, show=self._show)
-        self._greeting = ""
-        self._count: int | None = None
-        self._listed = False
-        self._in_transit: Entry | None = None
-        self._failure: Pop3Error | None = None
-        self._closed = False
-        self._busy = False
-        with self._named("connect", limit="connect_seconds"):
-            if endpoint.tls is Tls.STARTTLS:
-                raise Pop3Error(FailureKind.OPERATOR, "POP2 has no STARTTLS; use tls implicit or none")
-            self._transport = Transport.connect(
-                endpoint.host, endpoint.port, timeout_seconds=limits.connect_seconds, monotonic=monotonic
+        """Connect, with TLS from the first byte if the endpoint says so, and read the greeting."""
+        if endpoint.tls is Tls.STARTTLS:
+            raise Pop3Error(
+                FailureKind.OPERATOR,
+                f"connect at {endpoint.address}: POP2 has no STARTTLS; use tls implicit or none",
             )
+        self._terms = Terms.begin(endpoint, tls_settings, limits, monotonic)
+        self._count: int | None = None
+        self._in_transit: Entry | None = None
+        new_receiver = partial(Receiver, line_octets=limits.status_line_octets, show=self._terms.secrets.show)
+        self._talk = Conversation(self._terms, new_receiver, refusal=Mark.REFUSED.value.encode())
         try:
-            self._open(tls_settings)
+            self._open()
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> None:
+        talk = self._talk
+        if self._terms.endpoint.tls is Tls.IMPLICIT:
+            talk.start_tls()
+        talk.expect(_GREETING)
+        greeting = self._reply(Mark.READY, Stage.GREETING, talk.step("greeting_seconds"))
+        talk.greeting = greeting.text
+        if greeting.text[:2].upper() == b"OK":
+            reason = f"the server seems to speak POP3; use pop3://: {talk.show(greeting.text)!r}"
+            raise talk.error(FailureKind.OPERATOR, _GREETING.label, reason)
 
     def __enter__(self) -> Self:
         return self
@@ -181,87 +189,72 @@ class Pop2Mailbox:
     @property
     def facts(self) -> ServerFacts:
         """What is known of the server by now. POP2 has no capabilities, and HELO is the one way to log in."""
-        tls = self._transport.tls
-        return ServerFacts(
-            host=self._endpoint.host,
-            port=self._endpoint.port,
-            greeting=self._greeting,
-            capabilities=(),
-            tls_version=tls.version if tls else None,
-            cipher=tls.cipher if tls else None,
-            certificate_sha256=tls.certificate_sha256 if tls else None,
-            certificate_not_after=tls.certificate_not_after if tls else None,
-            mechanism=None if self._count is None else "HELO",
-            pipelining=False,
-            bare_lf=False,
-            login_delay_seconds=None,
-            expire_days=None,
-            utf8=False,
-            implementation=None,
-        )
+        return replace(self._talk.facts, mechanism=None if self._count is None else "HELO")
 
     @property
     def in_transit(self) -> Entry | None:
-        """The entry whose message is awaited or being received; stays set when the connection dies there."""
+        """The entry whose message is being received; stays set if the connection fails there."""
         return self._in_transit
 
     def login(self, password: str) -> None:
-        """HELO, which opens the mailbox, and FOLD where a folder is named.
+        """HELO, which opens the mailbox, and FOLD if the endpoint names a folder.
 
-        Raises Pop3Error: AUTH, TRANSIENT, OPERATOR by the server's words.
+        Raises Pop3Error: AUTH, TRANSIENT or OPERATOR, by the server's words.
 
-        The password is the rest of the line; a backslash in it is doubled, since
-        the one server whose source is known (the University of Washington's)
-        takes it for a quote. The password is in no error.
+        The password is the rest of the line. A backslash in it is doubled: the one
+        server whose source is known (the University of Washington's) treats it as
+        a quote.
         """
-        if self._count is not None:
-            raise RuntimeError("the session is logged in")
-        with self._named("login"):
+        talk = self._talk
+        talk.order.require(Verb.LOGIN)
+        with talk.named("login"):
             asked = self._helo(password)
-        count = self._number(asked, Mark.COUNT, Stage.LOGIN, "login_seconds")
-        if self._endpoint.folder is not None:
-            # A folder that is not there counts as an empty one (RFC 937).
-            fold = command("FOLD", self._endpoint.folder)
-            count = self._number(fold, Mark.COUNT, Stage.LOGIN, "login_seconds")
+        count = self._number(asked, Mark.COUNT, Stage.LOGIN, talk.step("login_seconds"))
+        if self._terms.endpoint.folder is not None:
+            # A folder that does not exist counts as an empty one (RFC 937).
+            fold = command("FOLD", self._terms.endpoint.folder)
+            count = self._number(fold, Mark.COUNT, Stage.LOGIN, talk.step("login_seconds"))
+        talk.order.advance(Verb.LOGIN)
         self._count = count
 
     def _helo(self, password: str) -> Command:
-        user = self._endpoint.user
+        user = self._terms.endpoint.user
         if not password or not (user + password).isascii() or any(c.isspace() for c in user):
             raise Pop3Error(
                 FailureKind.OPERATOR,
-                "nothing was sent: HELO takes a user name without spaces and a password, both in ASCII",
+                "the password was not sent: HELO takes a user name without spaces and a password, "
+                "both in ASCII",
             )
-        self._password = password.encode("ascii")
-        return command("HELO", user, password.replace("\\", "\\\\"), label="HELO")
+        quoted = password.replace("\\", "\\\\")
+        self._terms.secrets.add(quoted.encode("ascii"), password.encode("ascii"))
+        return command("HELO", user, quoted, label="HELO")
 
-    def glance(self, number: int | None = None) -> Glance:  # noqa: ARG002 - nothing is known by number
-        """The count that the server told at the login. It tells no sum of octets, and has no uids."""
-        self._need_life()
+    def glance(self, number: int | None = None) -> Glance:  # noqa: ARG002 - a number says nothing in POP2
+        """The count that the server gave at the login. POP2 has no total size and no uids."""
+        self._talk.order.advance(Verb.GLANCE)
         return Glance(self._count, None)
 
     def list(self) -> Listing:
-        """Numbers and sizes, by a READ for each message; a second call is a programming error.
+        """Numbers and sizes, by a READ for each message.
 
-        A number that holds no message (or an empty one, which POP2 cannot tell
-        from none) is left out. No message has a uid.
+        A number without a message is left out, and so is an empty message, which
+        POP2 cannot tell from it. No message has a uid.
         """
-        if self._count is None or self._listed:
-            raise RuntimeError("a session logs in, and lists its mailbox once")
-        self._listed = True
-        if self._count > self._limits.listing_lines:
-            reason = (
-                f"the mailbox has {self._count} messages, more than the limit of {self._limits.listing_lines}"
-            )
-            raise self._error(FailureKind.PROTOCOL, "HELO", reason, limit="listing_lines")
+        self._talk.order.advance(Verb.LIST)
+        count, most = self._count or 0, self._terms.limits.listing_lines
+        if count > most:
+            reason = f"the mailbox has {count} messages, more than the limit of {most}"
+            raise self._talk.error(FailureKind.PROTOCOL, "HELO", reason, limit="listing_lines")
+        wait = self._talk.waiting("listing_seconds")
         sizes = (
-            (number, self._number(command("READ", number), Mark.LENGTH, Stage.LISTING, "listing_seconds"))
-            for number in range(1, self._count + 1)
+            (number, self._number(command("READ", number), Mark.LENGTH, Stage.LISTING, wait))
+            for number in range(1, count + 1)
         )
         return join(None, SizeColumn.of((number, size) for number, size in sizes if size))
 
-    def list_from(self, first: int, last: int) -> Listing | None:  # noqa: ARG002 - nothing is known by number
-        """None: what came since an earlier session cannot be told where no message has a uid."""
+    def list_from(self, first: int, last: int) -> Listing | None:  # noqa: ARG002 - numbers say nothing in POP2
+        """None: without uids, new messages cannot be told from old ones."""
+        self._talk.order.advance(Verb.LIST_FROM)
         return None
 
     def retrieve(
@@ -270,17 +263,17 @@ class Pop2Mailbox:
         """Fetch messages one by one, each into the sink that ``open_sink`` gives for it, and keep them.
 
         A message over ``limits.message_octets`` is refused before it is asked
-        for. One is complete only once the server answered ACKS as it must: a
-        count that was wrong shows there. Raises Pop3Error for what ends the
-        session; every refusal by the server does.
+        for. A message is complete only after the server has answered ACKS as it
+        must: a wrong length shows there. Raises Pop3Error for what ends the
+        session, and every refusal by the server does.
         """
-        self._need_life()
+        self._talk.order.advance(Verb.RETRIEVE)
         for entry in entries:
             self._in_transit = entry
             try:
                 result = self._receive_message(entry, open_sink)
-            except BaseException:  # a sink's too: its message is half read
-                self.close()
+            except BaseException as error:  # a sink's too: its message is half read
+                self._talk.fail(error)
                 raise
             self._in_transit = None
             yield result
@@ -288,177 +281,91 @@ class Pop2Mailbox:
     def _receive_message(
         self, entry: Entry, open_sink: Callable[[Entry], SinkT]
     ) -> Retrieved[SinkT] | Refused[SinkT]:
-        doing = f"READ {entry.number}"
-        size = self._number(command("READ", entry.number), Mark.LENGTH, Stage.RETRIEVE, "idle_seconds")
+        talk, limit = self._talk, self._terms.limits.message_octets
+        read, wait = command("READ", entry.number), talk.waiting("idle_seconds")
+        size = self._number(read, Mark.LENGTH, Stage.RETRIEVE, wait)
         if not size:
-            return Refused(entry, self._error(FailureKind.POISON, doing, "the server has it no more"))
-        if size > self._limits.message_octets:
-            reason = f"the message has {size} octets, more than the limit of {self._limits.message_octets}"
-            return Refused(entry, self._error(FailureKind.POISON, doing, reason, limit="message_octets"))
+            reason = "the server does not have the message any more"
+            return Refused(entry, talk.error(FailureKind.POISON, read.label, reason))
+        if size > limit:
+            reason = f"the message has {size} bytes, more than the limit of {limit}"
+            error = talk.error(FailureKind.POISON, read.label, reason, limit="message_octets")
+            return Refused(entry, error)
         sink = open_sink(entry)
-        asked = command("RETR")
-        self._send(asked)
-        with self._fatal(f"RETR of {entry.number}"):
+        talk.require_quiet()
+        talk.send(command("RETR"))
+        with talk.named(f"RETR of {entry.number}", fatal=True):
             left = size
             while left:
-                content = self._receiver.next_content(left)
+                content = talk.receiver.next_content(left)
                 if content is None:
-                    self._read("idle_seconds", self._deadline, inside=True)
+                    talk.receive(wait, in_reply=True)
                     continue
                 left -= len(content)
                 sink.write(content)
-        self._busy = False
-        self._number(command("ACKS"), Mark.LENGTH, Stage.RETRIEVE, "idle_seconds")
+        talk.outstanding.popleft()
+        self._number(command("ACKS"), Mark.LENGTH, Stage.RETRIEVE, wait)
         return Retrieved(entry, sink)
 
     def delete(self, entries: Iterable[Entry]) -> builtins.list[Entry]:
-        """Deletes nothing, ever: raises Pop3Error (OPERATOR) for any entry, before anything is said."""
+        """Never delete: raises Pop3Error (OPERATOR) for any entry, before anything is sent."""
+        self._talk.order.advance(Verb.DELETE)
         if any(True for _ in entries):
             reason = "nothing was deleted: POP2 knows a message by its number alone, which proves nothing"
-            raise self._error(FailureKind.OPERATOR, "ACKD", reason)
+            raise self._talk.error(FailureKind.OPERATOR, "ACKD", reason)
         return []
 
     def round_trip(self) -> float:
-        """Seconds that a READ of the current message takes, which moves and marks nothing."""
-        started = self._monotonic()
-        self._number(command("READ"), Mark.LENGTH, Stage.LISTING, "idle_seconds")
-        return self._monotonic() - started
+        """Seconds that a READ of the current message takes. It moves and marks nothing."""
+        self._talk.order.advance(Verb.ROUND_TRIP)
+        started = self._terms.monotonic()
+        wait = self._talk.waiting("idle_seconds")
+        self._number(command("READ"), Mark.LENGTH, Stage.LISTING, wait)
+        return self._terms.monotonic() - started
 
     def quit(self) -> None:
         """End the session in order, and close."""
-        asked = command("QUIT")
+        self._talk.require_quiet()
+        self._talk.order.require(Verb.QUIT)
         try:
-            self._deadline = self._monotonic() + self._limits.quit_seconds
-            self._deadline_limit = "quit_seconds"
-            self._send(asked)
-            self._answer(asked.label, Mark.READY, Stage.UPDATE, "quit_seconds")
+            self._talk.send(command("QUIT"))
+            self._reply(Mark.READY, Stage.UPDATE, self._talk.last_step("quit_seconds"))
         finally:
             self.close()
 
     def close(self) -> None:
         """Drop the connection without QUIT. May be called again."""
-        self._closed = True
-        self._transport.close()
-
-    def _open(self, tls_settings: TlsSettings) -> None:
-        limits = self._limits
-        if self._endpoint.tls is Tls.IMPLICIT:
-            with self._named("TLS", limit="connect_seconds"):
-                self._transport.start_tls(tls_settings, deadline=self._monotonic() + limits.connect_seconds)
-        self._busy = True
-        greeting = self._answer(_GREETING, Mark.READY, Stage.GREETING, "greeting_seconds")
-        self._greeting = printable(greeting.text)
-        if greeting.text[:2].upper() == b"OK":
-            reason = f"the server speaks POP3, it seems; use pop3://: {self._show(greeting.text)!r}"
-            raise self._error(FailureKind.OPERATOR, _GREETING, reason)
+        self._talk.close()
 
     # Commands and replies.
 
-    def _number(self, asked: Command, mark: Mark, stage: Stage, limit: str) -> int:
+    def _number(self, asked: Command, mark: Mark, stage: Stage, wait: Wait) -> int:
         """The count that answers a command."""
-        self._send(asked)
-        number = self._answer(asked.label, mark, stage, limit).number
-        return 0 if number is None else number
+        self._talk.require_quiet()
+        self._talk.send(asked)
+        return self._reply(mark, stage, wait).number or 0
 
-    def _send(self, asked: Command) -> None:
-        self._need_life()
-        if self._busy:
-            raise RuntimeError("a reply of this session is still to be read")
-        with self._fatal(asked.label):
-            octets = self._transport.receive_now()
-            self._receiver.feed(octets or b"")
-            surplus = self._receiver.surplus
-            if surplus.startswith(b"-"):
-                said = self._show(surplus[1:].strip())
-                raise Pop3Error(FailureKind.TRANSIENT, f"the server ended the session: {said!r}")
-            if surplus:
-                raise Pop3Error(FailureKind.PROTOCOL, f"the server said unasked {self._show(surplus)!r}")
-            if octets == b"":
-                raise Pop3Error(FailureKind.TRANSIENT, "the server closed the connection")
-            self._transport.send(asked.octets)
-        self._busy = True
-
-    def _answer(self, doing: str, mark: Mark, stage: Stage, limit: str) -> Reply:
+    def _reply(self, mark: Mark, stage: Stage, wait: Wait) -> Reply:
         """The reply that is due. Another mark, or a refusal, ends the session (RFC 937)."""
-        with self._fatal(doing):
-            deadline = self._deadline
-            if stage in {Stage.GREETING, Stage.LOGIN}:
-                deadline = min(deadline, self._monotonic() + getattr(self._limits, limit))
-            while (reply := self._receiver.next_reply()) is None:
-                self._read(limit, deadline, inside=bool(self._receiver.surplus))
-            if reply.mark is Mark.REFUSED:
-                raise self._refusal(reply.text, stage)
-            if reply.mark is not mark:
-                said = self._show(reply.mark.value.encode() + reply.text)
-                raise Pop3Error(FailureKind.PROTOCOL, f"{mark.value!r} was due, and the server said {said!r}")
-        self._busy = False
+        talk, due = self._talk, self._talk.outstanding[0]
+        with talk.named(due.label, fatal=True):
+            while (reply := talk.receiver.next_reply()) is None:
+                talk.receive(wait)
+            if reply.mark not in {mark, Mark.REFUSED}:
+                said = talk.show(reply.mark.value.encode() + reply.text)
+                raise Pop3Error(FailureKind.PROTOCOL, f"the server said {said!r} instead of {mark.value!r}")
+        if reply.mark is Mark.REFUSED:
+            error = talk.refused(due.label, reply.text, self._meaning(reply, stage))
+            talk.fail(error)
+            raise error
+        talk.outstanding.popleft()
         return reply
 
-    def _refusal(self, text: bytes, stage: Stage) -> Pop3Error:
-        verdict = classify(text, stage)
-        kind = verdict.kind
-        if kind is FailureKind.POISON:
-            # Of this message alone, and yet it ends the session: the caller counts how often one does that.
-            kind = FailureKind.TRANSIENT
-        else:
-            self._in_transit = None
-        said = f"the server said {self._show(text)!r}" if text else "the server refused without a word"
-        return Pop3Error(kind, said, wait_seconds=verdict.wait_seconds)
-
-    def _read(self, limit: str, deadline: float, *, inside: bool) -> None:
-        try:
-            octets = self._transport.receive(idle_seconds=getattr(self._limits, limit), deadline=deadline)
-        except TimedOut as error:
-            whole = error.at_deadline and deadline == self._deadline
-            error.limit = self._deadline_limit if whole else limit
-            raise
-        if not octets:
-            where = " in the middle of a reply" if inside else ""
-            raise Pop3Error(FailureKind.TRANSIENT, f"the server closed the connection{where}")
-        self._receiver.feed(octets)
-
-    def _need_life(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._closed:
-            raise RuntimeError("the session is closed")
-
-    # Errors.
-
-    @contextmanager
-    def _named(self, doing: str, *, limit: str | None = None) -> Iterator[None]:
-        """Add what was tried, and where, to an error from below. ``limit`` is what a wait ended by."""
-        try:
-            yield
-        except Pop3Error as error:
-            exceeded = limit if isinstance(error, TimedOut) and error.limit is None else error.limit
-            raise self._error(error.kind, doing, str(error), error.wait_seconds, exceeded) from error
-
-    @contextmanager
-    def _fatal(self, doing: str) -> Iterator[None]:
-        """As ``_named``; and the error ends the session."""
-        try:
-            with self._named(doing):
-                yield
-        except Pop3Error as error:
-            self._failure = error
-            self.close()
-            raise
-
-    def _show(self, octets: bytes) -> str:
-        """The server's octets for people. It may repeat what it was sent: the password is taken out."""
-        if self._password:
-            for secret in (self._password.replace(b"\\", b"\\\\"), self._password):
-                octets = octets.replace(secret, b"***")
-        return printable(octets)
-
-    def _error(
-        self,
-        kind: FailureKind,
-        doing: str,
-        reason: str,
-        wait_seconds: float | None = None,
-        limit: str | None = None,
-    ) -> Pop3Error:
-        message = f"{doing} at {self._endpoint.address}: {reason}"
-        return Pop3Error(kind, message, wait_seconds=wait_seconds, limit=limit)
+    def _meaning(self, refusal: Reply, stage: Stage) -> Meaning:
+        meaning = classify(refusal.text, stage)
+        if meaning.kind is FailureKind.POISON:
+            # It concerns this message alone, and yet it ends the session. So the message stays in
+            # transit, and the caller counts how often one ends a session.
+            return replace(meaning, kind=FailureKind.TRANSIENT)
+        self._in_transit = None
+        return meaning

@@ -57,25 +57,27 @@ class ServerFacts:
     host: str
     port: int
     greeting: str
-    capabilities: tuple[str, ...]
-    """The lines of the last CAPA; nothing that was told in clear before STLS."""
-    tls_version: str | None
-    cipher: str | None
-    certificate_sha256: str | None
-    certificate_not_after: datetime | None
-    mechanism: str | None
+    capabilities: tuple[str, ...] = ()
+    """The lines of the last CAPA, and never those that came in clear text before STLS."""
+    tls_version: str | None = None
+    """None where the channel is in clear text."""
+    cipher: str | None = None
+    certificate_sha256: str | None = None
+    certificate_not_after: datetime | None = None
+    mechanism: str | None = None
     """How the login was done; None before it."""
-    pipelining: bool
+    pipelining: bool = False
     """Whether commands are pipelined in this session."""
-    bare_lf: bool
+    bare_lf: bool = False
     """Whether the server ends its lines in a bare LF, which frames this session."""
-    login_delay_seconds: float | None
-    """The least time from one login to the next that CAPA asks for (RFC 2449 section 6.5)."""
-    expire_days: int | None
-    """How long messages stay on the server (section 6.7); 0: until they were read. None: it does not say."""
-    utf8: bool
+    login_delay_seconds: float | None = None
+    """The shortest time between two logins, as CAPA announces it (RFC 2449 section 6.5)."""
+    expire_days: int | None = None
+    """How long messages stay on the server (section 6.7). 0: until they are read. None: it does not say."""
+    utf8: bool = False
     """Whether the session is in UTF8 mode (RFC 6856), in which no message is converted."""
-    implementation: str | None
+    implementation: str | None = None
+    """What the server calls itself."""
     avoid: frozenset[str] = frozenset()
     """What the server was seen to trip over in this session, beyond doubt, as ``connect`` takes it."""
     suspect: frozenset[str] = frozenset()

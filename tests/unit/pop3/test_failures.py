@@ -2,7 +2,7 @@
 
 import pytest
 
-from archiver.pop3.failures import FailureKind, Stage, Verdict, classify, printable, says_unknown_command
+from archiver.pop3.failures import FailureKind, Stage, Meaning, classify, printable, says_unknown_command
 
 TRANSIENT, POISON, AUTH = FailureKind.TRANSIENT, FailureKind.POISON, FailureKind.AUTH
 PROTOCOL, OPERATOR = FailureKind.PROTOCOL, FailureKind.OPERATOR
@@ -109,12 +109,12 @@ def test_at_the_greeting(text: bytes, kind: FailureKind) -> None:
     ],
 )
 def test_a_wait_that_the_server_names_is_kept(text: bytes, wait_seconds: float | None) -> None:
-    assert classify(text, Stage.LOGIN) == Verdict(TRANSIENT, wait_seconds)
+    assert classify(text, Stage.LOGIN) == Meaning(TRANSIENT, wait_seconds)
 
 
 def test_the_announced_login_delay_is_the_wait_where_the_refusal_names_none() -> None:
     verdict = classify(b"[LOGIN-DELAY]", Stage.LOGIN, login_delay_seconds=600)
-    assert verdict == Verdict(TRANSIENT, 600)
+    assert verdict == Meaning(TRANSIENT, 600)
 
 
 @pytest.mark.parametrize(

@@ -377,7 +377,7 @@ def test_a_message_over_the_limit_is_drained_and_refused() -> None:
     refused = results[3]
     assert isinstance(refused, Refused)
     assert refused.error.kind is FailureKind.POISON
-    assert "200002 octets" in str(refused.error)
+    assert "200002 bytes" in str(refused.error)
     assert len(refused.sink.getvalue()) <= 100_000
     assert [type(each) for each in results].count(Retrieved) == 4
 
@@ -442,7 +442,7 @@ def test_o1_a_reply_sent_twice_is_noticed_before_the_next_command() -> None:
         mailbox.round_trip()
         error = failure_of(mailbox.glance)
         assert error.kind is FailureKind.PROTOCOL
-        assert "unasked" in str(error)
+        assert "unexpected data" in str(error)
 
 
 def test_d5_a_farewell_for_inactivity_answers_no_command() -> None:
