@@ -1,21 +1,26 @@
 """A POP3 client for archives. It knows nothing of the rest of the project and could be published by itself.
 
-From the bottom up, each module knowing only those before it:
+From the bottom up; each module imports only those before it:
 
 - ``failures``: the one error, its kinds, and what an ``-ERR`` means;
 - ``url``: POP URLs and the channel that they demand;
 - ``wire``: framing, without I/O;
 - ``loop``: how sessions wait, each in a thread of its own or many in one;
-- ``listing``, ``capabilities``, ``sasl``: what replies say, and how to log in;
+- ``listing``, ``capabilities``, ``sasl``: what replies say, and what a login says;
 - ``transport``: socket, TLS, time;
-- ``values``: what a session takes and gives;
+- ``values``: what a session takes and returns;
+- ``order``: which verb may follow which;
+- ``conversation``: commands and replies over one connection, errors with a name;
+- ``replies``, ``opening``, ``login``: what POP3 adds, up to an open mailbox;
 - ``mailbox``: a session by POP3; ``pop2``: one by its forerunner;
 - ``session``: what both can do, and ``connect``, which is all that most callers need.
 
-It promises that the octets of a message come out exactly as the server meant
-them, that memory and time are bounded whatever a server sends, that nothing
-secret crosses a channel that is not private, and that nothing is deleted
-unless ``Mailbox.quit`` was called.
+It promises:
+
+- the bytes of a message come out exactly as the server meant them;
+- memory and time are bounded, whatever a server sends;
+- no secret crosses a channel that is not private;
+- nothing is deleted unless ``Mailbox.quit`` was called.
 """
 
 from archiver.pop3.failures import FailureKind, Pop3Error

@@ -2,7 +2,7 @@
 
 import pytest
 
-from archiver.pop3.failures import FailureKind, Stage, Meaning, classify, printable, says_unknown_command
+from archiver.pop3.failures import FailureKind, Meaning, Stage, classify, printable, says_unknown_command
 
 TRANSIENT, POISON, AUTH = FailureKind.TRANSIENT, FailureKind.POISON, FailureKind.AUTH
 PROTOCOL, OPERATOR = FailureKind.PROTOCOL, FailureKind.OPERATOR
