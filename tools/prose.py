@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).with_suffix(".toml")
 
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+GENERATED = re.compile(r"<!-- (sample|usage|settings|metrics): .*?<!-- end -->", re.DOTALL)
 HIDDEN = re.compile(r"<!--.*?-->", re.DOTALL)
 CODE = re.compile(r"(`+)[^`]+?\1")
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)\s]*\)|<https?:[^>]+>")
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
 
 def markdown(source: str) -> Iterator[Text]:
     """The paragraphs, headings, list items and table cells of a page, without its code."""
-    for hidden in (FENCE, HIDDEN):
+    for hidden in (GENERATED, FENCE, HIDDEN):
         source = hidden.sub(lambda found: "\n" * found[0].count("\n"), source)
     paragraph: list[str] = []
     for number, raw in enumerate([*_plain(source).split("\n"), ""], 1):

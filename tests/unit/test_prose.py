@@ -63,6 +63,7 @@ def test_part_of_a_word_is_no_phrase() -> None:
         "The user `nobody` and ``nobody``.\n",
         "See [the page](nobody.md).\n",
         "<!-- nobody -->\n",
+        "<!-- usage: archiver sync -->\nnobody\n<!-- end -->\n",
     ],
 )
 def test_code_links_and_remarks_of_a_page_are_not_its_prose(source: str) -> None:
