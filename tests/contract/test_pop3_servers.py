@@ -18,7 +18,7 @@ from tests.harness.servers import Server, survey
 from tests.harness.servers.survey import MESSAGES, fetch, session
 
 # What RETR gives beyond what is stored, for servers that do that: quirks S1 and GM1.
-ADDITIONS = {"solid-pop3d": {"an empty line more"}, "mailutils": {"an X-UIDL field more"}}
+ADDITIONS = {"solid-pop3d": {"one more empty line"}, "mailutils": {"one more field, X-UIDL"}}
 
 # mailutils writes X-UIDL, X-UID and Status into its mailbox as a session ends, until all are there:
 # for so many sessions a message is not the one that was fetched before.
@@ -51,7 +51,7 @@ def test_every_message_comes_as_it_is_stored(name: str, server: Server) -> None:
     for tls in server.ports:
         fetched = fetch(servers.box(server, MESSAGES), tls)
         assert len(fetched) == len(MESSAGES)
-        assert {each.difference for each in fetched} == ADDITIONS.get(name, {"what is stored"})
+        assert {each.difference for each in fetched} == ADDITIONS.get(name, {"as stored"})
         for each, delivered in zip(fetched, MESSAGES, strict=True):
             assert each.stored.endswith(delivered.partition(b"\r\n\r\n")[2])
 
@@ -128,7 +128,7 @@ def test_a_second_session_is_let_in_or_told_that_the_mailbox_is_in_use(found: di
 
 def test_the_table_in_the_documentation_is_what_the_server_does(name: str, found: dict[str, str]) -> None:
     assert survey.rows().get(name) == found, (
-        "docs/reference/servers.md differs; python -m tests.harness.servers.survey writes it anew"
+        "docs/reference/servers.md differs; python -m tests.harness.servers.survey rewrites it"
     )
 
 

@@ -1,7 +1,8 @@
-"""What each real server does, found by asking it, and the page that says so.
+"""A survey of real POP3 servers, and the table of its results in the documentation.
 
-``python -m tests.harness.servers.survey`` asks every server that can be had
-here and rewrites their rows in ``docs/reference/servers.md``; the rows of the others stay.
+``python -m tests.harness.servers.survey`` asks every server that is available
+on this machine and rewrites its row in ``docs/reference/servers.md``. The rows
+of the other servers stay as they are.
 """
 
 import io
@@ -47,7 +48,7 @@ MESSAGES: Final = (
     _COPY % b"Message-ID: <one@example.com>",
     _COPY % b"Message-ID: <two@example.com>",
 )
-"""What an mbox, a Maildir and LMTP can all carry."""
+"""Messages that an mbox, a Maildir and LMTP can all store."""
 
 _TLS_NAMES: Final = {Tls.IMPLICIT: "POP3S", Tls.STARTTLS: "STLS"}
 
@@ -62,18 +63,18 @@ class Fetched:
 
     @property
     def difference(self) -> str:
-        """How the two differ, in words."""
+        """The difference, as the table shows it."""
         if self.got == self.stored:
-            return "what is stored"
+            return "as stored"
         if self.got == self.stored + b"\r\n":
-            return "an empty line more"
+            return "one more empty line"
         if re.sub(rb"^X-UIDL: [^\r\n]*\r\n", b"", self.got, count=1, flags=re.MULTILINE) == self.stored:
-            return "an X-UIDL field more"
+            return "one more field, X-UIDL"
         return "something else"
 
 
 def session(box: Box, tls: Tls | None = None, **options: object) -> Mailbox:
-    """A session that is logged in."""
+    """Open a session and log in."""
     mailbox = Mailbox.connect(
         box.endpoint(tls), tls_settings=TlsSettings(ca_file=box.server.ca_file), **options
     )
@@ -99,7 +100,7 @@ def fetch(box: Box, tls: Tls | None = None, **options: object) -> list[Fetched]:
 
 
 def survey(server: Server) -> dict[str, str]:
-    """What this server does, for each of FEATURES."""
+    """Find out what this server does, for each of FEATURES."""
     box = servers.box(server, MESSAGES)
     fetched = fetch(box)
     with session(box) as mailbox:
@@ -113,8 +114,8 @@ def survey(server: Server) -> dict[str, str]:
         "CAPA": "yes" if facts.capabilities else "no",
         "login": facts.mechanism or "",
         "PIPELINING": "yes" if facts.pipelining else "no",
-        "UIDL": "one for each" if len(set(uidls)) == len(uidls) else "the same for some",
-        "size in LIST": "octets of RETR" if exact else "another",
+        "UIDL": "unique" if len(set(uidls)) == len(uidls) else "not unique",
+        "size in LIST": "bytes of RETR" if exact else "another",
         "RETR gives": ", ".join(same),
         "wrong password": _wrong_password(box),
         "second session": second,
@@ -140,7 +141,7 @@ def _wrong_password(box: Box) -> str:
             if error.kind is not FailureKind.AUTH or "hunter2" in str(error):
                 return f"{error.kind.value}: {error}"
             return "auth, [AUTH]" if "[AUTH]" in str(error) else "auth"
-    return "let in"
+    return "accepted"
 
 
 def _after_dele(server: Server, *, leave: Callable[[Mailbox], None]) -> str:
@@ -166,7 +167,7 @@ def rows() -> dict[str, dict[str, str]]:
 
 
 def main() -> int:
-    """Ask every server that can be had, and rewrite the page."""
+    """Ask every available server, and rewrite the table."""
     known = rows() if PAGE.exists() else {}
     for name in servers.NAMES:
         with tempfile.TemporaryDirectory(prefix="archiver-", ignore_cleanup_errors=True) as place:
