@@ -112,6 +112,7 @@ def _verify(
                 now=archiver.now(),
                 readers=readers,
                 rehash=rehash,
+                scratch_directory=archiver.settings.spool_directory,
                 progress=lambda found: bars.update(task, advance=found.size),
             )
 

@@ -300,9 +300,9 @@ def find_captures(
 
 
 def capture_digests(connection: Connection, account_id: str) -> Iterator[bytes]:
-    """The digest of every capture of an account, streamed."""
+    """The digest of every capture of an account, sorted and streamed."""
     rows = connection.execution_options(yield_per=FETCH_ROWS).execute(
-        sa.select(capture.c.sha256).where(capture.c.account_id == account_id)
+        sa.select(capture.c.sha256).where(capture.c.account_id == account_id).order_by(capture.c.sha256)
     )
     return (row.sha256 for row in rows)
 

@@ -1,9 +1,12 @@
-"""Objects, journal and database, each against the others: the proof that nothing was lost or altered.
+"""Compares objects, journal and database with each other: the proof that nothing was lost or altered.
 
-Reads everything and changes nothing. It may run while polls go on: what is
-read first is what is written last, so that a capture under way is not taken
-for a fault; and what came to the store after the beginning is left to the next
-time.
+Reads everything and changes nothing. Polls may run meanwhile: what a poll
+writes last is read first, so that a capture under way is not reported. What
+arrived after the start is left to the next verification.
+
+Memory does not grow with an account. What the database and the journal say is
+sorted by digest in a temporary file (``scratch``), and merged with the store's
+listing, which is sorted by key. Findings beyond ``FINDINGS_KEPT`` are only counted.
 """
 
 import hashlib
@@ -11,26 +14,29 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from archiver.db import Database, reads, schedule
 from archiver.errors import IntegrityError
 from archiver.evidence import journal
+from archiver.evidence.scratch import Content, Scratch, scratch
 from archiver.model import Account, JournalHead, Segment, What, journal_prefix, message_key, segment_key
 from archiver.store import ObjectNotFound, Store, StoredObject
 
 Kind = Literal["missing", "damaged", "chain_break", "unrecorded", "miscounted"]
 
 IN_FLIGHT = timedelta(minutes=15)
-"""What is so young, of an account that is being polled, need not be in the journal or the database yet."""
+"""While an account is being polled, what is younger need not be in the journal or the database yet."""
 
 HASHED_AT_ONCE = 64
 FINDINGS_KEPT = 1_000
-"""All are counted; so many are named."""
+"""How many findings are named. All of them are counted."""
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it must be."""
+    """One thing that is wrong."""
 
     kind: Kind
     account: str
@@ -40,10 +46,12 @@ class Finding(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """What was looked at and what was found. ``checked`` counts messages."""
+    """What was checked and what was found."""
 
     checked: int = 0
+    """Messages that the journal names."""
     octets: int = 0
+    """The total size of the messages that were read, in bytes."""
     segments: int = 0
     missing: int = 0
     damaged: int = 0
@@ -51,6 +59,7 @@ class Findings:
     unrecorded: int = 0
     miscounted: int = 0
     named: list[Finding] = field(default_factory=list)
+    """The first ``FINDINGS_KEPT``."""
 
     @property
     def clean(self) -> bool:
@@ -71,6 +80,18 @@ class Findings:
         if len(self.named) < FINDINGS_KEPT:
             self.named.append(finding)
 
+    def include(self, later: "Findings") -> None:
+        """Add all that ``later`` has, after what is here."""
+        self.checked += later.checked
+        self.octets += later.octets
+        self.segments += later.segments
+        self.missing += later.missing
+        self.damaged += later.damaged
+        self.chain_breaks += later.chain_breaks
+        self.unrecorded += later.unrecorded
+        self.miscounted += later.miscounted
+        self.named += later.named[: FINDINGS_KEPT - len(self.named)]
+
 
 def verify(
     account: Account,
@@ -82,157 +103,223 @@ def verify(
     readers: Executor,
     rehash: bool = True,
     progress: Callable[[StoredObject], None] = lambda _: None,
+    scratch_directory: Path | None = None,
 ) -> None:
     """Check one account and add to ``findings``. With ``rehash`` every object is read and hashed again.
 
-    Raises what the store and the database raise.
+    ``scratch_directory`` takes a temporary file, about 90 bytes a capture; None
+    means the system's directory for temporary files. Raises what the store and
+    the database raise, and OperatorNeeded when that file cannot be written.
     """
-    with database.reading() as connection:
-        head = reads.journal_head(connection, account.id)
-        recorded = set(reads.capture_digests(connection, account.id))
-        told, held = reads.counted(connection, account.id), reads.count_again(connection, account.id)
-        since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
-    written = _read_journal(account, store, head, since, findings)
-    unnamed = {message_key(account.id, digest) for digest in recorded - written.captured.keys()}
-    for key in unnamed:
-        detail = "the database has it, the journal has not"
-        findings.add(Finding("unrecorded", account.name, key, detail))
-    lacking = written.known_to_database - recorded
-    if told != held and not unnamed and not lacking:
-        detail = f"{told} captures and octets are told of, {held} are there; run: archiver db recount"
-        findings.add(Finding("miscounted", account.name, "mailbox", detail))
-    for digest in lacking:
-        detail = "the journal has it, the database has not"
-        findings.add(Finding("unrecorded", account.name, message_key(account.id, digest), detail))
-
-    expected = {message_key(account.id, digest): digest for digest in written.captured}
-    sound: list[tuple[StoredObject, bytes]] = []
-    for found in store.list(f"messages/{account.id}/"):
-        wanted = expected.pop(found.key, None)
-        if wanted is None:
-            if found.key not in unnamed and not _is_younger(found, since):
-                findings.add(Finding("unrecorded", account.name, found.key, "no journal segment names it"))
-        elif found.size != written.captured[wanted]:
-            detail = f"{found.size} octets, and the journal says {written.captured[wanted]}"
-            findings.add(Finding("damaged", account.name, found.key, detail))
-        else:
-            sound.append((found, wanted))
-    for key in expected:
-        findings.add(Finding("missing", account.name, key, "the store lacks it"))
-    findings.checked += len(written.captured)
-    for found, finding in _rehashed(account, store, sound, readers) if rehash else _taken_as_is(sound):
-        progress(found)
-        findings.octets += found.size
-        if finding is not None:
-            findings.add(finding)
+    with scratch(scratch_directory) as contents:
+        with database.reading() as connection:
+            head = reads.journal_head(connection, account.id)
+            contents.add_recorded(reads.capture_digests(connection, account.id))
+            stated, actual = reads.counted(connection, account.id), reads.count_again(connection, account.id)
+            since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
+        check = _Check(account, store, contents, findings, head=head, since=since)
+        check.read_journal()
+        agree = check.compare_database()
+        if stated != actual and agree:
+            detail = f"captures and bytes are counted as {stated}, but are {actual}; run: archiver db recount"
+            findings.add(Finding("miscounted", account.name, "mailbox", detail))
+        # Findings about contents come last, in the order of keys.
+        of_contents = Findings()
+        sound = check.compare_store()
+        for found, finding in _rehashed(account, store, sound, readers) if rehash else _taken_as_is(sound):
+            progress(found)
+            of_contents.octets += found.size
+            if finding is not None:
+                of_contents.add(finding)
+        check.report_missing()
+        findings.include(of_contents)
 
 
 def find_strays(known: Collection[str], store: Store, findings: Findings) -> None:
-    """Add to ``findings`` what lies in the store for accounts that the database does not know.
+    """Add to ``findings`` the accounts that the store has objects of and the database does not know.
 
-    ``known`` has every account's id. One request an account: what lies behind
-    an id is passed over.
+    ``known`` has every account's id. Costs one request an account: the rest of
+    an account's objects is skipped.
     """
     for prefix in ("messages/", "journal/"):
         after = ""
         while (found := next(iter(store.list(prefix, after=after)), None)) is not None:
             account_id = found.key.removeprefix(prefix).partition("/")[0]
             if account_id not in known:
-                detail = "the database has no account of that id"
+                detail = "the database has no account with this id"
                 findings.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
             # The tilde comes after every character that a key of ours has.
             after = f"{prefix}{account_id}/~"
 
 
-@dataclass(slots=True)
-class _Written:
-    """What an account's journal says was captured: octets by digest."""
-
-    captured: dict[bytes, int] = field(default_factory=dict)
-    known_to_database: set[bytes] = field(default_factory=set)
-
-    def take_in(self, segment: Segment, *, known_to_database: bool) -> None:
-        for line in segment.lines:
-            if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
-                self.captured[line.sha256] = line.octets
-                if known_to_database:
-                    self.known_to_database.add(line.sha256)
+_END = ("~", None)
+"""Comes after every key of a message."""
 
 
-def _is_younger(found: StoredObject, since: datetime) -> bool:
-    return found.modified_at is not None and found.modified_at >= since
+class _Check:
+    """The steps of one account's verification, in the order in which ``verify`` calls them."""
 
+    def __init__(
+        self,
+        account: Account,
+        store: Store,
+        contents: Scratch,
+        findings: Findings,
+        *,
+        head: JournalHead,
+        since: datetime,
+    ) -> None:
+        """``head`` is the database's; what the store took at ``since`` or later may still be under way."""
+        self._account = account
+        self._store = store
+        self._contents = contents
+        self._findings = findings
+        self._head = head
+        self._since = since
 
-def _read_journal(
-    account: Account, store: Store, head: JournalHead, since: datetime, findings: Findings
-) -> _Written:
-    written = _Written()
-    last = JournalHead(0, bytes(32))
-    for listed in store.list(journal_prefix(account.id)):
-        sequence = _number(account, listed.key)
-        if sequence is None:
-            findings.add(Finding("unrecorded", account.name, listed.key, "it is no journal segment"))
-            continue
-        if sequence > last.sequence + 1:
-            missing = last.sequence + 1
-            detail = f"segment {missing} is not there"
-            findings.add(Finding("chain_break", account.name, segment_key(account.id, missing), detail))
-            last = JournalHead(sequence - 1, b"")
-        try:
-            found = journal.read(store, account.id, sequence)
-        except IntegrityError as error:
-            findings.add(Finding("chain_break", account.name, listed.key, str(error)))
-            last = JournalHead(sequence, b"")
-            continue
-        if found is None:
-            raise ObjectNotFound(f"{listed.key} was listed and is not there")
-        segment, digest = found
+    def read_journal(self) -> None:
+        """Follow the chain from its first segment, and put what was captured into the scratch file."""
+        last = JournalHead(0, bytes(32))
+        for listed in self._store.list(journal_prefix(self._account.id)):
+            sequence = self._sequence_of(listed.key)
+            if sequence is None:
+                self._report("unrecorded", listed.key, "it is not a journal segment")
+                continue
+            if sequence > last.sequence + 1:
+                lost = last.sequence + 1
+                self._report("chain_break", self._segment_key(lost), f"segment {lost} is not in the store")
+                last = JournalHead(sequence - 1, b"")
+            try:
+                found = journal.read(self._store, self._account.id, sequence)
+            except IntegrityError as error:
+                self._report("chain_break", listed.key, str(error))
+                last = JournalHead(sequence, b"")
+                continue
+            if found is None:
+                raise ObjectNotFound(f"{listed.key} was listed, but cannot be read")
+            segment, digest = found
+            self._check_link(listed, segment, digest, last)
+            captured = _captured(segment)
+            self._contents.add_written(captured, must_be_recorded=sequence <= self._head.sequence)
+            self._findings.segments += 1
+            last = JournalHead(sequence, digest)
+        if last.sequence < self._head.sequence:
+            detail = f"the database knows {self._head.sequence} segments, the store has {last.sequence}"
+            self._report("chain_break", self._segment_key(self._head.sequence), detail)
+
+    def _check_link(self, listed: StoredObject, segment: Segment, digest: bytes, last: JournalHead) -> None:
         if last.digest and not journal.follows(segment, last):
-            detail = "it does not name the segment before it"
-            findings.add(Finding("chain_break", account.name, listed.key, detail))
-        if sequence == head.sequence and digest != head.digest:
-            detail = "the database knows it with another digest"
-            findings.add(Finding("chain_break", account.name, listed.key, detail))
-        if sequence > head.sequence and not _is_younger(listed, since):
-            detail = "the database does not know it; if it was restored from a backup: archiver db catch-up"
-            findings.add(Finding("unrecorded", account.name, listed.key, detail))
-        written.take_in(segment, known_to_database=sequence <= head.sequence)
-        findings.segments += 1
-        last = JournalHead(sequence, digest)
-    if last.sequence < head.sequence:
-        detail = f"the database knows {head.sequence} segments, the store has {last.sequence}"
-        findings.add(Finding("chain_break", account.name, segment_key(account.id, head.sequence), detail))
-    return written
+            self._report("chain_break", listed.key, "it does not name the segment before it")
+        if segment.sequence == self._head.sequence and digest != self._head.digest:
+            self._report("chain_break", listed.key, "the database has another digest of it")
+        if segment.sequence > self._head.sequence and not self._is_young(listed):
+            detail = (
+                "the database does not know it; if it was restored from a backup, run: archiver db catch-up"
+            )
+            self._report("unrecorded", listed.key, detail)
+
+    def compare_database(self) -> bool:
+        """Report what only the journal or only the database has; return whether they agree."""
+        before = self._findings.unrecorded
+        for digest in self._contents.unwritten():
+            self._report("unrecorded", self._message_key(digest), "in the database, but not in the journal")
+        for digest in self._contents.unrecorded():
+            self._report("unrecorded", self._message_key(digest), "in the journal, but not in the database")
+        return self._findings.unrecorded == before
+
+    def compare_store(self) -> Iterator[tuple[StoredObject, bytes]]:
+        """Compare journal and listing, both sorted by key; yield objects of the right size with their digest.
+
+        Objects that the store lacks are noted for ``report_missing``.
+        """
+        named = ((self._message_key(content.sha256), content) for content in self._contents.contents())
+        listed = ((found.key, found) for found in self._store.list(f"messages/{self._account.id}/"))
+        for key, content, found in _side_by_side(named, listed):
+            if content is None:
+                if found is not None and not self._is_young(found):
+                    self._report("unrecorded", key, "no journal segment names it")
+                continue
+            if content.size is None:
+                continue  # compare_database reported it
+            self._findings.checked += 1
+            if found is None:
+                self._contents.add_missing(content)
+            elif found.size != content.size:
+                self._report("damaged", key, f"{found.size} bytes, but the journal says {content.size}")
+            else:
+                yield found, content.sha256
+
+    def report_missing(self) -> None:
+        """Report what ``compare_store`` did not find, in the order of the journal."""
+        for digest in self._contents.missing():
+            self._report("missing", self._message_key(digest), "not in the store")
+
+    def _report(self, kind: Kind, key: str, detail: str) -> None:
+        self._findings.add(Finding(kind, self._account.name, key, detail))
+
+    def _is_young(self, found: StoredObject) -> bool:
+        return found.modified_at is not None and found.modified_at >= self._since
+
+    def _message_key(self, digest: bytes) -> str:
+        return message_key(self._account.id, digest)
+
+    def _segment_key(self, sequence: int) -> str:
+        return segment_key(self._account.id, sequence)
+
+    def _sequence_of(self, key: str) -> int | None:
+        """The number of the segment under a key; None for a key that no segment has."""
+        name = key.rpartition("/")[2].removesuffix(".ndjson")
+        number = int(name) if name.isascii() and name.isdigit() else 0
+        return number if number and key == self._segment_key(number) else None
 
 
-def _number(account: Account, key: str) -> int | None:
-    """The number of the segment that lies under a key; None for a key that no segment has."""
-    name = key.rpartition("/")[2].removesuffix(".ndjson")
-    number = int(name) if name.isascii() and name.isdigit() else 0
-    return number if number and key == segment_key(account.id, number) else None
+def _captured(segment: Segment) -> Iterator[tuple[bytes, int]]:
+    for line in segment.lines:
+        if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
+            yield line.sha256, line.octets
 
 
-def _taken_as_is(sound: list[tuple[StoredObject, bytes]]) -> Iterator[tuple[StoredObject, Finding | None]]:
+def _side_by_side(
+    named: Iterator[tuple[str, Content]], listed: Iterator[tuple[str, StoredObject]]
+) -> Iterator[tuple[str, Content | None, StoredObject | None]]:
+    """Merge two streams that are sorted by key, each key once."""
+    content_key, content = next(named, _END)
+    found_key, found = next(listed, _END)
+    while content is not None or found is not None:
+        if content_key < found_key:
+            yield content_key, content, None
+            content_key, content = next(named, _END)
+        elif found_key < content_key:
+            yield found_key, None, found
+            found_key, found = next(listed, _END)
+        else:
+            yield found_key, content, found
+            content_key, content = next(named, _END)
+            found_key, found = next(listed, _END)
+
+
+def _taken_as_is(
+    sound: Iterator[tuple[StoredObject, bytes]],
+) -> Iterator[tuple[StoredObject, Finding | None]]:
     for found, _ in sound:
         yield found, None
 
 
 def _rehashed(
-    account: Account, store: Store, sound: list[tuple[StoredObject, bytes]], readers: Executor
+    account: Account, store: Store, sound: Iterator[tuple[StoredObject, bytes]], readers: Executor
 ) -> Iterator[tuple[StoredObject, Finding | None]]:
     def check(item: tuple[StoredObject, bytes]) -> Finding | None:
-        found, wanted = item
+        found, expected = item
         digest = hashlib.sha256()
         try:
             with store.get(found.key) as chunks:
                 for chunk in chunks:
                     digest.update(chunk)
         except ObjectNotFound:
-            return Finding("missing", account.name, found.key, "the store lists it and lacks it")
-        if digest.digest() == wanted:
+            return Finding("missing", account.name, found.key, "the store lists it, but does not have it")
+        if digest.digest() == expected:
             return None
         return Finding("damaged", account.name, found.key, f"its SHA-256 is {digest.hexdigest()}")
 
-    for start in range(0, len(sound), HASHED_AT_ONCE):
-        chunk = sound[start : start + HASHED_AT_ONCE]
-        yield from zip((found for found, _ in chunk), readers.map(check, chunk), strict=True)
+    while batch := list(islice(sound, HASHED_AT_ONCE)):
+        yield from zip((found for found, _ in batch), readers.map(check, batch), strict=True)

@@ -1,9 +1,13 @@
 """A verification finds each fault that was planted, and nothing else."""
 
+import gc
 import hashlib
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +17,14 @@ import sqlalchemy as sa
 from archiver.db import record
 from archiver.db.tables import capture, lease
 from archiver.db.tables import journal as journal_table
-from archiver.errors import TryLater
+from archiver.errors import OperatorNeeded, TryLater
 from archiver.evidence import journal
 from archiver.evidence.verify import FINDINGS_KEPT, Finding, Findings, find_strays, verify
 from archiver.model import Account, journal_prefix, message_key, segment_key
-from archiver.store import Body, PutResult
+from archiver.store import Body, PutResult, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import BytesBody
+from tests.harness.made_archive import BATCH, content, make_archive
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Fuse, message
 
@@ -293,3 +298,129 @@ def test_what_lies_there_for_an_account_that_the_database_lacks(scene: Scene) ->
         "journal/ffff/",
     ]
     assert findings.unrecorded == 3
+
+
+@dataclass
+class Counting:
+    """A store that notes, whenever it is used, the most memory blocks that Python had allocated."""
+
+    store: FilesystemStore
+    most_blocks: int = 0
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def look(self) -> None:
+        self.most_blocks = max(self.most_blocks, sys.getallocatedblocks())
+
+    def put(self, key: str, body: Body) -> PutResult:
+        return self.store.put(key, body)
+
+    @contextmanager
+    def get(self, key: str) -> Iterator[Iterator[bytes]]:
+        self.look()
+        with self.store.get(key) as chunks:
+            yield chunks
+
+    def stat(self, key: str) -> StoredObject | None:
+        return self.store.stat(key)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+        for stored in self.store.list(prefix, after=after):
+            self.look()
+            yield stored
+        self.look()
+
+    def probe(self) -> None:
+        self.store.probe()
+
+
+def blocks_to_verify(archive: Archive, account: Account, *, captures: int, expected: Findings) -> int:
+    """The most blocks that one verification had allocated at a time, above what there was before."""
+    store, findings = Counting(archive.store), Findings()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    verify(
+        account,
+        archive.database,
+        store,
+        findings,
+        now=datetime.now(UTC) + timedelta(hours=1),
+        readers=archive.uploads,
+    )
+    assert findings.checked == captures
+    assert replace(findings, checked=0, octets=0, segments=0, named=[]) == expected
+    return store.most_blocks - before
+
+
+def assert_flat(archive: Archive, expected: Callable[[Account, int], Findings]) -> None:
+    """Verify accounts of two sizes. ``expected`` may break an account, and says what is to be found then."""
+    few, many = FINDINGS_KEPT + BATCH, 3 * FINDINGS_KEPT
+    blocks = []
+    for captures in (few, few, many):  # the first one fills caches
+        account = make_archive(archive.database, archive.directory / "store", captures)
+        found = expected(account, captures)
+        blocks.append(blocks_to_verify(archive, account, captures=captures, expected=found))
+    # One block for every fourth capture would be more.
+    assert blocks[2] - blocks[1] < (many - few) / 4
+
+
+def test_memory_does_not_grow_with_an_accounts_captures(archive: Archive) -> None:
+    assert_flat(archive, lambda _account, _captures: Findings())
+
+
+def test_memory_does_not_grow_with_what_the_database_lost(small_archive: Archive) -> None:
+    def lose_all(account: Account, captures: int) -> Findings:
+        small_archive.execute(sa.delete(capture).where(capture.c.account_id == account.id))
+        return Findings(unrecorded=captures)
+
+    assert_flat(small_archive, lose_all)
+
+
+def test_memory_does_not_grow_with_what_the_store_lost(small_archive: Archive) -> None:
+    def lose_all(account: Account, captures: int) -> Findings:
+        shutil.rmtree(small_archive.directory / "store" / "messages" / account.id)
+        return Findings(missing=captures)
+
+    assert_flat(small_archive, lose_all)
+
+
+def test_missing_messages_are_reported_in_the_order_of_the_journal(archive: Archive) -> None:
+    account = make_archive(archive.database, archive.directory / "store", 30)
+    keys = [message_key(account.id, hashlib.sha256(content(number)).digest()) for number in range(30)]
+    for key in keys:
+        (archive.directory / "store" / key).unlink()
+    assert [finding.key for finding in archive.verify(account).named] == keys
+
+
+def test_a_scratch_file_that_cannot_be_made_is_reported(scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(OperatorNeeded, match="temporary file in"):
+        verify(
+            scene.account,
+            scene.archive.database,
+            scene.archive.store,
+            Findings(),
+            now=datetime.now(UTC),
+            readers=scene.archive.uploads,
+            scratch_directory=tmp_path / "none",
+        )
+    assert scene.archive.verify(scene.account).clean
+
+
+def test_the_scratch_file_is_gone_before_the_account_is_read(scene: Scene, tmp_path: Path) -> None:
+    directory = tmp_path / "scratch"
+    directory.mkdir()
+    seen: list[Path] = []
+    verify(
+        scene.account,
+        scene.archive.database,
+        scene.archive.store,
+        findings := Findings(),
+        now=datetime.now(UTC),
+        readers=scene.archive.uploads,
+        progress=lambda _: seen.extend(directory.iterdir()),
+        scratch_directory=directory,
+    )
+    assert findings.checked == len(NAMES)
+    assert seen == []
