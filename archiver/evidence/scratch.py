@@ -4,7 +4,7 @@ Owns one temporary file: a row for each content that the database or the
 journal names, sorted by digest. The database's digests arrive sorted; the
 journal's arrive in the order of capture, so SQLite's B-tree sorts them, with a
 page cache of a fixed size. Promises that the file is gone when the process
-ends, however it ends. A million captures take about 90 MB of it.
+ends, however it ends. A million captures take about 50 MB.
 
 Leaves to ``verify`` what the rows mean.
 """
@@ -144,5 +144,5 @@ def scratch(directory: Path | None) -> Iterator[Scratch]:
     except sqlite3.Error as error:
         raise OperatorNeeded(
             f"cannot {trying}: {error}",
-            hint="free some space there: about 90 bytes a capture of the largest account",
+            hint="free some space there: about 50 bytes a capture of the largest account",
         ) from error

@@ -107,7 +107,7 @@ def verify(
 ) -> None:
     """Check one account and add to ``findings``. With ``rehash`` every object is read and hashed again.
 
-    ``scratch_directory`` takes a temporary file, about 90 bytes a capture; None
+    ``scratch_directory`` takes a temporary file, about 50 bytes a capture; None
     means the system's directory for temporary files. Raises what the store and
     the database raise, and OperatorNeeded when that file cannot be written.
     """
