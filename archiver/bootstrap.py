@@ -21,7 +21,7 @@ from archiver.db import Database, accounts, migrate
 from archiver.db.schedule import HostSessions
 from archiver.errors import UsageError
 from archiver.model import Account
-from archiver.poll.ports import BatchLimits, Budget, Tools
+from archiver.poll.ports import BatchLimits, Budget, Ports
 from archiver.secrets import Secrets
 from archiver.settings import Settings
 from archiver.store import Store, open_store
@@ -120,7 +120,7 @@ class Archiver:
     def worker(self) -> Worker:
         """The worker, its clock not started."""
         worker = Worker(
-            self.tools,
+            self.ports,
             lease_seconds=self.settings.lease_seconds,
             workers=self.settings.workers,
             chance=Chance(uniform=random.uniform),
@@ -133,14 +133,14 @@ class Archiver:
         return worker
 
     @cached_property
-    def tools(self) -> Tools:
+    def ports(self) -> Ports:
         settings = self.settings
         uploads = ThreadPoolExecutor(settings.uploads, thread_name_prefix="upload")
         self._close.append(lambda: uploads.shutdown(wait=False, cancel_futures=True))
         directory = settings.spool_directory
         if directory is not None and not directory.is_dir():
             raise UsageError(f"there is no spool directory {directory}")
-        return Tools(
+        return Ports(
             connect=self.connect,
             password=self.password,
             another_password=self.another_password,
@@ -151,12 +151,12 @@ class Archiver:
             now=self.now,
             monotonic=time.monotonic,
             stopping=self.stopping.is_set,
-            batch=BatchLimits(settings.batch_messages, settings.batch_octets, settings.batch_seconds),
+            batch=BatchLimits(settings.batch_messages, settings.batch_bytes, settings.batch_seconds),
             session_seconds=settings.session_seconds,
             budget=Budget(
                 settings.session_messages,
-                settings.session_octets,
-                settings.day_octets,
+                settings.session_bytes,
+                settings.day_bytes,
                 settings.slice_seconds,
             ),
             full_listing_seconds=settings.full_listing_seconds,
@@ -180,10 +180,10 @@ class Archiver:
                 # The poll makes room for others before; this ends what does not let it.
                 session_seconds=2 * settings.session_seconds,
                 quit_seconds=settings.quit_seconds,
-                status_line_octets=settings.status_line_octets,
+                status_line_bytes=settings.status_line_bytes,
                 listing_lines=settings.listing_lines,
-                listing_octets=settings.listing_octets,
-                message_octets=settings.message_octets,
+                listing_bytes=settings.listing_bytes,
+                message_bytes=settings.message_bytes,
             ),
             avoid=policy.avoided(account, self.now()),
         )
@@ -193,13 +193,13 @@ class Archiver:
         given = self.passwords.get(account.id)
         if given is not None:
             return given
-        if oauth.is_oauth(account.secret):
+        if oauth.is_oauth(account.secret_reference):
             return pop3.aside(lambda: self.access_tokens.current(account, _user(account)))
-        return self.secrets.resolve(account.id, account.name, account.secret)
+        return self.secrets.resolve(account.id, account.name, account.secret_reference)
 
     def another_password(self, account: Account, refused: str) -> str | None:
         """What to log in by in place of what the mail server refused; None where there is no other."""
-        if account.id in self.passwords or not oauth.is_oauth(account.secret):
+        if account.id in self.passwords or not oauth.is_oauth(account.secret_reference):
             return None
         return pop3.aside(lambda: self.access_tokens.instead(account, _user(account), refused))
 

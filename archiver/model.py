@@ -12,12 +12,10 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from archiver.errors import Outcome
+from archiver.states import AccountState
 
 UNKNOWN_SIZE = -1
 """The size of a listing entry for which the server gave none."""
-
-PAUSED_BY_HAND = "paused by hand"
-"""An account paused so goes on when somebody says so, not when a poll of it happens to work."""
 
 NO_DIGEST = bytes(32)
 """What the first segment of a journal names as its predecessor."""
@@ -57,7 +55,7 @@ def uidl_text(uidl: bytes) -> str:
     return uidl.decode("latin-1")
 
 
-def uidl_octets(text: str) -> bytes:
+def uidl_bytes(text: str) -> bytes:
     """The way back from ``uidl_text``. Raises UnicodeEncodeError for what never came from there."""
     return text.encode("latin-1")
 
@@ -97,16 +95,17 @@ NEVER_DELETE = DeletePolicy()
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One POP3 login that is archived. ``secret`` is a reference to the password, never the password.
+    """One POP3 login that is archived. ``secret_reference`` names the password, and never is it.
 
     ``timeout_seconds`` goes before what the settings say for connecting, for
     the greeting, and for silence. ``tls_pins`` are in hex and in order.
     ``cron``, read in ``time_zone``, goes before the interval; with an
     ``interval_max_seconds`` the interval adapts itself between the two.
-    ``day_octets`` is what may be fetched in one day (UTC). ``avoids`` are
+    ``day_bytes`` is what may be fetched in one day (UTC). ``avoids`` are
     commands and capabilities that its server was seen to trip over, as
     ``policy.remembered`` writes them.
-    ``deletion_hold`` is why nothing is deleted, whatever the policy, until an
+    ``state_reason`` says why it is not active.
+    ``deletion_suspended`` is why nothing is deleted, whatever the policy, until an
     operator has looked.
     """
 
@@ -114,14 +113,14 @@ class Account:
     name: str
     url: str
     tls: str
-    secret: str = field(repr=False)
+    secret_reference: str = field(repr=False)
     ca_file: str | None = None
     delete: DeletePolicy = NEVER_DELETE
     interval_seconds: float = 300.0
     timeout_seconds: float | None = None
-    pipelining: bool = True
     epoch: int = 1
-    paused_reason: str | None = None
+    state: AccountState = AccountState.ACTIVE
+    state_reason: str | None = None
     tls_pins: tuple[str, ...] = ()
     tls_minimum: str = "1.2"
     tls_server_name: str | None = None
@@ -131,9 +130,9 @@ class Account:
     time_zone: str = "UTC"
     interval_max_seconds: float | None = None
     blackout: str = ""
-    day_octets: int | None = None
+    day_bytes: int | None = None
     avoids: tuple[str, ...] = ()
-    deletion_hold: str | None = None
+    deletion_suspended: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +179,15 @@ class What(StrEnum):
 class Resolved:
     """One line of a journal segment: a sighting and what became of it.
 
-    ``sha256`` and ``octets`` describe the content, where it was had; the
+    ``sha256`` and ``size`` describe the content, where it was had; the
     listing's own size is in ``sighting``. ``reason`` goes with a quarantine.
     """
 
     what: What
     sighting: SightingKey
-    at: datetime
+    resolved_at: datetime
     sha256: bytes | None = None
-    octets: int | None = None
+    size: int | None = None
     version_id: str | None = None
     reason: str | None = None
     attempts: int = 0
@@ -202,7 +201,7 @@ class JournalHead(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class MailServer:
+class ServerRecord:
     """What a poll saw of the server, for the record."""
 
     host: str
@@ -230,7 +229,7 @@ class Segment:
     previous: bytes
     token: int
     written_at: datetime
-    server: MailServer
+    server: ServerRecord
     listing_count: int
     listing_digest: bytes
     lines: tuple[Resolved, ...]
@@ -246,13 +245,13 @@ host, a window in which its account may not be polled, or the budget of its day.
 class LastLook:
     """What a mailbox looked like when it was listed last, by which it is recognised as unchanged.
 
-    ``stat_count`` and ``stat_octets`` are what STAT said in that session,
+    ``stat_count`` and ``stat_size`` are what STAT said in that session,
     ``last_number`` and ``last_uidl`` are of the last message. Nobody relies on
     it after ``trusted_until``.
     """
 
     stat_count: int
-    stat_octets: int
+    stat_size: int
     last_number: int | None
     last_uidl: bytes | None
     trusted_until: datetime
@@ -284,7 +283,7 @@ class PollReport:
     deleted: int = 0
     gone: int = 0
     lost: int = 0
-    octets: int = 0
+    fetched_bytes: int = 0
     seconds: float = 0.0
     glanced: bool = False
     last_look: LastLook | None = None

@@ -23,7 +23,7 @@ POLL_SECONDS = Histogram(
 )
 POLLS_RUNNING = Gauge("archiver_polls_running", "Polls under way in this process.")
 CAPTURED = Counter("archiver_messages_captured", "Messages captured.")
-CAPTURED_OCTETS = Counter("archiver_captured_octets", "Octets read from mail servers and stored.")
+CAPTURED_BYTES = Counter("archiver_captured_bytes", "Octets read from mail servers and stored.")
 DELETE_REQUESTED = Counter(
     "archiver_messages_delete_requested", "Messages that servers were asked to delete."
 )
@@ -33,8 +33,8 @@ LOST = Counter("archiver_messages_lost", "Messages that were gone from mail serv
 LATE = Gauge(
     "archiver_accounts_late", "Accounts into whose mailbox nobody has looked for longer than planned."
 )
-DELETION_HELD = Gauge(
-    "archiver_accounts_deletion_held", "Accounts of which nothing is deleted until somebody has looked."
+DELETION_SUSPENDED = Gauge(
+    "archiver_accounts_deletion_suspended", "Accounts of which nothing is deleted until somebody has looked."
 )
 HOSTS_FAILING = Gauge("archiver_hosts_failing", "Mail hosts in trouble.")
 OVERDUE_SECONDS = Gauge("archiver_overdue_seconds", "How long the longest waiting account is due.")

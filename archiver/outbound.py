@@ -29,7 +29,7 @@ from archiver.errors import OperatorNeeded, TryLater
 
 REQUEST_SECONDS = 30.0
 """From the connection to the last octet of the answer. Providers answer within a second or two."""
-ANSWER_OCTETS = 256 * 1024
+ANSWER_BYTES = 256 * 1024
 """Access tokens of Microsoft reach some 10 KB where a person is in many groups; the rest is small."""
 LONGEST_WAIT_SECONDS = 3600.0
 """More than an hour is not waited for a provider, whatever its Retry-After says."""
@@ -111,7 +111,7 @@ class Poster:
             connection.request("POST", path, body.encode(), headers)
             # It holds the socket by itself until it is closed.
             with connection.getresponse() as response:
-                content = response.read(ANSWER_OCTETS + 1)
+                content = response.read(ANSWER_BYTES + 1)
         except ssl.SSLCertVerificationError as error:
             raise OperatorNeeded(
                 f"{host}: its certificate is not accepted: {error.verify_message}",
@@ -125,9 +125,9 @@ class Poster:
             connection.close()
         if connection.was_cut:
             raise TryLater(f"cannot ask {host} for a token: it took longer than {self._seconds:g} s")
-        if len(content) > ANSWER_OCTETS:
+        if len(content) > ANSWER_BYTES:
             raise OperatorNeeded(
-                f"{host} answered with more than {ANSWER_OCTETS} octets, and was not heard out"
+                f"{host} answered with more than {ANSWER_BYTES} octets, and was not heard out"
             )
         _check_status(host, response)
         return response.status, content

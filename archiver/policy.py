@@ -50,13 +50,13 @@ INTERVAL_JITTER = 0.1
 """Share of the interval by which due times are spread, so that accounts added together drift apart."""
 
 
-class Verdict(StrEnum):
+class DeletionVerdict(StrEnum):
     """What becomes at the next poll of a message that the server still shows, and why."""
 
     GOES = "goes"
     NEVER = "never"
     FORBIDDEN = "forbidden"
-    ON_HOLD = "on_hold"
+    SUSPENDED = "suspended"
     TOO_YOUNG = "too_young"
     QUARANTINED = "quarantined"
     TO_COME = "to_come"
@@ -77,19 +77,19 @@ def delete_verdict(
     hold: str | None,
     forbidden: bool,
     now: datetime,
-) -> Verdict:
+) -> DeletionVerdict:
     """Whether a message goes at the next poll, or the first reason why it stays."""
     if state != "captured":
-        return Verdict.QUARANTINED if state == "quarantined" else Verdict.TO_COME
+        return DeletionVerdict.QUARANTINED if state == "quarantined" else DeletionVerdict.TO_COME
     if delete.after_days is None:
-        return Verdict.NEVER
+        return DeletionVerdict.NEVER
     if forbidden:
-        return Verdict.FORBIDDEN
+        return DeletionVerdict.FORBIDDEN
     if hold is not None:
-        return Verdict.ON_HOLD
+        return DeletionVerdict.SUSPENDED
     if by_content:
-        return Verdict.NO_ID
-    return Verdict.GOES if may_delete(delete, captured_at, now) else Verdict.TOO_YOUNG
+        return DeletionVerdict.NO_ID
+    return DeletionVerdict.GOES if may_delete(delete, captured_at, now) else DeletionVerdict.TOO_YOUNG
 
 
 def may_delete(policy: DeletePolicy, captured_at: datetime, now: datetime) -> bool:
@@ -138,7 +138,7 @@ def is_renumbered(*, fetched: int, known: int) -> bool:
     return fetched > 0 and known >= fetched * RENUMBERED_KNOWN
 
 
-def why_held(epoch: int, began_at: datetime) -> str:
+def why_suspended(epoch: int, began_at: datetime) -> str:
     """Why nothing of an account is deleted, in words for its operator."""
     return f"the server gave its messages other ids: epoch {epoch} began at {began_at:%Y-%m-%d %H:%M} UTC"
 
@@ -403,7 +403,7 @@ def quirks(avoids: Iterable[str]) -> list[Quirk]:
 def avoided(account: Account, now: datetime) -> frozenset[str]:
     """What is not asked of the account's server."""
     names = {quirk.name for quirk in quirks(account.avoids) if quirk.certain and now.date() < quirk.until}
-    return frozenset(names if account.pipelining else names | {"PIPELINING"})
+    return frozenset(names)
 
 
 def remembered(avoids: Iterable[str], report: PollReport, now: datetime) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from archiver.errors import OperatorNeeded, UsageError
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet, MultiFernet
 
-SECRET_OCTETS = 64 * 1024
+SECRET_BYTES = 64 * 1024
 """Longer than any password or token; a path given by mistake is not read whole."""
 
 PROMPT = "prompt:"
@@ -69,16 +69,16 @@ def from_file(path: Path, what: str = "password") -> str:
     """A password file: its whole content, less one final line end. Raises OperatorNeeded, naming ``what``."""
     try:
         with path.open("rb") as file:
-            octets = file.read(SECRET_OCTETS + 1)
+            octets = file.read(SECRET_BYTES + 1)
     except OSError as error:
         raise OperatorNeeded(f"cannot read the {what} file {path}: {error.strerror}") from error
-    return from_octets(octets, f"the {what} file {path}")
+    return from_bytes(octets, f"the {what} file {path}")
 
 
-def from_octets(octets: bytes, where: str) -> str:
+def from_bytes(octets: bytes, where: str) -> str:
     """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``."""
-    if len(octets) > SECRET_OCTETS:
-        raise OperatorNeeded(f"{where} is too large: more than {SECRET_OCTETS} octets")
+    if len(octets) > SECRET_BYTES:
+        raise OperatorNeeded(f"{where} is too large: more than {SECRET_BYTES} octets")
     for ending in (b"\r\n", b"\n"):
         if octets.endswith(ending):
             octets = octets[: -len(ending)]

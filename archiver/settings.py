@@ -69,8 +69,8 @@ class Settings(BaseSettings):
         default={}, description="the same for single hosts, as JSON or a TOML table"
     )
     session_messages: Count | None = Field(default=None, description="that one poll fetches at most")
-    session_octets: Count | None = Field(default=None, description="that one poll fetches at most")
-    day_octets: Count | None = Field(
+    session_bytes: Count | None = Field(default=None, description="that one poll fetches at most")
+    day_bytes: Count | None = Field(
         default=None, description="fetched for an account in a day (UTC), where it names no budget of its own"
     )
     slice_seconds: Positive = Field(
@@ -89,18 +89,16 @@ class Settings(BaseSettings):
     batch_messages: Annotated[int, Field(gt=0, le=5_000)] = Field(
         default=100, description="messages after which a batch is recorded"
     )
-    batch_octets: Count = Field(
-        default=32 * 1024 * 1024, description="octets after which a batch is recorded"
-    )
+    batch_bytes: Count = Field(default=32 * 1024 * 1024, description="octets after which a batch is recorded")
     batch_seconds: Positive = Field(default=10.0, description="seconds after which a batch is recorded")
-    message_octets: Count = Field(
+    message_bytes: Count = Field(
         default=1024 * 1024 * 1024, description="a larger message is quarantined, not fetched"
     )
     listing_lines: Count = Field(default=750_000, description="messages that a mailbox may list")
-    listing_octets: Count = Field(
+    listing_bytes: Count = Field(
         default=32 * 1024 * 1024, description="octets that each of a mailbox's two listings may have"
     )
-    status_line_octets: Annotated[int, Field(ge=512, le=1024 * 1024)] = Field(
+    status_line_bytes: Annotated[int, Field(ge=512, le=1024 * 1024)] = Field(
         default=8192, description="octets that a mail server's status line may have; RFC 1939 allows 512"
     )
     connect_seconds: Positive = Field(

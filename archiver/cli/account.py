@@ -14,6 +14,7 @@ from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size
 from archiver.cli.reseal import reseal
 from archiver.cli.status import LONGEST_DAYS, tell_days
 from archiver.secrets import NONE, OAUTH, PROMPT
+from archiver.states import AccountState
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -58,7 +59,7 @@ def add(
     cron: options.Cron = None,
     time_zone: options.TimeZone = None,
     blackout: options.Blackout = None,
-    day_octets: options.DayOctets = None,
+    day_bytes: options.DayBytes = None,
     json: Json = False,
 ) -> None:
     """Add a mailbox to those that `archiver run` polls.
@@ -88,7 +89,7 @@ def add(
         client_certificate=client_certificate,
         client_key=client_key,
     )
-    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_octets)
+    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_bytes)
     endpoint = given.endpoint(url)
     if not name.isprintable() or "://" in name or not name.strip():
         raise UsageError(f"{name!r} cannot be an account's name", hint="use a word, or the mail address")
@@ -99,22 +100,22 @@ def add(
             name=name,
             url=endpoint.url,
             tls=endpoint.tls.value,
-            secret="",
+            secret_reference="",
             interval_seconds=archiver.settings.interval_seconds,
         )
         new = calendar.applied_to(given.applied_to(new))
         if endpoint.mechanism in WITHOUT_PASSWORD and not given.names_password:
-            new = replace(new, secret=WITHOUT_PASSWORD[endpoint.mechanism])
+            new = replace(new, secret_reference=WITHOUT_PASSWORD[endpoint.mechanism])
         else:
-            new = replace(new, secret=_secret(archiver, new, given))
+            new = replace(new, secret_reference=_secret(archiver, new, given))
         archiver.make_database()
         kept = archiver.database.transact(lambda connection: accounts.add(connection, new, archiver.now()))
     if json:
         emit({"account": kept.name, "id": kept.id, "url": kept.url})
     else:
         say(f"{kept.name} will be archived from {kept.url}")
-        next_step = "authorize" if kept.secret == PROMPT else "check"
-        wanted = "give it access" if kept.secret == PROMPT else "see that it works"
+        next_step = "authorize" if kept.secret_reference == PROMPT else "check"
+        wanted = "give it access" if kept.secret_reference == PROMPT else "see that it works"
         note(f"{wanted}: archiver account {next_step} {kept.name}")
 
 
@@ -141,7 +142,7 @@ def edit(
     cron: options.Cron = None,
     time_zone: options.TimeZone = None,
     blackout: options.Blackout = None,
-    day_octets: options.DayOctets = None,
+    day_bytes: options.DayBytes = None,
     forget_quirks: Annotated[
         bool, typer.Option("--forget-quirks", help="Ask the server again for what it tripped over.")
     ] = False,
@@ -165,7 +166,7 @@ def edit(
         client_certificate=client_certificate,
         client_key=client_key,
     )
-    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_octets)
+    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_bytes)
     given.check_password()
     with Archiver(load()) as archiver:
         former = lookup.active_account(archiver, name)
@@ -174,9 +175,9 @@ def edit(
             endpoint = given.endpoint(url or account.url)
             account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
         if given.reference() is not None or given.password_stdin:
-            account = replace(account, secret=_secret(archiver, account, given))
+            account = replace(account, secret_reference=_secret(archiver, account, given))
         if forget_quirks:
-            account = replace(account, avoids=(), pipelining=True)
+            account = replace(account, avoids=())
         archiver.database.transact(
             lambda connection: accounts.change(connection, account, archiver.now(), former=former)
         )
@@ -208,7 +209,7 @@ def list_accounts(json: Json = False) -> None:
             ago(state.ended_at, now),
             due,
             str(state.captures),
-            size(state.octets),
+            size(state.captured_bytes),
         )
     show(made)
 
@@ -241,7 +242,7 @@ def show_account(
             polls = reads.polls(connection, account.id, POLLS_SHOWN)
             aside = reads.quarantined(connection, account.id)
             now = archiver.now()
-            standing = ScheduleShown.of(connection, account, now, archiver.settings.day_octets)
+            standing = ScheduleShown.of(connection, account, now, archiver.settings.day_bytes)
             ledger = view.ledger(connection, account.id, now, days=days)
         forbidden = archiver.settings.forbid_deletion
     if json:
@@ -255,7 +256,7 @@ def show_account(
                 "client_certificate": account.client_certificate,
                 "secret": _secret_kind(account),
                 "delete": str(account.delete),
-                "deletion_hold": account.deletion_hold,
+                "deletion_suspended": account.deletion_suspended,
                 "deletion_forbidden": forbidden,
                 "epoch": account.epoch,
                 "interval_seconds": account.interval_seconds,
@@ -285,17 +286,18 @@ def show_account(
     say(f"  id {account.id}, tls {_tls(account)}, password {_secret_kind(account)}, delete {account.delete}")
     for line in standing.lines():
         say(f"  {line}")
-    say(f"  {state.captures} messages, {size(state.octets)}")
-    if account.paused_reason:
-        say(f"  paused: {one_line(account.paused_reason)}")
+    say(f"  {state.captures} messages, {size(state.captured_bytes)}")
+    if account.state is not AccountState.ACTIVE:
+        because = f": {one_line(account.state_reason)}" if account.state_reason else ""
+        say(f"  {account.state}{because}")
         say(f"  to go on: archiver account resume {account.name}")
     for quirk in quirks(account.avoids):
         if quirk.certain:
             say(f"  avoids {quirk.name} until {quirk.until}: {quirk.reason}")
     if forbidden:
         say("  nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")
-    if account.deletion_hold is not None:
-        say(f"  deletion is on hold: {account.deletion_hold}")
+    if account.deletion_suspended is not None:
+        say(f"  deletion is suspended: {account.deletion_suspended}")
         say(f"  to lift it: archiver account allow-deletion {account.name}")
     _tell_completeness(state, ledger)
     made = table(
@@ -327,12 +329,13 @@ def pause(name: Name) -> None:
     """Stop polling an account until it is resumed. A poll under way is finished."""
     from archiver.bootstrap import Archiver
     from archiver.db import schedule
-    from archiver.model import PAUSED_BY_HAND
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
         account = lookup.active_account(archiver, name)
-        archiver.database.transact(lambda connection: schedule.pause(connection, account.id, PAUSED_BY_HAND))
+        archiver.database.transact(
+            lambda connection: schedule.stop(connection, account.id, AccountState.PAUSED)
+        )
     say(f"{name} is paused")
 
 
@@ -371,9 +374,9 @@ def poll(
         raise UsageError("name the accounts to poll, or say --all")
     with Archiver(load()) as archiver:
         chosen = None if every else [lookup.active_account(archiver, name) for name in names or []]
-        paused = [account.name for account in chosen or [] if account.paused_reason is not None]
+        paused = [account.name for account in chosen or [] if account.state is not AccountState.ACTIVE]
         if paused:
-            raise UsageError(f"{paused[0]} is paused", hint=f"archiver account resume {paused[0]}")
+            raise UsageError(f"{paused[0]} is not active", hint=f"archiver account resume {paused[0]}")
         ids = None if chosen is None else [account.id for account in chosen]
         asked = archiver.database.transact(lambda connection: schedule.ask(connection, ids))
     say(f"{asked} accounts are due now")
@@ -413,7 +416,7 @@ def _id_for(archiver: "Archiver", name: str) -> str:
     if path is None or path.exists():
         with archiver.database.reading() as connection:
             found = accounts.by_name(connection, name)
-        if found is not None and found.paused_reason == accounts.REMOVED:
+        if found is not None and found.state is AccountState.REMOVED:
             return found.id
     return new_account_id()
 
@@ -441,7 +444,7 @@ def _tls(account: "Account") -> str:
 
 
 def _secret_kind(account: "Account") -> str:
-    inner = account.secret.removeprefix(OAUTH)
+    inner = account.secret_reference.removeprefix(OAUTH)
     kind, _, rest = inner.partition(":")
     words = {
         "file": f"in file {rest}",
@@ -450,7 +453,7 @@ def _secret_kind(account: "Account") -> str:
         "prompt": "asked for",
         "none": "not needed",
     }.get(kind, "forgotten")
-    return words if inner == account.secret else f"by OAuth, credential {words}"
+    return words if inner == account.secret_reference else f"by OAuth, credential {words}"
 
 
 def _states(archiver: "Archiver") -> list[Any]:
@@ -465,8 +468,8 @@ def _tell_completeness(state: Any, ledger: "Ledger") -> None:
         f"  {state.to_come} still to come, {state.quarantined} in quarantine; "
         f"{ledger.lost_ever} lost since it was added"
     )
-    if state.deletion_hold:
-        say(f"  nothing is deleted: {one_line(state.deletion_hold)}")
+    if state.deletion_suspended:
+        say(f"  nothing is deleted: {one_line(state.deletion_suspended)}")
     for gap in ledger.gaps:
         until = f"until {_minute(gap.until)}" if gap.until is not None else "and still nobody does"
         say(f"  nobody looked from {_minute(gap.since)} {until}")
@@ -478,10 +481,8 @@ def _minute(at: "datetime") -> str:
 
 
 def _word(state: Any) -> str:
-    if state.removed_at is not None:
-        return "removed"
-    if state.paused_reason is not None:
-        return "paused"
+    if state.state != "active":
+        return str(state.state)
     if state.failures or state.refusals:
         return "failing"
     return "ok" if state.ended_at is not None else "new"
@@ -493,16 +494,16 @@ def _state_json(state: Any) -> dict[str, Any]:
         "id": state.id,
         "url": state.url,
         "state": _word(state),
-        "paused_reason": state.paused_reason,
+        "state_reason": state.state_reason,
         "captures": state.captures,
-        "bytes": int(state.octets),
+        "bytes": int(state.captured_bytes),
         "listed": state.listed,
         "to_come": state.to_come,
         "quarantined": state.quarantined,
         "listed_at": state.listed_at,
         "looked_at": state.looked_at,
         "late_at": state.late_at,
-        "deletion_hold": state.deletion_hold,
+        "deletion_suspended": state.deletion_suspended,
         "last_outcome": state.outcome,
         "last_error": state.error,
         "last_poll_at": state.ended_at,
@@ -512,7 +513,7 @@ def _state_json(state: Any) -> dict[str, Any]:
 
 def _poll_json(poll: Any) -> dict[str, Any]:
     return {
-        "poll": poll.token,
+        "token": poll.token,
         "ended_at": poll.ended_at,
         "outcome": poll.outcome,
         "listed": poll.listed,
@@ -525,7 +526,7 @@ def _poll_json(poll: Any) -> dict[str, Any]:
         "gone": poll.gone,
         "lost": poll.lost,
         "glanced": poll.glanced,
-        "bytes": poll.octets,
+        "bytes": poll.fetched_bytes,
         "seconds": poll.seconds,
         "error": poll.error,
     }

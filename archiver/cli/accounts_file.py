@@ -4,7 +4,7 @@ TOML, a table ``[[account]]`` for each: ``name`` and ``url``, and where wanted
 ``password`` (``file:/path`` or ``env:NAME``, never the password;
 ``oauth:file:/path`` for an OAuth credential), ``tls``,
 ``ca_file``, ``delete``, ``interval_seconds``, ``interval_max_seconds``,
-``cron``, ``time_zone``, ``blackout``, ``day_octets``, ``timeout_seconds``,
+``cron``, ``time_zone``, ``blackout``, ``day_bytes``, ``timeout_seconds``,
 ``tls_pins``, ``tls_minimum``, ``tls_server_name``, ``client_certificate``,
 ``client_key``. Accounts are added and changed to what the file says. One that
 is no longer in it goes on: an archive must not stop because a line was lost.
@@ -24,6 +24,7 @@ from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import NEVER_DELETE, Account, DeletePolicy, new_account_id
 from archiver.pop3 import Tls, UrlError, parse_pin, parse_url
+from archiver.states import AccountState
 from archiver.timetable import Timetable
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class _Entry(BaseModel):
     cron: str | None = None
     time_zone: str = "UTC"
     blackout: str = ""
-    day_octets: Annotated[int, Field(gt=0)] | None = None
+    day_bytes: Annotated[int, Field(gt=0)] | None = None
     timeout_seconds: Annotated[float, Field(ge=1)] | None = None
     tls_pins: list[str] = []
     tls_minimum: str = "1.2"
@@ -83,7 +84,7 @@ def take_in(archiver: "Archiver", path: Path) -> int:
         accounts.take_turn(connection)
         for account in wanted:
             found = accounts.by_name(connection, account.name)
-            if found is None or found.paused_reason == accounts.REMOVED:
+            if found is None or found.state is AccountState.REMOVED:
                 accounts.add(connection, account, archiver.now())
                 changed += 1
                 continue
@@ -91,10 +92,10 @@ def take_in(archiver: "Archiver", path: Path) -> int:
                 account,
                 id=found.id,
                 epoch=found.epoch,
-                pipelining=found.pipelining,
-                paused_reason=found.paused_reason,
+                state=found.state,
+                state_reason=found.state_reason,
                 avoids=found.avoids,
-                deletion_hold=found.deletion_hold,
+                deletion_suspended=found.deletion_suspended,
             )
             if same != found:
                 accounts.change(connection, same, archiver.now())
@@ -132,7 +133,7 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
         name=entry.name,
         url=endpoint.url,
         tls=endpoint.tls.value,
-        secret=reference,
+        secret_reference=reference,
         ca_file=entry.ca_file,
         delete=delete,
         interval_seconds=entry.interval_seconds or archiver.settings.interval_seconds,
@@ -140,7 +141,7 @@ def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
         cron=entry.cron,
         time_zone=entry.time_zone,
         blackout=entry.blackout,
-        day_octets=entry.day_octets,
+        day_bytes=entry.day_bytes,
         timeout_seconds=entry.timeout_seconds,
         tls_pins=pins,
         tls_minimum=entry.tls_minimum,

@@ -111,7 +111,7 @@ def authorize(
             else:
                 credential = _by_device(poster, theirs, client, endpoint.user)
             reference = oauth.reference_to(archiver.secrets.seal(account.id, credential.document()))
-        _take(archiver, account, replace(account, url=endpoint.url, secret=reference))
+        _take(archiver, account, replace(account, url=endpoint.url, secret_reference=reference))
     if json:
         emit({"account": name, "url": endpoint.url, "scope": credential.scope})
         return
@@ -229,11 +229,11 @@ def _by_browser(poster: "Poster", provider: "Provider", client: "Client", user: 
 def _take(archiver: "Archiver", former: "Account", account: "Account") -> None:
     """Keep the new way in, and poll again, unless somebody paused the account by hand."""
     from archiver.db import accounts, schedule
-    from archiver.model import PAUSED_BY_HAND
+    from archiver.states import AccountState
 
     def work(connection: "Connection") -> None:
         accounts.change(connection, account, archiver.now(), former=former)
-        if account.paused_reason != PAUSED_BY_HAND:
+        if account.state is not AccountState.PAUSED:
             schedule.resume(connection, account.id)
 
     archiver.database.transact(work)

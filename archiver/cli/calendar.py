@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from archiver.cli.output import ago, one_line, size
+from archiver.states import AccountState
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -22,14 +23,14 @@ class ScheduleShown:
     due_at: datetime | None
     stands_at: float | None
     failures: int
-    in_line: bool
+    queued: bool
     trouble: "Trouble | None"
     blackout_until: datetime | None
     fetched_today: int
-    day_octets: int | None
+    day_bytes: int | None
 
     @classmethod
-    def of(cls, connection: "Connection", account: "Account", now: datetime, day_octets: int | None) -> Self:
+    def of(cls, connection: "Connection", account: "Account", now: datetime, day_bytes: int | None) -> Self:
         import sqlalchemy as sa
 
         from archiver.db import schedule
@@ -38,7 +39,7 @@ class ScheduleShown:
         from archiver.timetable import Timetable
 
         row = connection.execute(
-            sa.select(lease, mailbox.c.day, mailbox.c.day_octets)
+            sa.select(lease, mailbox.c.day, mailbox.c.day_bytes)
             .outerjoin(mailbox, mailbox.c.account_id == lease.c.account_id)
             .where(lease.c.account_id == account.id)
         ).one()
@@ -53,11 +54,11 @@ class ScheduleShown:
             row.due_at,
             row.interval_seconds,
             row.failures,
-            bool(row.in_line),
+            bool(row.queued),
             troubles[0] if troubles else None,
             blackout_until,
-            row.day_octets if row.day == now.astimezone(UTC).date() else 0,
-            account.day_octets or day_octets,
+            row.day_bytes if row.day == now.astimezone(UTC).date() else 0,
+            account.day_bytes or day_bytes,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class ScheduleShown:
             "interval_max_seconds": account.interval_max_seconds,
             "interval_now_seconds": self.stands_at,
             "blackout": account.blackout or None,
-            "day_octets": self.day_octets,
+            "day_bytes": self.day_bytes,
             "fetched_today": self.fetched_today,
             "waits_because": self.waits_because(),
         }
@@ -87,8 +88,8 @@ class ScheduleShown:
         lines = [how]
         if account.blackout:
             lines.append(f"not polled {account.blackout} ({account.time_zone})")
-        if self.day_octets is not None:
-            lines.append(f"fetched today (UTC): {size(self.fetched_today)} of {size(self.day_octets)}")
+        if self.day_bytes is not None:
+            lines.append(f"fetched today (UTC): {size(self.fetched_today)} of {size(self.day_bytes)}")
         because = self.waits_because()
         return lines if because is None else [*lines, f"waits because {because}"]
 
@@ -101,7 +102,7 @@ class ScheduleShown:
     def waits_because(self) -> str | None:
         """Why it is not polled although it may be due; None where nothing keeps it."""
         trouble = self.trouble
-        if self.account.paused_reason is not None:
+        if self.account.state is not AccountState.ACTIVE:
             return None
         if trouble is not None and trouble.retry_at is not None:
             return (
@@ -111,7 +112,7 @@ class ScheduleShown:
             )
         if self.blackout_until is not None:
             return f"it is not to be polled before {self.blackout_until:%Y-%m-%d %H:%M} UTC"
-        if self.in_line:
+        if self.queued:
             return "its host has as many sessions as it may have at once"
         if self.failures and self.due_at is not None and self.due_at > self.now:
             return f"{self.failures} polls failed; again {ago(self.due_at, self.now)}"

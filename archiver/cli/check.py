@@ -69,10 +69,10 @@ def check(
             account = lookup.active_account(archiver, target)
         account = replace(
             given.applied_to(account),
-            secret=given.reference() or account.secret,
+            secret_reference=given.reference() or account.secret_reference,
             tls=given.tls or account.tls,
         )
-        if given.password_stdin or account.secret == PROMPT:
+        if given.password_stdin or account.secret_reference == PROMPT:
             ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
             archiver.passwords[account.id] = ask()
         password = archiver.password(account)
@@ -114,7 +114,7 @@ def check(
                 "expire_days": facts.expire_days,
                 "utf8": facts.utf8,
                 "messages": len(entries),
-                "octets": sum(known_sizes),
+                "bytes": sum(known_sizes),
                 "has_uidl": listing.has_uidl,
                 "unreadable_lines": listing.skipped_lines,
                 "trips_over": sorted(facts.avoid | facts.suspect),

@@ -16,7 +16,7 @@ _WORDS = {
     "goes": "go at the next poll that finds them listed, and their objects sound",
     "never": "stay: the policy is never",
     "forbidden": "stay: ARCHIVER_FORBID_DELETION is set",
-    "on_hold": "stay: deletion is on hold for this account",
+    "suspended": "stay: deletion is suspended for this account",
     "too_young": "stay: their days are not over",
     "quarantined": "stay: in quarantine",
     "to_come": "stay: not archived yet",
@@ -61,7 +61,7 @@ def deletable(
                     state=known.state,
                     by_content=bool(key.content),
                     captured_at=known.first_seen_at,
-                    hold=account.deletion_hold,
+                    hold=account.deletion_suspended,
                     forbidden=settings.forbid_deletion,
                     now=now,
                 )
@@ -75,13 +75,13 @@ def deletable(
                 }
                 if json:
                     emit(described)
-                elif verdict is policy.Verdict.GOES and len(going) < MESSAGES_SHOWN:
+                elif verdict is policy.DeletionVerdict.GOES and len(going) < MESSAGES_SHOWN:
                     going.append(described)
     if json:
         return
     say(f"{account.name}: delete {wanted}")
-    if account.deletion_hold is not None:
-        say(f"  on hold: {account.deletion_hold}")
+    if account.deletion_suspended is not None:
+        say(f"  suspended: {account.deletion_suspended}")
         say(f"  to lift it: archiver account allow-deletion {account.name}")
     for word, count in sorted(counts.items()):
         say(f"  {count} {_WORDS[word]}")
@@ -108,5 +108,5 @@ def allow_deletion(name: Name) -> None:
     with Archiver(load()) as archiver:
         account = lookup.active_account(archiver, name)
         archiver.database.transact(lambda connection: record.allow_deletion(connection, account.id))
-    was = "was not on hold" if account.deletion_hold is None else "is on hold no more"
+    was = "was not suspended" if account.deletion_suspended is None else "is no longer suspended"
     say(f"deletion for {name} {was}; its policy is {account.delete}")

@@ -124,11 +124,11 @@ class _Story:
     def put_to_rest(self) -> None:
         """The mail server ends with the demo; nobody shall ask for it in vain."""
         from archiver.db import schedule
-        from archiver.model import PAUSED_BY_HAND
+        from archiver.states import AccountState
 
         for account in self.accounts:
             self.archiver.database.transact(
-                partial(schedule.pause, account_id=account.id, reason=PAUSED_BY_HAND)
+                partial(schedule.stop, account_id=account.id, state=AccountState.PAUSED)
             )
 
 
@@ -158,7 +158,7 @@ def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str],
     say("\n5. Verifying: every message is read from the archive and hashed again.")
     findings = _verify(story)
     say(
-        f"   {findings.checked} messages, {size(findings.octets)}; {findings.segments} journal segments: "
+        f"   {findings.checked} messages, {size(findings.hashed_bytes)}; {findings.segments} journal segments: "
         f"{findings.missing} missing, {findings.damaged} damaged, {findings.chain_breaks} chain breaks, "
         f"{findings.unrecorded} unrecorded"
     )
@@ -179,7 +179,7 @@ def _account(archiver: "Archiver", server: "MailServer", user: str, password: st
         name=user,
         url=server.url(user),
         tls=Tls.IMPLICIT.value,
-        secret=PROMPT,
+        secret_reference=PROMPT,
         ca_file=str(server.ca_file),
     )
     archiver.passwords[account.id] = password
@@ -195,7 +195,7 @@ def _reports(reports: "list[PollReport]") -> None:
             str(report.listed),
             str(report.new),
             str(report.known),
-            size(report.octets),
+            size(report.fetched_bytes),
             f"{report.seconds:.2f}",
         )
     show(made)

@@ -31,7 +31,7 @@ def tail(
 
     with Archiver(load()) as archiver:
         while True:
-            for event in feed.follow(archiver.database, after=after):
+            for event in feed.backlog(archiver.database, after=after):
                 after = event["position"]
                 if json:
                     emit(event)
@@ -44,7 +44,7 @@ def tail(
 
 def _line(event: dict[str, Any]) -> str:
     what = f"{size(event['size'])} {event['key']}" if "size" in event else ascii(event.get("reason", ""))
-    if event["event"] == "epoch":
+    if event["event"] == "epoch_began":
         what = f"epoch {event['epoch']}, {event['listed']} messages under other ids"
     at = event["at"][:19]
     return f"{event['position']:>10} {at} {event['event']:11} {event['account']} {what}"

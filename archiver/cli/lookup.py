@@ -21,10 +21,10 @@ def account(archiver: "Archiver", name: str) -> "Account":
 
 def active_account(archiver: "Archiver", name: str) -> "Account":
     """The account of that name. Raises UsageError when there is none, or it was removed."""
-    from archiver.db import accounts
     from archiver.errors import UsageError
+    from archiver.states import AccountState
 
     found = account(archiver, name)
-    if found.paused_reason == accounts.REMOVED:
+    if found.state is AccountState.REMOVED:
         raise UsageError(f"{name} was removed", hint=f"archiver account add {name} {found.url}")
     return found

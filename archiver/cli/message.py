@@ -57,7 +57,7 @@ def list_messages(
             made.add_row(
                 row.account_name,
                 f"{row.captured_at:%Y-%m-%d %H:%M:%S}",
-                size(row.octets),
+                size(row.size),
                 ascii(described["uidl"])[1:-1],
                 described["sha256"][:16],
             )
@@ -130,13 +130,13 @@ def retry(
     from archiver.cli.sync import sync
     from archiver.db import record
     from archiver.errors import UsageError
-    from archiver.model import uidl_octets
+    from archiver.model import uidl_bytes
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
         found = lookup.active_account(archiver, account)
         try:
-            wanted = None if uidl is None else uidl_octets(uidl)
+            wanted = None if uidl is None else uidl_bytes(uidl)
         except UnicodeEncodeError:
             raise UsageError(f"{uidl!r} is no UIDL", hint=f"archiver account show {account}") from None
         now = archiver.now()
@@ -188,11 +188,11 @@ def _json(row: Any) -> dict[str, Any]:
         "account": row.account_name,
         "uidl": uidl_text(row.uidl),
         "sha256": row.sha256.hex(),
-        "size": row.octets,
+        "size": row.size,
         "key": message_key(row.account_id, row.sha256),
         "captured_at": row.captured_at.isoformat(),
         "version_id": row.version_id,
         "epoch": row.epoch,
-        "poll": row.token,
+        "token": row.token,
         "segment": row.sequence,
     }

@@ -104,7 +104,7 @@ Blackout = Annotated[
         help='When not to poll, such as "Mon-Fri 08:00-18:00, Sat 22:00-02:00". none: never.',
     ),
 ]
-DayOctets = Annotated[
+DayBytes = Annotated[
     str | None,
     typer.Option(metavar="OCTETS", help="To fetch in one day (UTC) at most. none: as the settings say."),
 ]
@@ -268,7 +268,7 @@ class Calendar:
     cron: str | None
     time_zone: str | None
     blackout: str | None
-    day_octets: str | None
+    day_bytes: str | None
 
     def applied_to(self, account: "Account") -> "Account":
         """The account with what was given. Raises UsageError for what makes no sense."""
@@ -283,8 +283,8 @@ class Calendar:
             time_zone=self.time_zone or account.time_zone,
             blackout=_kept(account.blackout, self.blackout) or "",
         )
-        day_octets = _number("--day-octets", self.day_octets, account.day_octets)
-        changed = replace(changed, day_octets=None if day_octets is None else int(day_octets))
+        day_bytes = _number("--day-bytes", self.day_bytes, account.day_bytes)
+        changed = replace(changed, day_bytes=None if day_bytes is None else int(day_bytes))
         try:
             Timetable.of(changed)
         except ValueError as error:
@@ -348,9 +348,9 @@ def ask(account: str) -> str:
 
 def from_stdin() -> str:
     """The password on standard input, as in a password file. Raises OperatorNeeded when there is none."""
-    from archiver.secrets import SECRET_OCTETS, from_octets
+    from archiver.secrets import SECRET_BYTES, from_bytes
 
-    return from_octets(sys.stdin.buffer.read(SECRET_OCTETS + 1), "the password on standard input")
+    return from_bytes(sys.stdin.buffer.read(SECRET_BYTES + 1), "the password on standard input")
 
 
 def log_quietly() -> None:

@@ -95,11 +95,11 @@ def show(made: "Table") -> None:
     target.print(made)
 
 
-def size(octets: float) -> str:
+def size(count: float) -> str:
     """Octets for people."""
     from rich.filesize import decimal
 
-    return decimal(int(octets))
+    return decimal(int(count))
 
 
 def ago(then: datetime | None, now: datetime) -> str:
@@ -169,22 +169,22 @@ class AccountProgress:
         self._task: TaskID | None = None
         self._started_at = self._said_at = monotonic()
         self._messages = self._wanted = 0
-        self._octets = 0
+        self._bytes = 0
 
-    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
+    def listed(self, listed: int, to_fetch: int, total_bytes: int | None) -> None:
         """See ``poll.Watch``."""
-        self._messages, self._octets, self._wanted = 0, 0, to_fetch
+        self._messages, self._bytes, self._wanted = 0, 0, to_fetch
         self._started_at = self._said_at = self._monotonic()
         if self._line is not None:
-            much = f" ({size(octets)})" if octets else ""
+            much = f" ({size(total_bytes)})" if total_bytes else ""
             self._line(f"{self._name}: {listed} on the server, {to_fetch} to fetch{much}")
         if self._bars is not None and to_fetch:
             self._task = self._bars.add_task(self._name, total=to_fetch, rate="")
 
-    def fetched(self, octets: int) -> None:
+    def fetched(self, message_bytes: int) -> None:
         """See ``poll.Watch``."""
         self._messages += 1
-        self._octets += octets
+        self._bytes += message_bytes
         now = self._monotonic()
         rate = f"{self._messages / max(now - self._started_at, 0.001):.0f}/s"
         if self._bars is not None and self._task is not None:
@@ -192,5 +192,5 @@ class AccountProgress:
         elif self._line is not None and now - self._said_at >= LINE_SECONDS:
             self._said_at = now
             self._line(
-                f"{self._name}: {self._messages} of {self._wanted} fetched, {size(self._octets)}, {rate}"
+                f"{self._name}: {self._messages} of {self._wanted} fetched, {size(self._bytes)}, {rate}"
             )

@@ -39,7 +39,7 @@ def reseal(json: Json = False) -> None:
             after = batch[-1].name
             new: dict[str, tuple[str, str]] = {}
             for account in batch:
-                counts[_look(archiver, account.id, account.name, account.secret, new)] += 1
+                counts[_look(archiver, account.id, account.name, account.secret_reference, new)] += 1
             archiver.database.transact(partial(_exchange, new=new))
     if json:
         emit(counts)

@@ -102,9 +102,9 @@ def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "Abstrac
             raise TryLater("draining")
         migrate.ensure(archiver.raw_database)
 
-    def standing() -> reads.Standing:
+    def standing() -> reads.Overview:
         with archiver.raw_database.reading() as connection:
-            return reads.standing(connection, archiver.now())
+            return reads.overview(connection, archiver.now())
 
     health = web.Health(
         alive=lambda: not opened.is_set() or archiver.worker.alive,

@@ -68,7 +68,7 @@ def status(
 def _tell(found: "Overview", where: str, now: "datetime") -> None:
     standing = found.standing
     accounts = sum(standing.accounts.values())
-    say(f"{standing.captures} messages of {accounts} accounts, {size(standing.octets)}, in {where}")
+    say(f"{standing.captures} messages of {accounts} accounts, {size(standing.captured_bytes)}, in {where}")
     say(
         f"{standing.to_come} messages still to come, {standing.quarantined} in quarantine; "
         f"since {found.since}: {found.lost} lost, {found.gaps} gaps ended"
@@ -78,7 +78,7 @@ def _tell(found: "Overview", where: str, now: "datetime") -> None:
         **standing.accounts,
         "never polled": standing.never_polled,
         "not looked into for too long": standing.late,
-        "deletion on hold": standing.held,
+        "deletion suspended": standing.deletion_suspended,
     }.items():
         made.add_row(name, str(number))
     show(made)
@@ -142,7 +142,7 @@ def tell_days(days: "list[Day]", gap_seconds: "list[float] | None" = None) -> No
             *(day.new, day.deleted, day.gone, day.lost),
         )
         cells = ["-" if count is None else str(count) for count in counts]
-        cells.append(size(day.octets))
+        cells.append(size(day.fetched_bytes))
         if gap_seconds is not None:
             cells.append(length(gap_seconds[index]))
         made.add_row(day.day.isoformat(), *cells)

@@ -9,6 +9,7 @@ import typer
 
 from archiver.cli import options
 from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, size
+from archiver.states import AccountState
 
 if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
@@ -104,7 +105,7 @@ def as_json(report: "PollReport") -> dict[str, Any]:
         "deleted": report.deleted,
         "gone": report.gone,
         "lost": report.lost,
-        "bytes": report.octets,
+        "bytes": report.fetched_bytes,
         "seconds": round(report.seconds, 3),
         "error": report.error,
         "warnings": report.warnings,
@@ -146,13 +147,13 @@ def _check(
                     f"{given.changes} is for a URL, and {target} is an account",
                     hint=f"archiver account edit {target} {given.changes} ... changes it",
                 )
-            if endpoint is None and (found is None or found.paused_reason == accounts.REMOVED):
+            if endpoint is None and (found is None or found.state is AccountState.REMOVED):
                 raise UsageError(
                     f"there is no account named {target}", hint="archiver account list, or give a URL"
                 )
             if endpoint is not None:
                 given.applied_to(found or Account("", target, endpoint.url, endpoint.tls.value, PROMPT))
-            unknown = found is None or found.secret == PROMPT
+            unknown = found is None or found.secret_reference == PROMPT
             if unknown and given.reference() is None and not given.password_stdin:
                 options.need_terminal(target)
 
@@ -165,7 +166,7 @@ def _choose(
     if not targets:
         with archiver.database.reading() as connection:
             active = accounts.all_active(connection)
-        return [account for account in active if account.paused_reason is None]
+        return [account for account in active if account.state is AccountState.ACTIVE]
     chosen: dict[str, Account] = {}
     for target in targets:
         if target in endpoints:
@@ -193,11 +194,11 @@ def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given
         name=endpoint.url,
         url=endpoint.url,
         tls=endpoint.tls.value,
-        secret=PROMPT,
+        secret_reference=PROMPT,
         interval_seconds=archiver.settings.interval_seconds,
     )
     account = replace(given.applied_to(account), tls=endpoint.tls.value)
-    account = replace(account, secret=given.reference() or account.secret)
+    account = replace(account, secret_reference=given.reference() or account.secret_reference)
     if found is None:
         return archiver.database.transact(
             lambda connection: accounts.add(connection, account, archiver.now())
@@ -219,7 +220,7 @@ def _ask_passwords(
         archiver.passwords.update({account.id: password for account in chosen})
         return
     for account in chosen:
-        if account.secret == PROMPT and (named or sys.stdin.isatty()):
+        if account.secret_reference == PROMPT and (named or sys.stdin.isatty()):
             archiver.passwords[account.id] = options.ask(account.name)
 
 
@@ -257,7 +258,7 @@ def _tell(report: "PollReport") -> None:
         rate = f", {report.new / report.seconds:.0f}/s" if report.new and report.seconds else ""
         say(
             f"{report.account}: {report.listed} on the server: {', '.join(counts)}; "
-            f"{size(report.octets)} in {report.seconds:.1f} s{rate}"
+            f"{size(report.fetched_bytes)} in {report.seconds:.1f} s{rate}"
         )
     for warning in report.warnings:
         say(f"  warning: {one_line(warning)}")

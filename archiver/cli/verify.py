@@ -58,7 +58,7 @@ def verify(
         emit(
             {
                 "checked": findings.checked,
-                "bytes": 0 if quick else findings.octets,
+                "bytes": 0 if quick else findings.hashed_bytes,
                 "segments": findings.segments,
                 "missing": findings.missing,
                 "damaged": findings.damaged,
@@ -102,7 +102,7 @@ def _verify(
         ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers,
         Progress(*columns, console=target, disable=quiet or not target.is_terminal, transient=True) as bars,
     ):
-        task = bars.add_task("", total=sum(int(state.octets) for state in states))
+        task = bars.add_task("", total=sum(int(state.captured_bytes) for state in states))
         for account in chosen:
             verify_account(
                 account,
@@ -118,7 +118,7 @@ def _verify(
 
 
 def _tell(findings: "Findings", accounts: int, *, rehashed: bool) -> None:
-    how = f"{size(findings.octets)} hashed again" if rehashed else "their sizes compared"
+    how = f"{size(findings.hashed_bytes)} hashed again" if rehashed else "their sizes compared"
     for finding in findings.named:
         say(f"{finding.kind.replace('_', ' ')}: {finding.account}: {finding.key}: {finding.detail}")
     say(

@@ -13,10 +13,8 @@ from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, acc
 from archiver.errors import UsageError
 from archiver.model import NO_DIGEST, Account, mail_host
 from archiver.policy import late_after_seconds
+from archiver.states import AccountState
 from archiver.timetable import Timetable
-
-REMOVED = "removed"
-"""The reason that a removed account is paused for. What it captured stays."""
 
 ACCOUNTS_LOCK = 0x61636374
 """The advisory lock of whoever brings many accounts: "acct" in ASCII."""
@@ -51,6 +49,7 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
             )
         if row is not None:
             again = replace(new, id=row.id, epoch=row.epoch)
+            connection.execute(sa.update(account).where(account.c.id == again.id).values(removed_at=None))
             change(connection, again, at)
             schedule.resume(connection, again.id)
             schedule.reconsider(connection, again.id, again.url, _first_due(again, at))
@@ -79,7 +78,7 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
     _refuse_second(connection, changed)
     before = {} if former is None else _settings(former)
     values = dict(_settings(changed).items() - before.items())
-    connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values, removed_at=None))
+    connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values))
     schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
     # Another address may be another mailbox, and another policy lets other messages go.
     record.distrust(connection, changed.id)
@@ -89,8 +88,8 @@ def exchange_secret(connection: Connection, account_id: str, old: str, new: str)
     """Put one reference to a secret in the place of another; false when another stands there by now."""
     exchanged = connection.execute(
         sa.update(account)
-        .where(account.c.id == account_id, account.c.secret.in_([old, new]))
-        .values(secret=new)
+        .where(account.c.id == account_id, account.c.secret_reference.in_([old, new]))
+        .values(secret_reference=new)
     )
     return bool(exchanged.rowcount)
 
@@ -108,8 +107,10 @@ def page(connection: Connection, after: str, limit: int) -> list[Account]:
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
     """Stop archiving an account and forget its secret. What was captured, and its record, stay."""
-    connection.execute(sa.update(account).where(account.c.id == account_id).values(removed_at=at, secret=""))
-    schedule.pause(connection, account_id, REMOVED)
+    schedule.stop(connection, account_id, AccountState.REMOVED)
+    connection.execute(
+        sa.update(account).where(account.c.id == account_id).values(removed_at=at, secret_reference="")
+    )
 
 
 def by_name(connection: Connection, name: str) -> Account | None:
@@ -160,12 +161,11 @@ def _settings(of: Account) -> dict[str, Any]:
     return {
         "url": of.url,
         "tls": of.tls,
-        "secret": of.secret,
+        "secret_reference": of.secret_reference,
         "ca_file": of.ca_file,
         "delete_policy": str(of.delete),
         "interval_seconds": of.interval_seconds,
         "timeout_seconds": of.timeout_seconds,
-        "pipelining": of.pipelining,
         "avoids": " ".join(of.avoids),
         "tls_pins": " ".join(of.tls_pins),
         "tls_minimum": of.tls_minimum,
@@ -176,7 +176,7 @@ def _settings(of: Account) -> dict[str, Any]:
         "time_zone": of.time_zone,
         "interval_max_seconds": of.interval_max_seconds,
         "blackout": of.blackout,
-        "day_octets": of.day_octets,
+        "day_bytes": of.day_bytes,
     }
 
 
@@ -185,8 +185,9 @@ def _row(new: Account, at: datetime) -> AccountRow:
         id=new.id,
         name=new.name,
         epoch=new.epoch,
-        paused_reason=new.paused_reason,
-        deletion_hold=new.deletion_hold,
+        state=new.state,
+        state_reason=new.state_reason,
+        deletion_suspended=new.deletion_suspended,
         created_at=at,
         **_settings(new),
     )

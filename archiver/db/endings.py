@@ -22,9 +22,10 @@ from archiver.db.schedule import Trouble
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.model import Claim, PollReport, mail_host
 from archiver.policy import NextPoll, Setbacks, late_after_seconds
+from archiver.states import AccountState
 
 
-class Standing(NamedTuple):
+class ScheduleState(NamedTuple):
     """Where an account's schedule stands: polls that failed in a row, and the adaptive interval."""
 
     setbacks: Setbacks
@@ -36,17 +37,17 @@ class Ending:
     """One poll's end. ``following`` decides when the account is due again, from where its schedule stands.
 
     ``avoids`` is what is known by now of what the account's server trips over.
-    ``disproved`` is the reason of a pause that this poll showed to hold no
-    longer. ``chance``, from 0 to 1, spreads when a host that cannot be reached
+    ``ends_wait``: the poll shows that an operator has fixed what the account
+    waited for. ``chance``, from 0 to 1, spreads when a host that cannot be reached
     is tried again.
     """
 
     claim: Claim
     report: PollReport
     ended_at: datetime
-    following: Callable[[Standing], NextPoll]
+    following: Callable[[ScheduleState], NextPoll]
     avoids: tuple[str, ...] = ()
-    disproved: str | None = None
+    ends_wait: bool = False
     chance: float = 0.5
 
 
@@ -132,7 +133,7 @@ def _poll_row(ending: Ending) -> dict[str, Any]:
         "quarantined": report.quarantined,
         "to_come": report.to_come,
         "delete_requested": report.delete_requested,
-        "octets": report.octets,
+        "fetched_bytes": report.fetched_bytes,
         "error": report.error,
         "deleted": report.deleted,
         "gone": report.gone,
@@ -169,7 +170,7 @@ def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: d
     tripped = [each for each in endings if each.report.listed is None and each.report.glanced]
     if tripped:
         connection.execute(_DISTRUST, [{"b_account_id": each.claim.account_id} for each in tripped])
-    spent = [_spent_row(each) for each in endings if each.report.octets]
+    spent = [_spent_row(each) for each in endings if each.report.fetched_bytes]
     if spent:
         connection.execute(_SPEND, spent)
 
@@ -200,7 +201,7 @@ def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
         "quarantined": report.quarantined,
         "to_come": report.to_come,
         "stat_count": look and look.stat_count,
-        "stat_octets": look and look.stat_octets,
+        "stat_size": look and look.stat_size,
         "last_number": look and look.last_number,
         "last_uidl": look and look.last_uidl,
         "trusted_until": look and look.trusted_until,
@@ -210,7 +211,7 @@ def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
 def _spent_row(ending: Ending) -> dict[str, Any]:
     """What was fetched counts against the account's budget of this day (UTC)."""
     today = ending.ended_at.astimezone(UTC).date()
-    return {"b_account_id": ending.claim.account_id, "b_today": today, "b_octets": ending.report.octets}
+    return {"b_account_id": ending.claim.account_id, "b_today": today, "b_bytes": ending.report.fetched_bytes}
 
 
 def _released(
@@ -219,21 +220,23 @@ def _released(
     """The lease's row as it is to be; on the way, the account's, where that is another by now."""
     stood, found = leases[ending.claim.account_id], accounts[ending.claim.account_id]
     setbacks = Setbacks(stood.failures, stood.refusals)
-    following = ending.following(Standing(setbacks, stood.interval_seconds))
-    pausable = found.paused_reason in (None, ending.disproved)
-    reason = following.pause_reason if pausable else found.paused_reason
+    following = ending.following(ScheduleState(setbacks, stood.interval_seconds))
+    state, reason = AccountState(found.state), found.state_reason
+    if state is AccountState.ACTIVE or (state is AccountState.WAITING and ending.ends_wait):
+        reason = following.pause_reason
+        state = AccountState.ACTIVE if reason is None else AccountState.WAITING
     avoids = " ".join(ending.avoids)
-    if (reason, avoids) != (found.paused_reason, found.avoids):
+    if (state, reason, avoids) != (found.state, found.state_reason, found.avoids):
         connection.execute(
             sa.update(account)
             .where(account.c.id == ending.claim.account_id)
-            .values(paused_reason=reason, avoids=avoids)
+            .values(state=state, state_reason=reason, avoids=avoids)
         )
     looked = ending.report.listed is not None
     late_after = timedelta(seconds=late_after_seconds(following.after_seconds))
     return {
         "b_account_id": ending.claim.account_id,
-        "b_paused": reason is not None,
+        "b_paused": state is not AccountState.ACTIVE,
         "b_least": following.least_seconds,
         "b_after": following.after_seconds or 0.0,
         "b_recover": ending.report.journal_uncertain,
@@ -271,7 +274,7 @@ _REMEMBER = (
                 mailbox.c.quarantined,
                 mailbox.c.to_come,
                 mailbox.c.stat_count,
-                mailbox.c.stat_octets,
+                mailbox.c.stat_size,
                 mailbox.c.last_number,
                 mailbox.c.last_uidl,
                 mailbox.c.trusted_until,
@@ -286,7 +289,7 @@ _COUNT_REQUESTS = (
         sighting.c.absent_at.is_(None),
         sighting.c.delete_requested_at.is_not(None),
     )
-    .values(attempts=sighting.c.attempts + 1)
+    .values(delete_attempts=sighting.c.delete_attempts + 1)
 )
 _DISTRUST = sa.update(mailbox).where(_OF_MAILBOX).values(trusted_until=None)
 _TODAY = sa.bindparam("b_today", type_=mailbox.c.day.type)
@@ -295,8 +298,8 @@ _SPEND = (
     .where(_OF_MAILBOX)
     .values(
         day=_TODAY,
-        day_octets=sa.case((mailbox.c.day == _TODAY, mailbox.c.day_octets), else_=0)
-        + sa.bindparam("b_octets", type_=sa.BigInteger()),
+        day_bytes=sa.case((mailbox.c.day == _TODAY, mailbox.c.day_bytes), else_=0)
+        + sa.bindparam("b_bytes", type_=sa.BigInteger()),
     )
 )
 
@@ -323,7 +326,9 @@ def _leases(dialect: str) -> sa.Select[Any]:
 def _accounts_of(dialect: str) -> sa.Select[Any]:
     troubled = host.c.name.label("troubled")
     return (
-        sa.select(account.c.id, account.c.url, account.c.paused_reason, account.c.avoids, troubled)
+        sa.select(
+            account.c.id, account.c.url, account.c.state, account.c.state_reason, account.c.avoids, troubled
+        )
         .join(lease, lease.c.account_id == account.c.id)
         .outerjoin(host, host.c.name == lease.c.host)
         .where(bulk.among(dialect, account.c.id, "ids"))

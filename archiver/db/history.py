@@ -60,7 +60,7 @@ class Day:
     deleted: int = 0
     gone: int = 0
     lost: int = 0
-    octets: int = 0
+    fetched_bytes: int = 0
     seconds: float = 0.0
     first_look_at: datetime | None = None
     last_look_at: datetime | None = None
@@ -87,7 +87,7 @@ _SUMS = (
     "deleted",
     "gone",
     "lost",
-    "octets",
+    "fetched_bytes",
     "seconds",
 )
 
@@ -397,7 +397,7 @@ def of_poll(row: Any) -> Day:
         deleted=row.deleted,
         gone=row.gone,
         lost=row.lost,
-        octets=row.octets,
+        fetched_bytes=row.fetched_bytes,
         seconds=row.seconds,
         first_look_at=row.ended_at if saw else None,
         last_look_at=row.ended_at if saw else None,

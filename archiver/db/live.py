@@ -58,6 +58,19 @@ class Changes:
                 for column in missing:
                     op.add_column(table, column)
 
+    def rename_columns(self, table: str, **names: str) -> None:
+        """Former name to new name. A process that knows the former names cannot write from here on."""
+        there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns(table)}
+        with self._locked(f"TABLE {table} IN ACCESS EXCLUSIVE MODE"):
+            for former, name in names.items():
+                if former in there:
+                    op.execute(f"ALTER TABLE {table} RENAME COLUMN {former} TO {name}")
+
+    def drop_column(self, table: str, name: str) -> None:
+        if name in {column["name"] for column in sa.inspect(op.get_bind()).get_columns(table)}:
+            with self._locked(f"TABLE {table} IN ACCESS EXCLUSIVE MODE"):
+                op.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
+
     def create_table(self, name: str, *elements: sa.schema.SchemaItem, **options: Any) -> None:
         """One whose foreign keys, if it has any, are to ``account``."""
         if not sa.inspect(op.get_bind()).has_table(name):

@@ -53,8 +53,8 @@ def current(database: Database) -> str | None:
         return look(connection)
 
 
-def upgrade(database: Database) -> tuple[str | None, str]:
-    """Bring the schema to this release's version; returns the version before and after.
+def upgrade(database: Database, to: str = "head") -> tuple[str | None, str]:
+    """Bring the schema to this release's version, or an earlier one; returns the version before and after.
 
     Of several processes that do so at once, on PostgreSQL one works and the
     others wait for it. Workers may go on meanwhile, those of the release
@@ -71,21 +71,21 @@ def upgrade(database: Database) -> tuple[str | None, str]:
     def work(connection: sa.Connection) -> bool:
         if connection.dialect.name == "sqlite":
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, to)
             return True
         if not _has_turn(connection):
             return False
         with database.engine.connect() as changing:
             config.attributes["connection"] = changing
             try:
-                command.upgrade(config, "head")
+                command.upgrade(config, to)
             except PendingRollbackError as error:
                 raise _before(error) from None
         return True
 
     while not database.transact(work):
         time.sleep(TURN_SECONDS)
-    return before, latest()
+    return before, latest() if to == "head" else to
 
 
 def _before(error: BaseException) -> BaseException:

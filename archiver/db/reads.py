@@ -10,7 +10,8 @@ from sqlalchemy.engine import Connection
 
 from archiver.db import bulk
 from archiver.db.tables import account, capture, event, host, journal, lease, mailbox, poll, sighting
-from archiver.model import PAUSED_BY_HAND, Account, DeletePolicy, JournalHead, LastLook, SightingKey
+from archiver.model import Account, DeletePolicy, JournalHead, LastLook, SightingKey
+from archiver.states import AccountState
 
 FETCH_ROWS = 1_000
 
@@ -23,14 +24,16 @@ class Known(NamedTuple):
     first_seen_at: datetime
     attempts: int
     retry_at: datetime | None
+    delete_attempts: int
+    delete_retry_at: datetime | None
     delete_requested: bool
 
 
-class Held(NamedTuple):
+class CapturedContent(NamedTuple):
     """What the database holds of one capture."""
 
     captured_at: datetime
-    octets: int
+    size: int
 
 
 class Provable(NamedTuple):
@@ -38,7 +41,7 @@ class Provable(NamedTuple):
 
     sha256: bytes
     captured_at: datetime
-    octets: int
+    size: int
     sequence: int
 
 
@@ -46,7 +49,7 @@ class BeforePoll(NamedTuple):
     """What a poll begins with: the account, and where journal and mailbox stand, as far as is known here.
 
     ``listed`` and ``quarantined`` are of the last listing, by which ``last_look``
-    is; it is None where the mailbox must be listed anew. ``day_octets`` were
+    is; it is None where the mailbox must be listed anew. ``day_bytes`` were
     fetched on ``day`` (UTC).
     """
 
@@ -56,7 +59,7 @@ class BeforePoll(NamedTuple):
     listed: int
     quarantined: int
     day: date | None = None
-    day_octets: int = 0
+    day_bytes: int = 0
 
 
 _KNOWN = (
@@ -68,6 +71,8 @@ _KNOWN = (
     sighting.c.first_seen_at,
     sighting.c.attempts,
     sighting.c.retry_at,
+    sighting.c.delete_attempts,
+    sighting.c.delete_retry_at,
     sighting.c.delete_requested_at,
 )
 
@@ -86,9 +91,10 @@ _ABSENT_QUARANTINED = sa.select(*_KNOWN).where(
 
 
 def _known(row: Any) -> tuple[SightingKey, Known]:
-    uidl, size, content, state, sha256, first_seen_at, attempts, retry_at, requested_at = row
-    key = SightingKey(uidl, size, content)
-    return key, Known(state, sha256, first_seen_at, attempts, retry_at, requested_at is not None)
+    *key, state, sha256, seen_at, attempts, retry_at, delete_attempts, delete_retry_at, requested_at = row
+    requested = requested_at is not None
+    known = Known(state, sha256, seen_at, attempts, retry_at, delete_attempts, delete_retry_at, requested)
+    return SightingKey(*key), known
 
 
 def before_poll(connection: Connection, account_id: str) -> BeforePoll:
@@ -109,14 +115,14 @@ def account_of(row: Any) -> Account:
         name=row.name,
         url=row.url,
         tls=row.tls,
-        secret=row.secret,
+        secret_reference=row.secret_reference,
         ca_file=row.ca_file,
         delete=DeletePolicy.parse(row.delete_policy),
         interval_seconds=row.interval_seconds,
         timeout_seconds=row.timeout_seconds,
-        pipelining=row.pipelining,
         epoch=row.epoch,
-        paused_reason=row.paused_reason,
+        state=AccountState(row.state),
+        state_reason=row.state_reason,
         tls_pins=tuple(row.tls_pins.split()),
         tls_minimum=row.tls_minimum,
         tls_server_name=row.tls_server_name,
@@ -126,18 +132,16 @@ def account_of(row: Any) -> Account:
         time_zone=row.time_zone,
         interval_max_seconds=row.interval_max_seconds,
         blackout=row.blackout,
-        day_octets=row.day_octets,
+        day_bytes=row.day_bytes,
         avoids=tuple(row.avoids.split()),
-        deletion_hold=row.deletion_hold,
+        deletion_suspended=row.deletion_suspended,
     )
 
 
 def _before(row: Any) -> BeforePoll:
     last_look = None
     if row.trusted_until is not None:
-        last_look = LastLook(
-            row.stat_count, row.stat_octets, row.last_number, row.last_uidl, row.trusted_until
-        )
+        last_look = LastLook(row.stat_count, row.stat_size, row.last_number, row.last_uidl, row.trusted_until)
     return BeforePoll(
         account_of(row),
         JournalHead(row.sequence, row.digest),
@@ -145,7 +149,7 @@ def _before(row: Any) -> BeforePoll:
         row.listed or 0,
         row.quarantined or 0,
         row.day,
-        row.fetched_octets or 0,
+        row.fetched_bytes or 0,
     )
 
 
@@ -159,12 +163,12 @@ def _of_before(dialect: str) -> sa.Select[Any]:
             mailbox.c.listed,
             mailbox.c.quarantined,
             mailbox.c.stat_count,
-            mailbox.c.stat_octets,
+            mailbox.c.stat_size,
             mailbox.c.last_number,
             mailbox.c.last_uidl,
             mailbox.c.trusted_until,
             mailbox.c.day,
-            mailbox.c.day_octets.label("fetched_octets"),
+            mailbox.c.day_bytes.label("fetched_bytes"),
         )
         .join(journal, journal.c.account_id == account.c.id)
         # An older release, which may run beside this one, adds accounts without it.
@@ -237,10 +241,12 @@ def provable(
     return {SightingKey(row.uidl, row.size): behind[row.sha256] for row in found if row.sha256 in behind}
 
 
-def held(connection: Connection, account_id: str, digests: Sequence[bytes]) -> dict[bytes, Held]:
+def captured_contents(
+    connection: Connection, account_id: str, digests: Sequence[bytes]
+) -> dict[bytes, CapturedContent]:
     """Which of these contents the account has captured already."""
     rows = _captures_of(connection, account_id, digests)
-    return {row.sha256: Held(row.captured_at, row.octets) for row in rows}
+    return {row.sha256: CapturedContent(row.captured_at, row.size) for row in rows}
 
 
 @cache
@@ -262,9 +268,9 @@ def _captures_of(connection: Connection, account_id: str, digests: Sequence[byte
 
 @cache
 def _by_digest(dialect: str) -> sa.Select[Any]:
-    of_account = sa.select(
-        capture.c.sha256, capture.c.captured_at, capture.c.octets, capture.c.sequence
-    ).where(capture.c.account_id == sa.bindparam("b_account_id"))
+    of_account = sa.select(capture.c.sha256, capture.c.captured_at, capture.c.size, capture.c.sequence).where(
+        capture.c.account_id == sa.bindparam("b_account_id")
+    )
     return bulk.look_up(dialect, of_account, capture.c.sha256, "digests")
 
 
@@ -308,17 +314,17 @@ def capture_digests(connection: Connection, account_id: str) -> Iterator[bytes]:
 
 
 def counted(connection: Connection, account_id: str) -> tuple[int, int]:
-    """How many captures an account has, and their octets, as they were counted one by one."""
+    """How many captures an account has, and their bytes, as they were counted one by one."""
     row = connection.execute(
-        sa.select(mailbox.c.captures, mailbox.c.octets).where(mailbox.c.account_id == account_id)
+        sa.select(mailbox.c.captures, mailbox.c.captured_bytes).where(mailbox.c.account_id == account_id)
     ).one()
-    return int(row.captures), int(row.octets)
+    return int(row.captures), int(row.captured_bytes)
 
 
 def count_again(connection: Connection, account_id: str) -> tuple[int, int]:
     """The same, from the captures themselves: as slow as there are many."""
     row = connection.execute(
-        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(capture.c.octets), 0)).where(
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(capture.c.size), 0)).where(
             capture.c.account_id == account_id
         )
     ).one()
@@ -401,7 +407,7 @@ def _states() -> sa.Select[Any]:
             lease.c.looked_at,
             lease.c.late_at,
             mailbox.c.captures,
-            mailbox.c.octets,
+            mailbox.c.captured_bytes,
             mailbox.c.listed_at,
             mailbox.c.listed,
             mailbox.c.quarantined,
@@ -416,15 +422,15 @@ def _states() -> sa.Select[Any]:
     )
 
 
-_PAUSED = account.c.paused_reason.is_not(None)
+_PAUSED = account.c.state != AccountState.ACTIVE
 _FAILING = sa.and_(~_PAUSED, lease.c.failures + lease.c.refusals > 0)
 
 
 def _troubles(now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
     return (
-        sa.and_(_PAUSED, account.c.paused_reason != PAUSED_BY_HAND),
+        account.c.state == AccountState.WAITING,
         _FAILING,
-        account.c.deletion_hold.is_not(None),
+        account.c.deletion_suspended.is_not(None),
         mailbox.c.quarantined > 0,
         lease.c.late_at < now,
         _PAUSED,
@@ -440,10 +446,10 @@ def events(connection: Connection, *, after: int, limit: int) -> list[Any]:
     )
 
 
-class Standing(NamedTuple):
+class Overview(NamedTuple):
     """How all accounts stand together: accounts by state, messages, and what somebody should look at.
 
-    ``waiting`` are paused for an operator's sake, ``held`` delete nothing until
+    ``waiting`` are paused for an operator's sake, ``deletion_suspended`` delete nothing until
     somebody has looked, into ``late`` nobody has looked for longer than
     planned, and ``concerned`` are all of any trouble; ``hosts`` are mail hosts
     in trouble. ``overdue_seconds`` is of the account that waits longest.
@@ -453,23 +459,23 @@ class Standing(NamedTuple):
     quarantined: int
     overdue_seconds: float
     captures: int = 0
-    octets: int = 0
+    captured_bytes: int = 0
     to_come: int = 0
     never_polled: int = 0
     waiting: int = 0
-    held: int = 0
+    deletion_suspended: int = 0
     late: int = 0
     hosts: int = 0
     concerned: int = 0
 
 
-def standing(connection: Connection, now: datetime) -> Standing:
+def overview(connection: Connection, now: datetime) -> Overview:
     """How all accounts stand together, in one pass over their narrow rows: nothing counts messages.
 
     What removed accounts captured is part of the archive; all else is of the others.
     """
     active = account.c.removed_at.is_(None)
-    waiting, failing, held, _, late, paused = _troubles(now)
+    waiting, failing, suspended, _, late, paused = _troubles(now)
 
     def number(*wanted: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
         return sa.func.count().filter(active, *wanted)
@@ -480,12 +486,12 @@ def standing(connection: Connection, now: datetime) -> Standing:
             number(paused).label("paused"),
             number(failing).label("failing"),
             number(waiting).label("waiting"),
-            number(held).label("held"),
+            number(suspended).label("deletion_suspended"),
             number(late).label("late"),
             number(sa.or_(*_troubles(now))).label("concerned"),
             number(lease.c.token == 0).label("never_polled"),
             sa.func.coalesce(sa.func.sum(mailbox.c.captures), 0).label("captures"),
-            sa.func.coalesce(sa.func.sum(mailbox.c.octets), 0).label("octets"),
+            sa.func.coalesce(sa.func.sum(mailbox.c.captured_bytes), 0).label("captured_bytes"),
             sa.func.coalesce(sa.func.sum(mailbox.c.to_come).filter(active), 0).label("to_come"),
             sa.func.coalesce(sa.func.sum(mailbox.c.quarantined).filter(active), 0).label("quarantined"),
             sa.func.min(lease.c.due_at).filter(active).label("due_at"),
@@ -494,7 +500,7 @@ def standing(connection: Connection, now: datetime) -> Standing:
         .join(lease, lease.c.account_id == account.c.id)
         .join(mailbox, mailbox.c.account_id == account.c.id)
     ).one()
-    return Standing(
+    return Overview(
         accounts={
             "ok": row.all - row.paused - row.failing,
             "failing": row.failing,
@@ -503,11 +509,11 @@ def standing(connection: Connection, now: datetime) -> Standing:
         quarantined=int(row.quarantined),
         overdue_seconds=0.0 if row.due_at is None else max(0.0, (now - row.due_at).total_seconds()),
         captures=int(row.captures),
-        octets=int(row.octets),
+        captured_bytes=int(row.captured_bytes),
         to_come=int(row.to_come),
         never_polled=row.never_polled,
         waiting=row.waiting,
-        held=row.held,
+        deletion_suspended=row.deletion_suspended,
         late=row.late,
         concerned=row.concerned,
         hosts=connection.execute(sa.select(sa.func.count()).select_from(host)).scalar_one(),

@@ -27,7 +27,7 @@ from archiver.model import (
     message_key,
     uidl_text,
 )
-from archiver.policy import UNHEEDED_REQUESTS, UNHEEDED_RETRY_SECONDS, quarantine_retry_seconds, why_held
+from archiver.policy import UNHEEDED_REQUESTS, UNHEEDED_RETRY_SECONDS, quarantine_retry_seconds, why_suspended
 
 FEED_LOCK = 0x61726368
 """The advisory lock that orders the feed on PostgreSQL: "arch" in ASCII."""
@@ -141,7 +141,7 @@ def fetch_again(connection: Connection, account_id: str, uidl: bytes) -> int:
 def allow_deletion(connection: Connection, account_id: str) -> None:
     """An operator has looked: the account's deletion policy is in force again."""
     distrust(connection, account_id)
-    connection.execute(sa.update(account).where(account.c.id == account_id).values(deletion_hold=None))
+    connection.execute(sa.update(account).where(account.c.id == account_id).values(deletion_suspended=None))
 
 
 def distrust(connection: Connection, account_id: str) -> None:
@@ -187,11 +187,13 @@ def recount(connection: Connection, account_id: str) -> bool:
     connection.execute(
         sa.select(lease.c.token).where(lease.c.account_id == account_id).with_for_update()
     ).one()
-    captures, octets = reads.count_again(connection, account_id)
-    if (captures, octets) == reads.counted(connection, account_id):
+    captures, captured_bytes = reads.count_again(connection, account_id)
+    if (captures, captured_bytes) == reads.counted(connection, account_id):
         return False
     connection.execute(
-        sa.update(mailbox).where(mailbox.c.account_id == account_id).values(captures=captures, octets=octets)
+        sa.update(mailbox)
+        .where(mailbox.c.account_id == account_id)
+        .values(captures=captures, captured_bytes=captured_bytes)
     )
     return True
 
@@ -233,7 +235,7 @@ def _begin_epoch(connection: Connection, written: Segment) -> None:
     connection.execute(
         sa.update(account)
         .where(account.c.id == written.account_id)
-        .values(epoch=written.epoch, deletion_hold=why_held(written.epoch, written.written_at))
+        .values(epoch=written.epoch, deletion_suspended=why_suspended(written.epoch, written.written_at))
     )
     connection.execute(
         sa.update(sighting)
@@ -284,10 +286,10 @@ def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
     return {
         "account_id": written.account_id,
         "sha256": line.sha256,
-        "octets": line.octets,
+        "size": line.size,
         "epoch": written.epoch,
         "uidl": line.sighting.uidl,
-        "captured_at": line.at,
+        "captured_at": line.resolved_at,
         "version_id": line.version_id,
         "token": written.token,
         "sequence": written.sequence,
@@ -295,8 +297,10 @@ def _capture_row(written: Segment, line: Resolved) -> dict[str, Any]:
 
 
 def _count(connection: Connection, account_id: str, captured: list[Resolved]) -> None:
-    octets = sum(line.octets or 0 for line in captured)
-    connection.execute(_COUNT, {"b_account_id": account_id, "b_captures": len(captured), "b_octets": octets})
+    captured_bytes = sum(line.size or 0 for line in captured)
+    connection.execute(
+        _COUNT, {"b_account_id": account_id, "b_captures": len(captured), "b_bytes": captured_bytes}
+    )
 
 
 def _resolved_row(written: Segment, line: Resolved) -> dict[str, Any]:
@@ -304,10 +308,9 @@ def _resolved_row(written: Segment, line: Resolved) -> dict[str, Any]:
         written.account_id,
         written.epoch,
         line.sighting,
-        line.at,
+        line.resolved_at,
         state=_STATES[line.what],
         sha256=line.sha256,
-        # The tries that it took are the journal's; see SightingRow for what is counted from here on.
         attempts=0 if line.what in _HELD else line.attempts,
         reason=line.reason,
     )
@@ -348,14 +351,14 @@ def _event_row(written: Segment, line: Resolved) -> dict[str, Any]:
         "account_id": written.account_id,
         "uidl": uidl_text(line.sighting.uidl),
         "epoch": written.epoch,
-        "poll": written.token,
+        "token": written.token,
         "segment": written.sequence,
     }
     if line.sha256 is not None:
         body |= {
             "capture": capture_id(written.account_id, line.sha256),
             "sha256": line.sha256.hex(),
-            "size": line.octets,
+            "size": line.size,
             "key": message_key(written.account_id, line.sha256),
             "version_id": line.version_id,
         }
@@ -364,7 +367,7 @@ def _event_row(written: Segment, line: Resolved) -> dict[str, Any]:
     return {
         "kind": line.what.value,
         "account_id": written.account_id,
-        "at": line.at,
+        "at": line.resolved_at,
         "body": _document(body),
     }
 
@@ -374,12 +377,12 @@ def _epoch_row(written: Segment) -> dict[str, Any]:
         "account": written.account_name,
         "account_id": written.account_id,
         "epoch": written.epoch,
-        "poll": written.token,
+        "token": written.token,
         "segment": written.sequence,
         "listed": written.listing_count,
     }
     return {
-        "kind": "epoch",
+        "kind": "epoch_began",
         "account_id": written.account_id,
         "at": written.written_at,
         "body": _document(body),
@@ -428,7 +431,7 @@ _COUNT = (
     .where(mailbox.c.account_id == _ACCOUNT_ID)
     .values(
         captures=mailbox.c.captures + sa.bindparam("b_captures", type_=sa.BigInteger()),
-        octets=mailbox.c.octets + sa.bindparam("b_octets", type_=sa.BigInteger()),
+        captured_bytes=mailbox.c.captured_bytes + sa.bindparam("b_bytes", type_=sa.BigInteger()),
     )
 )
 
@@ -450,7 +453,8 @@ def _or_replace(insert: Any) -> Any:
     return insert.on_conflict_do_update(
         index_elements=["account_id", "epoch", "uidl", "size", "content"],
         set_={name: insert.excluded[name] for name in told}
-        | dict.fromkeys(("delete_requested_at", "absent_at"), sa.null()),
+        | dict.fromkeys(("delete_requested_at", "delete_retry_at", "absent_at"), sa.null())
+        | {"delete_attempts": 0},
     )
 
 
@@ -498,12 +502,14 @@ def _by_key(change: sa.Update | sa.Delete) -> bulk.ForRows:
 _ABSENT = _by_key(sa.update(sighting).values(absent_at=_AT))
 _REMOVED = _by_key(sa.delete(sighting))
 _REQUESTED = _by_key(sa.update(sighting).values(delete_requested_at=_AT))
-_PUT_OFF = _by_key(sa.update(sighting).values(retry_at=_AT))
-_UNHEEDED = sa.and_(sighting.c.delete_requested_at.is_not(None), sighting.c.attempts >= UNHEEDED_REQUESTS)
+_PUT_OFF = _by_key(sa.update(sighting).values(delete_retry_at=_AT))
+_UNHEEDED = sa.and_(
+    sighting.c.delete_requested_at.is_not(None), sighting.c.delete_attempts >= UNHEEDED_REQUESTS
+)
 _STILL_THERE = _by_key(
     sa.update(sighting).values(
         absent_at=sa.null(),
         delete_requested_at=sa.null(),
-        retry_at=sa.case((_UNHEEDED, _AT), else_=sighting.c.retry_at),
+        delete_retry_at=sa.case((_UNHEEDED, _AT), else_=sighting.c.delete_retry_at),
     )
 )

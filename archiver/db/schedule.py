@@ -34,6 +34,7 @@ from archiver.db.tables import account, host, lease
 from archiver.errors import LeaseLost
 from archiver.model import Claim, mail_host
 from archiver.policy import host_retry_seconds
+from archiver.states import ACCOUNT_TRANSITIONS, AccountState, sources
 
 CLAIM_LOCK = 0x636C616D
 """The advisory lock by which claims take turns on PostgreSQL: "clam" in ASCII. It ends with its transaction,
@@ -110,23 +111,23 @@ chosen AS (
 
 _DUE = """
         SELECT account_id, host, due_at, slot, failures > 0 AS failing FROM lease
-        WHERE slot IS NULL AND NOT in_line AND {failures} AND due_at <= {now}
+        WHERE slot IS NULL AND NOT queued AND {failures} AND due_at <= {now}
             AND host NOT IN (SELECT host FROM tight WHERE room <= 0)
         ORDER BY due_at LIMIT {looked_at}"""
 
 # From one host with a line to the next, by the index: those in line are not looked at.
 _LINES_POSTGRESQL = """
 line_{health}(host) AS (
-    SELECT min(host) FROM lease WHERE in_line AND {failures}
+    SELECT min(host) FROM lease WHERE queued AND {failures}
     UNION ALL
-    SELECT (SELECT min(host) FROM lease WHERE in_line AND {failures} AND host > line_{health}.host)
+    SELECT (SELECT min(host) FROM lease WHERE queued AND {failures} AND host > line_{health}.host)
     FROM line_{health} WHERE line_{health}.host IS NOT NULL
 ),"""
 _HEADS_POSTGRESQL = """
         SELECT head.* FROM line_{health} AS line
         CROSS JOIN LATERAL (
             SELECT account_id, host, due_at, slot, failures > 0 AS failing FROM lease
-            WHERE in_line AND {failures} AND host = line.host ORDER BY due_at LIMIT {looked_at}
+            WHERE queued AND {failures} AND host = line.host ORDER BY due_at LIMIT {looked_at}
         ) AS head
         WHERE line.host NOT IN (SELECT host FROM tight WHERE room <= 0)"""
 
@@ -136,7 +137,7 @@ _HEADS_SQLITE = """
             SELECT account_id, host, due_at, slot, failures > 0 AS failing,
                 row_number() OVER (PARTITION BY host ORDER BY due_at) AS place
             FROM lease
-            WHERE in_line AND {failures} AND host NOT IN (SELECT host FROM tight WHERE room <= 0)
+            WHERE queued AND {failures} AND host NOT IN (SELECT host FROM tight WHERE room <= 0)
         ) AS heads WHERE place <= {looked_at}"""
 
 # Each gets the lowest number that is free. A row that is locked is passed by: it is being changed. Whoever
@@ -166,7 +167,7 @@ UPDATE lease SET
     due_at = {until},
     recover = recover OR owner IS NOT NULL,
     slot = seated.slot,
-    in_line = false,
+    queued = false,
     asked = false
 FROM seated WHERE lease.account_id = seated.account_id
 RETURNING lease.account_id, lease.token, lease.recover, lease.host, lease.failures"""
@@ -186,16 +187,16 @@ waiting AS (
     JOIN lease ON lease.account_id = front.account_id
     LEFT JOIN tight ON tight.host = front.host
     WHERE place > coalesce(room, {most_of_front})
-        AND lease.slot IS NULL AND NOT lease.in_line AND lease.due_at <= {now}
+        AND lease.slot IS NULL AND NOT lease.queued AND lease.due_at <= {now}
     {skip_locked}
 )
-UPDATE lease SET in_line = true FROM waiting WHERE lease.account_id = waiting.account_id
+UPDATE lease SET queued = true FROM waiting WHERE lease.account_id = waiting.account_id
 RETURNING lease.account_id"""
 
 _FRONT = """
         SELECT * FROM (
             SELECT account_id, host, due_at FROM lease
-            WHERE slot IS NULL AND NOT in_line AND {failures} AND due_at <= {now}
+            WHERE slot IS NULL AND NOT queued AND {failures} AND due_at <= {now}
             ORDER BY due_at LIMIT :lined_up
         ) AS front_{health}"""
 
@@ -296,7 +297,7 @@ def count_due(
     return int(counted)
 
 
-def tidy(connection: Connection, *, sessions: HostSessions = DEFAULT_SESSIONS) -> int:
+def queue_at_hosts(connection: Connection, *, sessions: HostSessions = DEFAULT_SESSIONS) -> int:
     """What claims need not do each time; to be called every few seconds, by anybody.
 
     Accounts that are due, and for which their host has no room, are put in
@@ -321,7 +322,7 @@ def hosts_with_lines(connection: Connection, names: Collection[str]) -> set[str]
 _HAS_LINE = sa.select(
     sa.or_(
         *(
-            sa.exists().where(lease.c.in_line, failures, lease.c.host == sa.bindparam("name"))
+            sa.exists().where(lease.c.queued, failures, lease.c.host == sa.bindparam("name"))
             for failures in (lease.c.failures == sa.text("0"), lease.c.failures > sa.text("0"))
         )
     )
@@ -365,7 +366,7 @@ def claim_account(
             due_at=_unless_paused(until),
             recover=sa.or_(lease.c.recover, lease.c.owner.is_not(None)),
             slot=slot,
-            in_line=False,
+            queued=False,
             asked=False,
         )
         .returning(lease.c.account_id, lease.c.token, lease.c.recover, lease.c.host, lease.c.failures)
@@ -488,24 +489,35 @@ def put_off(connection: Connection, claim: Claim, after_seconds: float) -> None:
     )
 
 
-def pause(connection: Connection, account_id: str, reason: str) -> None:
-    """Stop polling an account after the poll that may be under way."""
-    connection.execute(sa.update(account).where(account.c.id == account_id).values(paused_reason=reason))
-    connection.execute(
-        sa.update(lease).where(lease.c.account_id == account_id).values(due_at=None, in_line=False)
+def stop(connection: Connection, account_id: str, state: AccountState, reason: str | None = None) -> None:
+    """Stop polling an account, in a state other than active. A poll under way is finished."""
+    if _enter(connection, account_id, state, reason):
+        connection.execute(
+            sa.update(lease).where(lease.c.account_id == account_id).values(due_at=None, queued=False)
+        )
+
+
+def _enter(connection: Connection, account_id: str, state: AccountState, reason: str | None = None) -> bool:
+    """Change an account's state, if ``ACCOUNT_TRANSITIONS`` allows that; whether it does."""
+    allowed = sources(ACCOUNT_TRANSITIONS, state)
+    entered = connection.execute(
+        sa.update(account)
+        .where(account.c.id == account_id, account.c.state.in_(allowed))
+        .values(state=state, state_reason=reason)
     )
+    return entered.rowcount > 0
 
 
 def resume(connection: Connection, account_id: str) -> None:
     """Poll an account again, from now on, with its setbacks forgotten."""
-    connection.execute(sa.update(account).where(account.c.id == account_id).values(paused_reason=None))
+    _enter(connection, account_id, AccountState.ACTIVE)
     connection.execute(
         sa.update(lease)
         .where(lease.c.account_id == account_id)
         .values(
             failures=0,
             refusals=0,
-            in_line=False,
+            queued=False,
             # While somebody holds it, its due time is the lease's end.
             due_at=sa.case((lease.c.owner.is_(None), now(connection)), else_=lease.c.expires_at),
         )
@@ -546,7 +558,7 @@ def reconsider(connection: Connection, account_id: str, url: str, due_at: dateti
     connection.execute(
         sa.update(lease)
         .where(lease.c.account_id == account_id, lease.c.slot.is_(None))
-        .values(host=mail_host(url), in_line=False)
+        .values(host=mail_host(url), queued=False)
     )
     soon = now(connection) if due_at is None else sa.bindparam("due_at", due_at, type_=lease.c.due_at.type)
     connection.execute(

@@ -3,7 +3,7 @@
 The bucket is the truth and these are its index, so that what is here can be
 made again from there; except for accounts, schedules and poll history.
 ``lease`` is narrow and apart from ``account``, because every poll rewrites it.
-Digests and UIDLs are octets. Times are UTC and aware.
+Digests and UIDLs are bytes. Times are UTC and aware.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
 ACCOUNT_ID_LENGTH = 16
-DIGEST_OCTETS = 32
+DIGEST_BYTES = 32
 
 SQLModel.metadata.naming_convention = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -103,14 +103,14 @@ class AccountRow(SQLModel, table=True):
     name: str = Field(sa_column=Column(Text, nullable=False, unique=True))
     url: str = Field(sa_column=Column(Text, nullable=False))
     tls: str = Field(sa_column=Column(Text, nullable=False))
-    secret: str = Field(sa_column=Column(Text, nullable=False), repr=False)
+    secret_reference: str = Field(sa_column=Column(Text, nullable=False), repr=False)
     ca_file: str | None = Field(default=None, sa_column=Column(Text))
     delete_policy: str = Field(default="never", sa_column=Column(Text, nullable=False))
     interval_seconds: float
     timeout_seconds: float | None = None
-    pipelining: bool = True
     epoch: int = 1
-    paused_reason: str | None = Field(default=None, sa_column=Column(Text))
+    state: str = Field(default="active", sa_column=Column(Text, nullable=False, server_default="active"))
+    state_reason: str | None = Field(default=None, sa_column=Column(Text))
     tls_pins: str = Field(default="", sa_column=Column(Text, nullable=False))
     tls_minimum: str = Field(default="1.2", sa_column=Column(Text, nullable=False))
     tls_server_name: str | None = Field(default=None, sa_column=Column(Text))
@@ -120,9 +120,9 @@ class AccountRow(SQLModel, table=True):
     time_zone: str = Field(default="UTC", sa_column=Column(Text, nullable=False, server_default="UTC"))
     interval_max_seconds: float | None = None
     blackout: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
-    day_octets: int | None = Field(default=None, sa_column=Column(BigInteger))
+    day_bytes: int | None = Field(default=None, sa_column=Column(BigInteger))
     avoids: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
-    deletion_hold: str | None = Field(default=None, sa_column=Column(Text))
+    deletion_suspended: str | None = Field(default=None, sa_column=Column(Text))
     removed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     created_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
 
@@ -131,7 +131,7 @@ class LeaseRow(SQLModel, table=True):
     """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused.
 
     ``slot`` is the session of its host that a poll takes up, one of as many as
-    the host may have at once. ``in_line`` marks one that is due and waits for a
+    the host may have at once. ``queued`` marks one that is due and waits for a
     slot: it is looked for at its host, and out of the way of all others.
     ``asked`` is set when somebody wants a poll while one goes on.
     ``interval_seconds`` is where an adaptive schedule stands. ``looked_at`` is
@@ -159,8 +159,8 @@ class LeaseRow(SQLModel, table=True):
                 sqlite_where=text(where),
             )
             for queue, columns, which in (
-                ("due", ("due_at",), "slot IS NULL AND NOT in_line"),
-                ("line", ("host", "due_at"), "in_line"),
+                ("due", ("due_at",), "slot IS NULL AND NOT queued"),
+                ("queued", ("host", "due_at"), "queued"),
             )
             for health, failures in (("well", "failures = 0"), ("failing", "failures > 0"))
             for where in (f"{which} AND {failures}",)
@@ -177,7 +177,7 @@ class LeaseRow(SQLModel, table=True):
     refusals: int = 0
     host: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
     slot: int | None = None
-    in_line: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    queued: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
     looked_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     late_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     asked: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
@@ -199,7 +199,7 @@ class HostRow(SQLModel, table=True):
 class MailboxRow(SQLModel, table=True):
     """What an account holds, what its mailbox showed last, and what was fetched today.
 
-    ``captures`` and ``octets`` are counted as captures are recorded, so that
+    ``captures`` and ``captured_bytes`` are counted as captures are recorded, so that
     nobody has to count a hundred million rows. The rest is of the last complete
     listing; until ``trusted_until`` a STAT and a last UIDL like those remembered
     stand for it. Polls up to the token ``counted`` are in ``poll_day``.
@@ -209,18 +209,18 @@ class MailboxRow(SQLModel, table=True):
 
     account_id: str = Field(sa_column=_account_key())
     captures: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
-    octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    captured_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     listed: int | None = None
     quarantined: int = 0
     to_come: int = 0
     stat_count: int | None = None
-    stat_octets: int | None = Field(default=None, sa_column=Column(BigInteger))
+    stat_size: int | None = Field(default=None, sa_column=Column(BigInteger))
     last_number: int | None = None
     last_uidl: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     trusted_until: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     day: date | None = None
-    day_octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    day_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     counted: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
 
 
@@ -237,8 +237,8 @@ class CaptureRow(SQLModel, table=True):
     )
 
     account_id: str = Field(sa_column=_hot_account_key())
-    sha256: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), primary_key=True))
-    octets: int = Field(sa_column=Column(BigInteger, nullable=False))
+    sha256: bytes = Field(sa_column=Column(LargeBinary(DIGEST_BYTES), primary_key=True))
+    size: int = Field(sa_column=Column(BigInteger, nullable=False))
     epoch: int
     uidl: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     captured_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
@@ -252,7 +252,10 @@ class SightingRow(SQLModel, table=True):
 
     ``state`` is captured, quarantined, or pending (it was tried and is still
     to come). ``absent_at`` is set when a complete listing does not show it any
-    more. ``content`` is set where the UIDL identifies nothing: it stood there
+    more. ``attempts`` counts fetches that failed, and
+    ``retry_at`` is when the next one is due; ``delete_attempts`` counts deletions
+    that the server confirmed and did not make, and ``delete_retry_at`` is when the
+    next one may be requested. ``content`` is set where the UIDL identifies nothing: it stood there
     more than once, or was given again to another message later.
     """
 
@@ -284,13 +287,15 @@ class SightingRow(SQLModel, table=True):
     epoch: int = Field(primary_key=True)
     uidl: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
     size: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
-    content: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), primary_key=True))
+    content: bytes = Field(sa_column=Column(LargeBinary(DIGEST_BYTES), primary_key=True))
     state: str = Field(sa_column=Column(Text, nullable=False))
-    sha256: bytes | None = Field(default=None, sa_column=Column(LargeBinary(DIGEST_OCTETS)))
+    sha256: bytes | None = Field(default=None, sa_column=Column(LargeBinary(DIGEST_BYTES)))
     first_seen_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
     attempts: int = 0
     retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     reason: str | None = Field(default=None, sa_column=Column(Text))
+    delete_attempts: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    delete_retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     delete_requested_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     absent_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
 
@@ -302,7 +307,7 @@ class JournalRow(SQLModel, table=True):
 
     account_id: str = Field(sa_column=_account_key())
     sequence: int = Field(sa_column=Column(BigInteger, nullable=False))
-    digest: bytes = Field(sa_column=Column(LargeBinary(DIGEST_OCTETS), nullable=False))
+    digest: bytes = Field(sa_column=Column(LargeBinary(DIGEST_BYTES), nullable=False))
     written_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
 
 
@@ -338,7 +343,7 @@ class PollRow(SQLModel, table=True):
     quarantined: int = 0
     to_come: int | None = None
     delete_requested: int = 0
-    octets: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    fetched_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     error: str | None = Field(default=None, sa_column=Column(Text))
     deleted: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     gone: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
@@ -379,7 +384,7 @@ class PollDayRow(SQLModel, table=True):
     deleted: int
     gone: int
     lost: int
-    octets: int = Field(sa_column=Column(BigInteger, nullable=False))
+    fetched_bytes: int = Field(sa_column=Column(BigInteger, nullable=False))
     seconds: float
     first_look_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     last_look_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))

@@ -20,7 +20,7 @@ class SessionLog:
     """What a client did in one session in which it logged in, as the server counted it.
 
     ``quit`` is true when the client ended the session by QUIT. ``retr`` and
-    ``top`` count commands that were granted; ``retr_octets`` are those of the
+    ``top`` count commands that were granted; ``retr_bytes`` are those of the
     status lines and contents sent in answer to RETR. ``dele`` counts messages
     that were removed, which only QUIT does (RFC 1939, section 6). ``listed`` is
     how many messages the mailbox had when the session began.
@@ -29,7 +29,7 @@ class SessionLog:
     user: str
     quit: bool
     retr: int
-    retr_octets: int
+    retr_bytes: int
     top: int
     dele: int
     listed: int

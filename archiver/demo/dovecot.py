@@ -111,7 +111,7 @@ protocol pop3 {{
 
 _LOGOUT = re.compile(
     r"pop3\((?P<user>[^)]*)\): Info: (?:Disconnected: )?(?P<reason>.*?)"
-    r" top=(?P<top>\d+) retr=(?P<retr>\d+)/(?P<retr_octets>\d+) del=(?P<dele>\d+)/(?P<listed>\d+) size=\d+$"
+    r" top=(?P<top>\d+) retr=(?P<retr>\d+)/(?P<retr_bytes>\d+) del=(?P<dele>\d+)/(?P<listed>\d+) size=\d+$"
 )
 
 
@@ -308,7 +308,7 @@ class Dovecot:
                 user=line["user"],
                 quit=line["reason"] == "Logged out",
                 retr=int(line["retr"]),
-                retr_octets=int(line["retr_octets"]),
+                retr_bytes=int(line["retr_bytes"]),
                 top=int(line["top"]),
                 dele=int(line["dele"]),
                 listed=int(line["listed"]),

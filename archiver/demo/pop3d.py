@@ -224,7 +224,7 @@ class _Session:
         self._open = False
         self._messages: list[_Message] = []
         self._deleted: set[int] = set()
-        self._retr = self._retr_octets = self._top = 0
+        self._retr = self._retr_bytes = self._top = 0
 
     def start_tls(self) -> None:
         self.connection = self._server.secured(self.connection)
@@ -253,7 +253,7 @@ class _Session:
             user=self._user,
             quit=quit,
             retr=self._retr,
-            retr_octets=self._retr_octets,
+            retr_bytes=self._retr_bytes,
             top=self._top,
             dele=len(deleted),
             listed=len(self._messages),
@@ -344,8 +344,8 @@ class _Session:
     def _on_retr(self, argument: str) -> None:
         _, message = self._message(argument)
         self._retr += 1
-        self._retr_octets += self._answer(f"+OK {len(message.content)} octets")
-        self._retr_octets += self._answer_lines(message.content)
+        self._retr_bytes += self._answer(f"+OK {len(message.content)} octets")
+        self._retr_bytes += self._answer_lines(message.content)
 
     def _on_top(self, argument: str) -> None:
         wanted, _, lines = argument.partition(" ")

@@ -19,21 +19,21 @@ from archiver.model import (
     NO_DIGEST,
     UNKNOWN_SIZE,
     JournalHead,
-    MailServer,
     Resolved,
     Segment,
+    ServerRecord,
     SightingKey,
     What,
     message_key,
     segment_key,
-    uidl_octets,
+    uidl_bytes,
     uidl_text,
 )
 from archiver.store import ObjectNotFound, Store
 
 SCHEMA = 1
 LARGEST_NUMBER = 2**63 - 1
-SEGMENT_OCTETS = 64 * 1024 * 1024
+SEGMENT_BYTES = 64 * 1024 * 1024
 """More than any batch writes. What is larger is not a segment of ours, and is not read into memory."""
 
 
@@ -89,7 +89,7 @@ def decode(octets: bytes, where: str) -> Segment:
             previous=_digest(header["previous"]),
             token=_whole(header["poll"]),
             written_at=_time(header["written_at"]),
-            server=MailServer(
+            server=ServerRecord(
                 host=header["server"]["host"],
                 port=header["server"]["port"],
                 greeting=header["server"]["greeting"],
@@ -119,7 +119,7 @@ def read(store: Store, account_id: str, sequence: int) -> tuple[Segment, bytes] 
             octets = bytearray()
             for chunk in chunks:
                 octets += chunk
-                if len(octets) > SEGMENT_OCTETS:
+                if len(octets) > SEGMENT_BYTES:
                     raise IntegrityError(f"{key} is too large for a journal segment")
     except ObjectNotFound:
         return None
@@ -140,14 +140,14 @@ def _line(account_id: str, resolved: Resolved) -> dict[str, Any]:
         "what": resolved.what.value,
         "uidl": uidl_text(sighting.uidl),
         "listed_size": None if sighting.size == UNKNOWN_SIZE else sighting.size,
-        "at": resolved.at.isoformat(),
+        "at": resolved.resolved_at.isoformat(),
     }
     if sighting.content:
         line["by_content"] = True
     if resolved.sha256 is not None:
         line |= {"sha256": resolved.sha256.hex(), "key": message_key(account_id, resolved.sha256)}
-    if resolved.octets is not None:
-        line["size"] = resolved.octets
+    if resolved.size is not None:
+        line["size"] = resolved.size
     if resolved.version_id is not None:
         line["version_id"] = resolved.version_id
     if resolved.reason is not None:
@@ -158,20 +158,20 @@ def _line(account_id: str, resolved: Resolved) -> dict[str, Any]:
 def _resolved(line: dict[str, Any]) -> Resolved:
     what = What(line["what"])
     sha256 = _digest(line["sha256"]) if "sha256" in line else None
-    octets = _whole(line["size"]) if "size" in line else None
-    if what in (What.CAPTURED, What.KNOWN) and (sha256 is None or octets is None):
+    size = _whole(line["size"]) if "size" in line else None
+    if what in (What.CAPTURED, What.KNOWN) and (sha256 is None or size is None):
         raise ValueError(f"a {what} line without a digest or a size")
     content = sha256 if line.get("by_content") else None
     return Resolved(
         what=what,
         sighting=SightingKey(
-            uidl_octets(line["uidl"]),
+            uidl_bytes(line["uidl"]),
             UNKNOWN_SIZE if line["listed_size"] is None else _whole(line["listed_size"]),
             content or b"",
         ),
-        at=_time(line["at"]),
+        resolved_at=_time(line["at"]),
         sha256=sha256,
-        octets=octets,
+        size=size,
         version_id=line.get("version_id"),
         reason=line.get("reason"),
         attempts=_whole(line.get("attempts", 0)),

@@ -30,7 +30,7 @@ def page(database: Database, *, after: int, limit: int = PAGE_EVENTS) -> list[di
     ]
 
 
-def follow(database: Database, *, after: int) -> Iterator[dict[str, Any]]:
+def backlog(database: Database, *, after: int) -> Iterator[dict[str, Any]]:
     """Every event behind a position that is there by now, page by page."""
     while events := page(database, after=after):
         yield from events

@@ -129,7 +129,7 @@ class AccessTokens:
         return None if value == refused else value
 
     def _find(self, account: Account, user: str) -> CachedToken:
-        inner = account.secret.removeprefix(OAUTH)
+        inner = account.secret_reference.removeprefix(OAUTH)
         document = self._secrets.resolve(account.id, account.name, inner, what="OAuth credential")
         credential = Credential.parse(document, account.name)
         key = credential.key(account.id, user)
@@ -138,7 +138,7 @@ class AccessTokens:
             self._sweep(now)
             cached = self._cached.get(key)
             if cached is None:
-                cached = CachedToken(credential, account.secret)
+                cached = CachedToken(credential, account.secret_reference)
                 self._know(cached, key)
             cached.used_at = now
             return cached

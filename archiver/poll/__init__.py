@@ -33,10 +33,10 @@ from archiver.model import (
     HeldBack,
     JournalHead,
     LastLook,
-    MailServer,
     PollReport,
     Resolved,
     Segment,
+    ServerRecord,
     SightingKey,
     What,
     message_key,
@@ -45,7 +45,7 @@ from archiver.model import (
 from archiver.poll import server as mailserver
 from archiver.poll.batch import Batch, Fetched, Unrecorded
 from archiver.poll.plan import ABSENCES_AT_ONCE, Item, Plan
-from archiver.poll.ports import Lease, Tools, Unwatched, Watch
+from archiver.poll.ports import Lease, Ports, Unwatched, Watch
 from archiver.store import ObjectDiffers, PutResult
 from archiver.store.spool import BytesBody, SpooledMessage
 
@@ -63,7 +63,7 @@ Story = Generator[None, None, PollReport]
 def poll(
     account: Account,
     lease: Lease,
-    tools: Tools,
+    ports: Ports,
     watch: Watch | None = None,
     *,
     before: reads.BeforePoll | None = None,
@@ -75,7 +75,7 @@ def poll(
     With ``may_glance`` a mailbox that looks as it did is not listed. Whoever
     asks for a poll in person wants certainty, and does not say that.
     """
-    with _Poll(account, lease, tools, watch or Unwatched()) as one:
+    with _Poll(account, lease, ports, watch or Unwatched()) as one:
         return (yield from one.tell(before, may_glance=may_glance))
 
 
@@ -104,33 +104,33 @@ class _Object(NamedTuple):
 
     key: str
     sha256: bytes | None
-    octets: int | None = None
+    size: int | None = None
 
 
 class _Poll:
     """The state of one poll. ``tell`` is the story; the methods below it are its verbs, in order."""
 
-    def __init__(self, account: Account, lease: Lease, tools: Tools, watch: Watch) -> None:
+    def __init__(self, account: Account, lease: Lease, ports: Ports, watch: Watch) -> None:
         self.account = account
         self.lease = lease
-        self.tools = tools
+        self.ports = ports
         self.watch = watch
-        self.started_at = tools.monotonic()
+        self.started_at = ports.monotonic()
         self.head = JournalHead(0, b"")
         self.digests: dict[int, bytes] = {}
         self.journal_uncertain = lease.claim.recover
         self.mailbox: pop3.Session | None = None
-        self.server: MailServer | None = None
+        self.server: ServerRecord | None = None
         self.listing: pop3.Listing | None = None
         self.asked: dict[int, Item] = {}
-        self.asked_messages = self.asked_octets = 0
+        self.asked_messages = self.asked_bytes = 0
         self.seen_contents: set[SightingKey] = set()
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
-        self.unrecorded = Unrecorded(tools.batch, self.started_at)
+        self.unrecorded = Unrecorded(ports.batch, self.started_at)
         self.recording: tuple[Batch, Future[Counter[What]]] | None = None
         self.new = self.known = self.quarantined = 0
-        self.delete_requested = self.octets = self.segments = 0
+        self.delete_requested = self.fetched_bytes = self.segments = 0
         self.deleted = self.gone = self.lost = 0
         self.calling = False
         self.spent_today = 0
@@ -179,7 +179,7 @@ class _Poll:
         before = self._begin_from(read or self._read_before())
         if not self.lease.claim.recover:
             return before
-        while (found := journal.read(self.tools.store, self.account.id, self.head.sequence + 1)) is not None:
+        while (found := journal.read(self.ports.store, self.account.id, self.head.sequence + 1)) is not None:
             # A later token than ours is no reason to stop: where the claim still
             # stands, the database is an older one, restored, and learns it here.
             segment, digest = found
@@ -194,34 +194,36 @@ class _Poll:
         return self._begin_from(self._read_before())
 
     def _read_before(self) -> reads.BeforePoll:
-        with self.tools.database.reading() as connection:
+        with self.ports.database.reading() as connection:
             return reads.before_poll(connection, self.account.id)
 
     def _begin_from(self, before: reads.BeforePoll) -> reads.BeforePoll:
         self.head = before.head
-        self.spent_today = before.day_octets if before.day == self.tools.now().date() else 0
+        self.spent_today = before.day_bytes if before.day == self.ports.now().date() else 0
         # The account was read before it was claimed: another may have begun an epoch since.
         known = before.account
-        if (known.epoch, known.deletion_hold) != (self.account.epoch, self.account.deletion_hold):
-            self.account = replace(self.account, epoch=known.epoch, deletion_hold=known.deletion_hold)
+        if (known.epoch, known.deletion_suspended) != (self.account.epoch, self.account.deletion_suspended):
+            self.account = replace(
+                self.account, epoch=known.epoch, deletion_suspended=known.deletion_suspended
+            )
         return before
 
     def _log_in(self) -> pop3.Session:
         """A session that is logged in. What the server refuses and can be had anew is tried once more."""
-        password = self.tools.password(self.account)
+        password = self.ports.password(self.account)
         try:
             return self._log_in_by(password)
         except pop3.Pop3Error as error:
             another = None
             if error.kind is pop3.FailureKind.AUTH:
-                another = self.tools.another_password(self.account, password)
+                another = self.ports.another_password(self.account, password)
             if another is None:
                 raise
         return self._log_in_by(another)
 
     def _log_in_by(self, password: str) -> pop3.Session:
         self.calling = True
-        mailbox = self.mailbox = self.tools.connect(self.account)
+        mailbox = self.mailbox = self.ports.connect(self.account)
         try:
             mailbox.login(password)
         except BaseException:
@@ -240,7 +242,7 @@ class _Poll:
         if (
             last is None
             or self.lease.claim.recover
-            or not policy.is_trusted(last.trusted_until, self.tools.now(), self.tools.full_listing_seconds)
+            or not policy.is_trusted(last.trusted_until, self.ports.now(), self.ports.full_listing_seconds)
         ):
             return None
         self.glanced = True
@@ -265,22 +267,22 @@ class _Poll:
         """
         if (
             seen.count is None
-            or seen.octets is None
+            or seen.size is None
             or last.last_number != last.stat_count
             or seen.uidl != last.last_uidl
             or not policy.is_worth_a_tail(
                 listed=last.stat_count,
                 new=seen.count - last.stat_count,
-                spared_lines=self.tools.spared_lines,
+                spared_lines=self.ports.spared_lines,
                 pipelining=mailbox.facts.pipelining,
             )
         ):
             return None
         tail = mailbox.list_from(last.stat_count + 1, seen.count)
-        if tail is None or sum(entry.size or 0 for entry in tail.entries) != seen.octets - last.stat_octets:
+        if tail is None or sum(entry.size or 0 for entry in tail.entries) != seen.size - last.stat_size:
             return None
         uidls = [entry.uidl or b"" for entry in tail.entries]
-        with self.tools.database.reading() as connection:
+        with self.ports.database.reading() as connection:
             if len(set(uidls)) < len(uidls) or reads.is_any_present(
                 connection, self.account.id, self.account.epoch, uidls
             ):
@@ -293,32 +295,32 @@ class _Poll:
         """Set the listing against what is known, and note what is there although it was to go."""
         account = self.account
         delete = policy.delete_in_force(
-            account.delete, hold=account.deletion_hold, forbidden=self.tools.forbid_deletion
+            account.delete, hold=account.deletion_suspended, forbidden=self.ports.forbid_deletion
         )
-        with self.tools.database.reading() as connection:
+        with self.ports.database.reading() as connection:
             # Of what came since, nothing was there.
             plan = Plan.of(
                 listing,
                 reads.present_sightings(connection, account.id, account.epoch) if listing.first == 1 else (),
                 reads.absent_quarantined(connection, account.id, account.epoch),
                 delete=delete,
-                now=self.tools.now(),
+                now=self.ports.now(),
             )
         self.known += plan.known
         self.quarantined += plan.quarantined
         if plan.still_there:
-            claim, now = self.lease.claim, self.tools.now()
-            self.tools.database.transact(
+            claim, now = self.lease.claim, self.ports.now()
+            self.ports.database.transact(
                 lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there, now)
             )
-        self.watch.listed(listing.count, len(plan.fetch), plan.octets_to_fetch())
+        self.watch.listed(listing.count, len(plan.fetch), plan.bytes_to_fetch())
         return plan
 
     def _archive(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""
         if not plan.suspect and plan.overflows:
             self._tell_absences(plan)
-        self.unrecorded.opened_at = self.tools.monotonic()
+        self.unrecorded.opened_at = self.ports.monotonic()
         if not plan.suspect:
             self.unrecorded.resolved += plan.take_absent()
         try:
@@ -355,7 +357,7 @@ class _Poll:
             self._write_segment(lines)
             if not plan.overflows:
                 return
-            with self.tools.database.reading() as connection:
+            with self.ports.database.reading() as connection:
                 after = lines[-1].sighting
                 rows = reads.present_sightings(connection, self.account.id, self.account.epoch, after=after)
                 plan.find_more_absent(rows, after)
@@ -370,7 +372,7 @@ class _Poll:
         vanished = plan.contents - self.seen_contents
         if not vanished or not plan.believed or self._left() or self.quarantined:
             return
-        with self.tools.database.reading() as connection:
+        with self.ports.database.reading() as connection:
             present = reads.present_sightings(connection, self.account.id, self.account.epoch)
             # One that had no id may have one since, and one whose id stood twice may have it alone.
             by_id = {
@@ -380,7 +382,7 @@ class _Poll:
                 for former in (key._replace(content=known.sha256), SightingKey(b"", key.size, known.sha256))
                 if former in vanished
             }
-        now = self.tools.now()
+        now = self.ports.now()
         lines = [
             Resolved(
                 What.GONE,
@@ -403,7 +405,7 @@ class _Poll:
         """The entries to ask for, until something holds back. The client takes them as its window moves."""
         for place in plan.fetch:
             item = plan.item(place)
-            if self.tools.stopping():
+            if self.ports.stopping():
                 return
             self.held_back = self._holds_back(item.entry.size or 0)
             if self.held_back is not None:
@@ -412,30 +414,30 @@ class _Poll:
 
     def _asking_for(self, item: Item) -> pop3.Entry:
         self.asked_messages += 1
-        self.asked_octets = max(self.asked_octets, self.octets) + (item.entry.size or 0)
+        self.asked_bytes = max(self.asked_bytes, self.fetched_bytes) + (item.entry.size or 0)
         self.asked[item.entry.number] = item
         return item.entry
 
     def _holds_back(self, size: int) -> HeldBack | None:
         """What keeps this poll from asking for one message more, of that size."""
-        budget, seconds = self.tools.budget, self.tools.monotonic() - self.started_at
-        asked_for = max(self.asked_octets, self.octets)
-        if budget.ends_at is not None and self.tools.now() >= budget.ends_at:
+        budget, seconds = self.ports.budget, self.ports.monotonic() - self.started_at
+        asked_for = max(self.asked_bytes, self.fetched_bytes)
+        if budget.ends_at is not None and self.ports.now() >= budget.ends_at:
             return "blackout"
-        day_octets = self.account.day_octets or budget.day_octets
+        day_bytes = self.account.day_bytes or budget.day_bytes
         spent = self.spent_today + asked_for
-        if day_octets is not None and spent and spent + size > day_octets:
+        if day_bytes is not None and spent and spent + size > day_bytes:
             return "day"
         if (
-            seconds >= self.tools.session_seconds
+            seconds >= self.ports.session_seconds
             or (budget.messages is not None and self.asked_messages >= budget.messages)
-            or (budget.octets is not None and asked_for and asked_for + size > budget.octets)
+            or (budget.total_bytes is not None and asked_for and asked_for + size > budget.total_bytes)
         ):
             return "session"
-        return "room" if seconds >= budget.slice_seconds and self.tools.make_room() else None
+        return "room" if seconds >= budget.slice_seconds and self.ports.make_room() else None
 
     def _open_spool(self, entry: pop3.Entry) -> SpooledMessage:
-        spooled = self.tools.spool.create(entry.size)
+        spooled = self.ports.spool.create(entry.size)
         self.spooled[entry.number] = spooled
         return spooled
 
@@ -446,9 +448,9 @@ class _Poll:
             self._tell_apart(item.sighting, plan)
             item = item._replace(sighting=item.sighting._replace(content=spooled.sha256))
             self.seen_contents.add(item.sighting)
-        upload = self.tools.uploads.submit(self._upload, item.entry.number, spooled)
+        upload = self.ports.uploads.submit(self._upload, item.entry.number, spooled)
         self.uploads.add(upload)
-        fetched = Fetched(item, attempts, self.tools.now(), spooled.sha256, spooled.size, upload)
+        fetched = Fetched(item, attempts, self.ports.now(), spooled.sha256, spooled.size, upload)
         self.unrecorded.add(fetched)
         self._count_read(spooled.size)
 
@@ -456,13 +458,13 @@ class _Poll:
         """Messages that failed before, and have no id of their own, are all known by content at last."""
         plan.untold[sighting] -= 1
         if plan.untold[sighting] == 0:
-            known = Resolved(What.GONE, sighting, self.tools.now(), reason=_KNOWN_BY_CONTENT)
+            known = Resolved(What.GONE, sighting, self.ports.now(), reason=_KNOWN_BY_CONTENT)
             self.unrecorded.resolved.append(known)
 
     def _upload(self, number: int, spooled: SpooledMessage) -> PutResult:
         with spooled:
             try:
-                return self.tools.store.put(message_key(self.account.id, spooled.sha256), spooled)
+                return self.ports.store.put(message_key(self.account.id, spooled.sha256), spooled)
             finally:
                 del self.spooled[number]
 
@@ -470,7 +472,7 @@ class _Poll:
         """This message alone cannot be had: it is quarantined, and the others go on."""
         self._drop_spooled(item.entry.number)
         attempts = plan.attempts.get(item.sighting, 0) + 1
-        now = self.tools.now()
+        now = self.ports.now()
         self.unrecorded.resolved.append(
             Resolved(What.QUARANTINED, item.sighting, now, reason=reason, attempts=attempts)
         )
@@ -478,9 +480,9 @@ class _Poll:
 
     def _blame(self, item: Item, reason: str, plan: Plan) -> None:
         """The connection died in this message. Once is chance; time and again, it is the message."""
-        claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
+        claim, epoch, now = self.lease.claim, self.account.epoch, self.ports.now()
         attempts = plan.attempts.get(item.sighting, 0) + 1
-        self.tools.database.transact(
+        self.ports.database.transact(
             lambda connection: record.died_in_transit(
                 connection, claim, epoch, item.sighting, attempts=attempts, at=now
             )
@@ -494,17 +496,17 @@ class _Poll:
         unrecorded.look()
         while unrecorded.is_much_uploading:
             unrecorded.wait_for_some()
-        if plan.suspect and unrecorded.is_due(self.tools.monotonic()):
+        if plan.suspect and unrecorded.is_due(self.ports.monotonic()):
             unrecorded.wait_for_all()  # What the first batch shows decides on all that follows.
         if unrecorded.error is not None:
             self._record_all(plan)  # Whatever else was fetched would wait for a store that is away.
         if self.recording is not None and (self.recording[1].done() or unrecorded.is_much):
             self._end_recording(plan)
-        if self.recording is None and (batch := unrecorded.take(self.tools.monotonic())):
+        if self.recording is None and (batch := unrecorded.take(self.ports.monotonic())):
             if plan.suspect:
                 self._record(batch, plan)
             else:
-                self.recording = batch, self.tools.uploads.submit(self._write_down, batch, plan)
+                self.recording = batch, self.ports.uploads.submit(self._write_down, batch, plan)
 
     def _end_recording(self, plan: Plan) -> None:
         """Wait for the batch that is being recorded, if there is one, and raise what went wrong with it."""
@@ -516,7 +518,7 @@ class _Poll:
         """Record whatever comes into the store, and raise what kept anything out of it."""
         self._end_recording(plan)
         self.unrecorded.wait_for_all()
-        while batch := self.unrecorded.take_stored(self.tools.monotonic()):
+        while batch := self.unrecorded.take_stored(self.ports.monotonic()):
             self._record(batch, plan)
         if (error := self.unrecorded.error) is not None:
             raise error
@@ -527,8 +529,10 @@ class _Poll:
     def _write_down(self, batch: Batch, plan: Plan) -> Counter[What]:
         """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
         counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
-        with self.tools.database.reading() as connection:
-            held = reads.held(connection, self.account.id, [fetched.sha256 for fetched in batch.fetched])
+        with self.ports.database.reading() as connection:
+            held = reads.captured_contents(
+                connection, self.account.id, [fetched.sha256 for fetched in batch.fetched]
+            )
         begins_epoch = plan.suspect and self._judge(plan, batch, held)
         captured: set[bytes] = set(held)
         lines = list(batch.resolved)
@@ -543,9 +547,9 @@ class _Poll:
                 Resolved(
                     what,
                     sighting,
-                    fetched.at,
+                    fetched.captured_at,
                     sha256=fetched.sha256,
-                    octets=fetched.octets,
+                    size=fetched.size,
                     version_id=fetched.upload.result().version_id,
                     attempts=fetched.attempts,
                 )
@@ -560,12 +564,12 @@ class _Poll:
         self.new += counts[What.CAPTURED]
         self.known += counts[What.KNOWN]
         self.quarantined += counts[What.QUARANTINED]
-        now = self.tools.now()
+        now = self.ports.now()
         for fetched in batch.fetched:
-            if fetched.item.certain and policy.may_delete(plan.delete, fetched.at, now):
+            if fetched.item.certain and policy.may_delete(plan.delete, fetched.captured_at, now):
                 plan.deletable.append(fetched.item.place)
             else:
-                plan.keep(fetched.at)
+                plan.keep(fetched.captured_at)
 
     def _judge(self, plan: Plan, batch: Batch, held: Container[bytes]) -> bool:
         """Whether the mailbox was renumbered, as it seems: known contents under strange ids say so.
@@ -580,8 +584,8 @@ class _Poll:
         if not policy.is_renumbered(fetched=len(batch.fetched), known=known):
             return False
         epoch = self.account.epoch + 1
-        hold = policy.why_held(epoch, self.tools.now())
-        self.account = replace(self.account, epoch=epoch, deletion_hold=hold)
+        hold = policy.why_suspended(epoch, self.ports.now())
+        self.account = replace(self.account, epoch=epoch, deletion_suspended=hold)
         plan.begin_epoch()
         # Of the ids that were found still, nothing is known in the new epoch.
         self.known -= plan.known
@@ -599,7 +603,7 @@ class _Poll:
             sequence=self.head.sequence + 1,
             previous=self.head.digest,
             token=self.lease.claim.token,
-            written_at=self.tools.now(),
+            written_at=self.ports.now(),
             server=self.server,
             listing_count=self.listing.count,
             listing_digest=self.listing.digest,
@@ -610,7 +614,7 @@ class _Poll:
         self.lease.check()
         self.journal_uncertain = True
         try:
-            created = self.tools.store.put(segment_key(self.account.id, segment.sequence), body).created
+            created = self.ports.store.put(segment_key(self.account.id, segment.sequence), body).created
         except ObjectDiffers:
             created = False
         if not created:
@@ -626,7 +630,7 @@ class _Poll:
 
     def _settle(self, ours: Segment, digest: bytes) -> None:
         """The segment's number was taken: by our own PUT whose answer was lost, or by another writer."""
-        found = journal.read(self.tools.store, self.account.id, ours.sequence)
+        found = journal.read(self.ports.store, self.account.id, ours.sequence)
         if found is None:
             raise TryLater(f"the store refused segment {ours.sequence} of {self.account.name} and lacks it")
         theirs, their_digest = found
@@ -640,7 +644,7 @@ class _Poll:
 
     def _record_segment(self, segment: Segment, digest: bytes) -> None:
         claim = self.lease.claim
-        self.tools.database.transact(lambda connection: record.segment(connection, claim, segment, digest))
+        self.ports.database.transact(lambda connection: record.segment(connection, claim, segment, digest))
         self.head = JournalHead(segment.sequence, digest)
         self.digests[segment.sequence] = digest
 
@@ -654,9 +658,9 @@ class _Poll:
         if plan.suspect:
             return
         self._delete_at_once(mailbox, plan, plan.take_deletable())
-        began_at = self.tools.monotonic()
+        began_at = self.ports.monotonic()
         for places in _in_parts(plan.due):
-            if self.tools.stopping():
+            if self.ports.stopping():
                 return
             same = self._read_again(mailbox, self._old_enough(places, plan), plan, began_at)
             self._ask_to_delete(mailbox, self._prove(same))
@@ -666,15 +670,15 @@ class _Poll:
     def _delete_at_once(self, mailbox: pop3.Session, plan: Plan, fetched: "array[int]") -> None:
         """Delete what this session fetched."""
         for places in _in_parts(fetched):
-            if self.tools.stopping():
+            if self.ports.stopping():
                 return
             self._ask_to_delete(mailbox, self._prove(self._old_enough(places, plan)))
 
     def _old_enough(self, places: "array[int]", plan: Plan) -> list[_Candidate]:
         """Those of these messages whose capture is old enough for the policy."""
-        account, now = self.account, self.tools.now()
+        account, now = self.account, self.ports.now()
         items = [plan.item(place) for place in places]
-        with self.tools.database.reading() as connection:
+        with self.ports.database.reading() as connection:
             found = reads.provable(
                 connection, account.id, account.epoch, [item.sighting.uidl for item in items]
             )
@@ -697,7 +701,7 @@ class _Poll:
         """
         expected = {item.entry.number: (item, provable) for item, provable in candidates}
         same: list[_Candidate] = []
-        self.unrecorded.opened_at = self.tools.monotonic()
+        self.unrecorded.opened_at = self.ports.monotonic()
         supply = self._supply_again([item for item, _ in candidates], began_at)
         try:
             for outcome in mailbox.retrieve(supply, self._open_spool):
@@ -715,7 +719,7 @@ class _Poll:
                     case pop3.Refused():
                         self._drop_spooled(number)
                 self.unrecorded.look()
-                if self.unrecorded.error or self.unrecorded.is_due(self.tools.monotonic()):
+                if self.unrecorded.error or self.unrecorded.is_due(self.ports.monotonic()):
                     self._record_all(plan)
         except (TryLater, OperatorNeeded):
             if not self.journal_uncertain:
@@ -733,8 +737,8 @@ class _Poll:
         """What to read again, as far as the budgets go. What is left out waits for the next poll."""
         for item in items:
             if (
-                self.tools.stopping()
-                or self.tools.monotonic() - began_at >= READING_AGAIN_SECONDS
+                self.ports.stopping()
+                or self.ports.monotonic() - began_at >= READING_AGAIN_SECONDS
                 or self._holds_back(item.entry.size or 0) is not None
             ):
                 return
@@ -747,7 +751,7 @@ class _Poll:
             Resolved(
                 What.DELETED if ours else What.GONE,
                 item.sighting._replace(content=former),
-                self.tools.now(),
+                self.ports.now(),
                 sha256=former,
             )
         )
@@ -756,8 +760,8 @@ class _Poll:
 
     def _put_off_deletion(self, item: Item) -> None:
         """The connection died in this message, which is archived: the next polls do without reading it."""
-        claim, epoch, now = self.lease.claim, self.account.epoch, self.tools.now()
-        self.tools.database.transact(
+        claim, epoch, now = self.lease.claim, self.account.epoch, self.ports.now()
+        self.ports.database.transact(
             lambda connection: record.deletion_put_off(connection, claim, epoch, item.sighting, now)
         )
 
@@ -765,20 +769,20 @@ class _Poll:
         if (spooled := self.spooled.pop(number, None)) is not None:
             spooled.close()
 
-    def _count_read(self, octets: int) -> None:
-        self.octets += octets
-        self.watch.fetched(octets)
+    def _count_read(self, size: int) -> None:
+        self.fetched_bytes += size
+        self.watch.fetched(size)
 
     def _prove(self, candidates: list[_Candidate]) -> list[Item]:
         """Their messages. Raises IntegrityError if an object or a journal segment is not as it must be."""
         account = self.account.id
         objects = [
-            _Object(message_key(account, each.sha256), each.sha256, each.octets) for _, each in candidates
+            _Object(message_key(account, each.sha256), each.sha256, each.size) for _, each in candidates
         ]
         # The head stands for the sightings, which segments after a capture's own may tell of.
         sequences = {each.sequence for _, each in candidates} | {self.head.sequence}
         segments = [_Object(segment_key(account, each), self.digests.get(each)) for each in sorted(sequences)]
-        for fault in self.tools.uploads.map(self._look_at, [*objects, *segments] if candidates else []):
+        for fault in self.ports.uploads.map(self._look_at, [*objects, *segments] if candidates else []):
             if fault is not None:
                 raise IntegrityError(
                     fault, hint="nothing was deleted from the mail server; run: archiver verify"
@@ -787,19 +791,19 @@ class _Poll:
 
     def _look_at(self, wanted: _Object) -> str | None:
         """What is wrong with an object, or None. It is read where the store keeps no checksum."""
-        found = self.tools.store.stat(wanted.key)
+        found = self.ports.store.stat(wanted.key)
         if found is None:
             return f"{wanted.key} was written, and is missing in the store"
         if wanted.sha256 is None:
             return None if found.size else f"{wanted.key} was written, and is empty in the store"
         seen = found.sha256
-        if seen is None and wanted.octets in (None, found.size):
+        if seen is None and wanted.size in (None, found.size):
             digest = hashlib.sha256()
-            with self.tools.store.get(wanted.key) as chunks:
+            with self.ports.store.get(wanted.key) as chunks:
                 for chunk in chunks:
                     digest.update(chunk)
             seen = digest.digest()
-        if wanted.octets not in (None, found.size) or seen != wanted.sha256:
+        if wanted.size not in (None, found.size) or seen != wanted.sha256:
             return f"{wanted.key} was written, and is altered in the store"
         return None
 
@@ -808,9 +812,9 @@ class _Poll:
             return
         claim, epoch = self.lease.claim, self.account.epoch
         sightings = [item.sighting for item in chosen]
-        self.tools.database.transact(
+        self.ports.database.transact(
             lambda connection: record.deletions_requested(
-                connection, claim, epoch, sightings, self.tools.now()
+                connection, claim, epoch, sightings, self.ports.now()
             )
         )
         self.lease.check()
@@ -826,8 +830,8 @@ class _Poll:
         last = entries[-1] if entries else None
         if self._left() or self.delete_requested or not plan.is_clear:
             return
-        now = self.tools.now()
-        until = policy.trusted_until(now, self.tools.full_listing_seconds, plan.due_at(), self.tools.uniform)
+        now = self.ports.now()
+        until = policy.trusted_until(now, self.ports.full_listing_seconds, plan.due_at(), self.ports.uniform)
         if until is None:
             return
         if self.trusted_until is not None:
@@ -836,12 +840,12 @@ class _Poll:
             seen = mailbox.glance(None if last is None else last.number)
         except pop3.Pop3Error:
             return
-        if seen.octets is None or seen.count != plan.listing.count:
+        if seen.size is None or seen.count != plan.listing.count:
             return
         if last is None:
-            self.last_look = LastLook(seen.count, seen.octets, None, None, until)
+            self.last_look = LastLook(seen.count, seen.size, None, None, until)
         elif last.uidl is not None and seen.uidl == last.uidl:
-            self.last_look = LastLook(seen.count, seen.octets, last.number, last.uidl, until)
+            self.last_look = LastLook(seen.count, seen.size, last.number, last.uidl, until)
 
     def _quit(self, mailbox: pop3.Session) -> None:
         """End the session: all that was fetched in it is recorded by now.
@@ -877,8 +881,8 @@ class _Poll:
             deleted=self.deleted,
             gone=self.gone,
             lost=self.lost,
-            octets=self.octets,
-            seconds=self.tools.monotonic() - self.started_at,
+            fetched_bytes=self.fetched_bytes,
+            seconds=self.ports.monotonic() - self.started_at,
             error=None if error is None else str(error),
             hint=None if error is None else error.hint,
             segments=self.segments,
@@ -899,13 +903,13 @@ class _Poll:
     def _of_budget(self) -> Iterator[str]:
         if self.held_back == "day":
             yield (
-                f"the day's budget is spent: {self.spent_today + self.octets} octets were fetched since "
+                f"the day's budget is spent: {self.spent_today + self.fetched_bytes} bytes fetched since "
                 f"00:00 UTC, and {self._left()} messages wait for tomorrow"
             )
 
 
 def _as_seen(look: LastLook | None) -> pop3.Glance | None:
-    return None if look is None else pop3.Glance(look.stat_count, look.stat_octets, look.last_uidl)
+    return None if look is None else pop3.Glance(look.stat_count, look.stat_size, look.last_uidl)
 
 
 _KNOWN_BY_CONTENT = "it is known by its content"

@@ -32,9 +32,9 @@ class Fetched:
 
     item: Item
     attempts: int
-    at: datetime
+    captured_at: datetime
     sha256: bytes
-    octets: int
+    size: int
     upload: Future[PutResult]
     is_stored: bool = False
 
@@ -59,32 +59,32 @@ class Unrecorded:
     fetched: list[Fetched] = field(default_factory=list)
     uploading: list[Fetched] = field(default_factory=list)
     resolved: list[Resolved] = field(default_factory=list)
-    octets: int = 0
-    octets_uploading: int = 0
+    total_bytes: int = 0
+    uploading_bytes: int = 0
     error: BaseException | None = None
 
     def add(self, fetched: Fetched) -> None:
         """A message more, whose upload is under way."""
         self.fetched.append(fetched)
         self.uploading.append(fetched)
-        self.octets += fetched.octets
-        self.octets_uploading += fetched.octets
+        self.total_bytes += fetched.size
+        self.uploading_bytes += fetched.size
 
     @property
     def is_much(self) -> bool:
         """Whether it is so much that what is stored need not wait for what is older and is not."""
-        return self._batches(len(self.fetched) + len(self.resolved), self.octets) > BATCHES_UNRECORDED
+        return self._batches(len(self.fetched) + len(self.resolved), self.total_bytes) > BATCHES_UNRECORDED
 
     @property
     def is_much_uploading(self) -> bool:
         """Whether the store does not keep up."""
-        return self._batches(len(self.uploading), self.octets_uploading) >= BATCHES_UPLOADING
+        return self._batches(len(self.uploading), self.uploading_bytes) >= BATCHES_UPLOADING
 
     def is_due(self, monotonic: float) -> bool:
         """Whether a batch closes: it is full, or was open for long enough."""
         is_full = (
             len(self.fetched) + len(self.resolved) >= self.limits.messages
-            or self.octets >= self.limits.octets
+            or self.total_bytes >= self.limits.total_bytes
         )
         return is_full or self._is_late(monotonic)
 
@@ -95,7 +95,7 @@ class Unrecorded:
             if not fetched.upload.done():
                 self.uploading.append(fetched)
                 continue
-            self.octets_uploading -= fetched.octets
+            self.uploading_bytes -= fetched.size
             error = fetched.upload.exception()
             fetched.is_stored = error is None
             self.error = self.error or error
@@ -131,20 +131,20 @@ class Unrecorded:
 
     def _close(self, fetched: list[Fetched]) -> list[Fetched]:
         """The first of these, as many as a batch holds beside what is resolved."""
-        room, octets = self.limits.messages - len(self.resolved), self.limits.octets
+        room, room_bytes = self.limits.messages - len(self.resolved), self.limits.total_bytes
         for place, each in enumerate(fetched):
-            if place >= room or octets <= 0:
+            if place >= room or room_bytes <= 0:
                 return fetched[:place]
-            octets -= each.octets
+            room_bytes -= each.size
         return fetched
 
     def _take(self, taken: list[Fetched], monotonic: float) -> Batch:
         batch = Batch(taken, self.resolved)
         gone = set(map(id, taken))
         self.fetched = [fetched for fetched in self.fetched if id(fetched) not in gone]
-        self.octets -= sum(fetched.octets for fetched in taken)
+        self.total_bytes -= sum(fetched.size for fetched in taken)
         self.resolved, self.opened_at = [], monotonic
         return batch
 
-    def _batches(self, messages: int, octets: int) -> float:
-        return max(messages / self.limits.messages, octets / self.limits.octets)
+    def _batches(self, messages: int, total_bytes: int) -> float:
+        return max(messages / self.limits.messages, total_bytes / self.limits.total_bytes)

@@ -30,7 +30,7 @@ UNNAMED_LOOKED_AT = 1_000
 more of them has no UIDL at all."""
 
 Listed = tuple[bytes, int, pop3.Entry]
-Held = tuple[SightingKey, Known]
+KnownRow = tuple[SightingKey, Known]
 
 
 class Item(NamedTuple):
@@ -89,7 +89,7 @@ class Plan:
     def of(
         cls,
         listing: pop3.Listing,
-        held: Iterable[Held],
+        held: Iterable[KnownRow],
         aside: Mapping[SightingKey, Known],
         *,
         delete: DeletePolicy,
@@ -124,15 +124,15 @@ class Plan:
         """Whether all of the listing was understood, and each of its messages has an id of its own."""
         return self.listing.is_legible and not self.uncertain and not self.suspect
 
-    def octets_to_fetch(self) -> int | None:
-        """How many octets are to be fetched, by the listing; None where it does not say."""
-        octets = 0
+    def bytes_to_fetch(self) -> int | None:
+        """How many bytes are to be fetched, by the listing; None where it does not say."""
+        total_bytes = 0
         for place in self.fetch:
             size = self.listing.entries[place].size
             if size is None:
                 return None
-            octets += size
-        return octets
+            total_bytes += size
+        return total_bytes
 
     def keep(self, captured_at: datetime) -> None:
         """A message that was captured then stays on the server for now."""
@@ -168,7 +168,7 @@ class Plan:
         taken, self.deletable = self.deletable, array("I")
         return taken
 
-    def find_more_absent(self, held: Iterable[Held], after: SightingKey) -> None:
+    def find_more_absent(self, held: Iterable[KnownRow], after: SightingKey) -> None:
         """Find the next absences: ``held`` is what the database has behind ``after``."""
         entries = self.listing.entries
         start = bisect_left(self.order, after.uidl, key=lambda index: entries[index].uidl or b"")
@@ -178,7 +178,7 @@ class Plan:
                 return
         self.overflows = False
 
-    def _take(self, uidl: bytes, listed: list[Listed], rows: list[Held]) -> None:
+    def _take(self, uidl: bytes, listed: list[Listed], rows: list[KnownRow]) -> None:
         """Decide on all that has one UIDL, on the server and in the database."""
         if uidl and len(listed) == 1:
             _, index, entry = listed[0]
@@ -208,7 +208,7 @@ class Plan:
         if known is None:
             self.fetch.append(index)
             return
-        if known.attempts and known.state != "captured":
+        if known.attempts:
             self.attempts[key] = known.attempts
         match known.state:
             case "captured" if known.sha256 is not None:
@@ -221,8 +221,8 @@ class Plan:
                         return
                 elif policy.may_ask_again(
                     requested=known.delete_requested,
-                    unheeded=known.attempts,
-                    retry_at=known.retry_at,
+                    unheeded=known.delete_attempts,
+                    retry_at=known.delete_retry_at,
                     now=self.now,
                 ):
                     self.due.append(index)
@@ -251,7 +251,7 @@ class Plan:
                 self.untold[key] += 1
                 self._place(index, key, known)
 
-    def _note_absences(self, uidl: bytes, listed: list[Listed], rows: list[Held]) -> None:
+    def _note_absences(self, uidl: bytes, listed: list[Listed], rows: list[KnownRow]) -> None:
         absent = self._absences(uidl, listed, rows)
         self.contents.update(key for key, _ in rows if key.content)
         self.contents.difference_update(line.sighting for line in absent)
@@ -260,7 +260,7 @@ class Plan:
         elif absent:
             self.overflows = True
 
-    def _absences(self, uidl: bytes, listed: list[Listed], rows: list[Held]) -> list[Resolved]:
+    def _absences(self, uidl: bytes, listed: list[Listed], rows: list[KnownRow]) -> list[Resolved]:
         """Which of these rows are shown no more."""
         if not self.believed:
             return []
@@ -319,13 +319,13 @@ def _listed(listing: pop3.Listing, order: "array[int]") -> Iterator[tuple[bytes,
     return ((uidl, list(group)) for uidl, group in groupby(each, key=itemgetter(0)))
 
 
-def _by_uidl(held: Iterable[Held]) -> Iterator[tuple[bytes, list[Held]]]:
+def _by_uidl(held: Iterable[KnownRow]) -> Iterator[tuple[bytes, list[KnownRow]]]:
     return ((uidl, list(group)) for uidl, group in groupby(held, key=lambda each: each[0].uidl))
 
 
 def _side_by_side(
-    listed: Iterator[tuple[bytes, list[Listed]]], held: Iterator[tuple[bytes, list[Held]]]
-) -> Iterator[tuple[bytes, list[Listed], list[Held]]]:
+    listed: Iterator[tuple[bytes, list[Listed]]], held: Iterator[tuple[bytes, list[KnownRow]]]
+) -> Iterator[tuple[bytes, list[Listed], list[KnownRow]]]:
     """Both streams, which ascend, as one: for each UIDL what either has of it."""
     here, there = next(listed, None), next(held, None)
     while here is not None or there is not None:

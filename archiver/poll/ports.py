@@ -22,7 +22,7 @@ class BatchLimits:
     """A batch closes on whichever comes first, so that a crash repeats little."""
 
     messages: int = 100
-    octets: int = 32 * 1024 * 1024
+    total_bytes: int = 32 * 1024 * 1024
     seconds: float = 10.0
 
 
@@ -37,8 +37,8 @@ class Budget:
     """
 
     messages: int | None = None
-    octets: int | None = None
-    day_octets: int | None = None
+    total_bytes: int | None = None
+    day_bytes: int | None = None
     slice_seconds: float = 60.0
     ends_at: datetime | None = None
 
@@ -46,18 +46,18 @@ class Budget:
 class Watch(Protocol):
     """Told of a poll's progress while it goes on."""
 
-    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
-        """The listing was read: so many messages on the server, so many (of so many octets) to fetch."""
+    def listed(self, listed: int, to_fetch: int, total_bytes: int | None) -> None:
+        """The listing was read: so many messages on the server, so many (of so many bytes) to fetch."""
 
-    def fetched(self, octets: int) -> None:
+    def fetched(self, message_bytes: int) -> None:
         """One message more was read from the server."""
 
 
 class Unwatched:
     """Nobody looks."""
 
-    def listed(self, listed: int, to_fetch: int, octets: int | None) -> None: ...
-    def fetched(self, octets: int) -> None: ...
+    def listed(self, listed: int, to_fetch: int, total_bytes: int | None) -> None: ...
+    def fetched(self, message_bytes: int) -> None: ...
 
 
 class Lease(Protocol):
@@ -71,7 +71,7 @@ class Lease(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class Ports:
     """What a poll works with. ``connect`` opens a session with an account's server, not yet logged in.
 
     ``another_password`` is asked for one in place of that which the server

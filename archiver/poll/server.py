@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from archiver import pop3
 from archiver.errors import MessageRefused, OperatorNeeded, TryLater
-from archiver.model import Account, MailServer
+from archiver.model import Account, ServerRecord
 
 
 @contextlib.contextmanager
@@ -60,9 +60,9 @@ def _how_to_raise(limit: str | None) -> str | None:
     return f"if that is right for this server, raise ARCHIVER_{limit.upper()}{own}"
 
 
-def of_facts(facts: pop3.ServerFacts) -> MailServer:
+def of_facts(facts: pop3.ServerFacts) -> ServerRecord:
     """What the journal keeps of the server."""
-    return MailServer(
+    return ServerRecord(
         host=facts.host,
         port=facts.port,
         greeting=facts.greeting,

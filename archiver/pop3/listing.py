@@ -26,7 +26,7 @@ from typing import Final, Generic, NamedTuple, TypeVar, overload
 
 LARGEST_NUMBER: Final = 2**31 - 1  # larger ones are attacks on clients that count in 32 bits
 LARGEST_SIZE: Final = 2**63 - 1
-UIDL_OCTETS: Final = 1024  # RFC 1939 says 70; near 300 was met in the wild
+UIDL_BYTES: Final = 1024  # RFC 1939 says 70; near 300 was met in the wild
 
 _LINE_OCTETS: Final = 2048  # that are looked at; what matters of a line is in them
 _CHUNK_OCTETS: Final = 32 * 1024  # read at once: enough for C loops to pay, little enough to forget
@@ -312,7 +312,7 @@ class UidlColumn(_Column[bytes]):
         return fields
 
     def _value(self, rest: bytes) -> tuple[bytes, bool]:
-        usable = 0 < len(rest) <= UIDL_OCTETS and not _CONTROL.search(rest)
+        usable = 0 < len(rest) <= UIDL_BYTES and not _CONTROL.search(rest)
         return (rest if usable else b""), usable
 
     def _keep(self, values: Iterable[bytes]) -> None:

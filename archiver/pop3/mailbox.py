@@ -169,7 +169,7 @@ class Mailbox:
         reply = self._listing_reply()
         if reply.ok:
             limits = self._terms.limits
-            for chunk in talk.block(asked, limits.listing_octets, limits.listing_lines):
+            for chunk in talk.block(asked, limits.listing_bytes, limits.listing_lines):
                 column.feed(chunk)
             column.finish()
             return column
@@ -250,14 +250,14 @@ class Mailbox:
                 raise error
             return Refused(entry, error)
         sink = open_sink(entry)
-        size, limit = 0, self._terms.limits.message_octets
+        size, limit = 0, self._terms.limits.message_bytes
         for octets in self._talk.content():
             size += len(octets)
             if size <= limit:
                 sink.write(octets)
         if size > limit:
             reason = f"the message has {size} bytes, more than the limit of {limit}"
-            error = self._talk.error(FailureKind.POISON, doing, reason, limit="message_octets")
+            error = self._talk.error(FailureKind.POISON, doing, reason, limit="message_bytes")
             return Refused(entry, error, sink)
         return Retrieved(entry, sink)
 

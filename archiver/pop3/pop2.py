@@ -34,7 +34,7 @@ from archiver.pop3.order import Verb
 from archiver.pop3.transport import DEFAULT_TLS, TlsSettings
 from archiver.pop3.url import Endpoint, Tls
 from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrieved, ServerFacts, SinkT
-from archiver.pop3.wire import STATUS_LINE_OCTETS, Command, command
+from archiver.pop3.wire import STATUS_LINE_BYTES, Command, command
 
 _TLS_RECORD_TYPES: Final = (b"\x15", b"\x16")
 _GREETING: Final = Command(b"", "the greeting")
@@ -71,9 +71,9 @@ class Receiver:
     """
 
     def __init__(
-        self, *, line_octets: int = STATUS_LINE_OCTETS, show: Callable[[bytes], str] = printable
+        self, *, line_bytes: int = STATUS_LINE_BYTES, show: Callable[[bytes], str] = printable
     ) -> None:
-        self._line_octets = line_octets
+        self._line_bytes = line_bytes
         self._show = show
         self._buffer = b""
         self._position = 0
@@ -104,11 +104,11 @@ class Receiver:
         """The next reply line, or None while it is incomplete. Raises Pop3Error (PROTOCOL, OPERATOR)."""
         start = self._position
         end = self._buffer.find(b"\n", start)
-        if (len(self._buffer) if end < 0 else end + 1) - start > self._line_octets:
+        if (len(self._buffer) if end < 0 else end + 1) - start > self._line_bytes:
             raise Pop3Error(
                 FailureKind.PROTOCOL,
-                f"a reply is longer than {self._line_octets} octets",
-                limit="status_line_octets",
+                f"a reply is longer than {self._line_bytes} octets",
+                limit="status_line_bytes",
             )
         if end < 0:
             first = self._buffer[start : start + 1]
@@ -159,7 +159,7 @@ class Pop2Mailbox:
         self._terms = Terms.begin(endpoint, tls_settings, limits, monotonic)
         self._count: int | None = None
         self._in_transit: Entry | None = None
-        new_receiver = partial(Receiver, line_octets=limits.status_line_octets, show=self._terms.secrets.show)
+        new_receiver = partial(Receiver, line_bytes=limits.status_line_bytes, show=self._terms.secrets.show)
         self._talk = Conversation(self._terms, new_receiver, refusal=Mark.REFUSED.value.encode())
         try:
             self._open()
@@ -262,7 +262,7 @@ class Pop2Mailbox:
     ) -> Iterator[Retrieved[SinkT] | Refused[SinkT]]:
         """Fetch messages one by one, each into the sink that ``open_sink`` gives for it, and keep them.
 
-        A message over ``limits.message_octets`` is refused before it is asked
+        A message over ``limits.message_bytes`` is refused before it is asked
         for. A message is complete only after the server has answered ACKS as it
         must: a wrong length shows there. Raises Pop3Error for what ends the
         session, and every refusal by the server does.
@@ -281,7 +281,7 @@ class Pop2Mailbox:
     def _receive_message(
         self, entry: Entry, open_sink: Callable[[Entry], SinkT]
     ) -> Retrieved[SinkT] | Refused[SinkT]:
-        talk, limit = self._talk, self._terms.limits.message_octets
+        talk, limit = self._talk, self._terms.limits.message_bytes
         read, wait = command("READ", entry.number), talk.waiting("idle_seconds")
         size = self._number(read, Mark.LENGTH, Stage.RETRIEVE, wait)
         if not size:
@@ -289,7 +289,7 @@ class Pop2Mailbox:
             return Refused(entry, talk.error(FailureKind.POISON, read.label, reason))
         if size > limit:
             reason = f"the message has {size} bytes, more than the limit of {limit}"
-            error = talk.error(FailureKind.POISON, read.label, reason, limit="message_octets")
+            error = talk.error(FailureKind.POISON, read.label, reason, limit="message_bytes")
             return Refused(entry, error)
         sink = open_sink(entry)
         talk.require_quiet()

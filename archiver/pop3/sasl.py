@@ -41,7 +41,7 @@ APOP: Final = "APOP"
 
 MOST_ITERATIONS: Final = 1_000_000
 """Of PBKDF2 that a server may ask of us: up to half a second of CPU. Servers ask for 4096 to some 600 000."""
-LONG_TOKEN_OCTETS: Final = 4096
+LONG_TOKEN_BYTES: Final = 4096
 """Microsoft refuses longer access tokens with a protocol error, for some users (MailKit#1948)."""
 
 
@@ -267,9 +267,9 @@ class _Token(Mechanism):
     @property
     def hint(self) -> str:
         octets = len(self._credentials.secret)
-        if octets <= LONG_TOKEN_OCTETS:
+        if octets <= LONG_TOKEN_BYTES:
             return ""
-        return f"the access token has {octets} octets, and some servers take no more than {LONG_TOKEN_OCTETS}"
+        return f"the access token has {octets} octets, and some servers take no more than {LONG_TOKEN_BYTES}"
 
     def respond(self, challenge: bytes, /) -> bytes:
         raise _token_refused(challenge, self._farewell)

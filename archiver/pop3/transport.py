@@ -34,7 +34,7 @@ from archiver.pop3.loop import aside, until_ready
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
-RECEIVE_OCTETS: Final = 65536
+RECEIVE_BYTES: Final = 65536
 """Asked of each read. A TLS record holds 16 KiB; from 128 KiB on, malloc would map memory for each read."""
 
 _LARGE_RECORD_OCTETS: Final = 1024
@@ -360,7 +360,7 @@ class Transport:
         if octets is None or len(octets) < _LARGE_RECORD_OCTETS:
             return octets
         taken, size = [octets], len(octets)
-        while size < RECEIVE_OCTETS:
+        while size < RECEIVE_BYTES:
             try:
                 more = self._receive_some()
             except Pop3Error:
@@ -374,7 +374,7 @@ class Transport:
     def _receive_some(self) -> bytes | None:
         self._is_drained = False
         try:
-            return self._socket.recv(RECEIVE_OCTETS)
+            return self._socket.recv(RECEIVE_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             self._is_drained = True
             return None

@@ -6,12 +6,12 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from archiver.pop3.failures import Pop3Error
 from archiver.pop3.listing import Entry
-from archiver.pop3.wire import STATUS_LINE_OCTETS
+from archiver.pop3.wire import STATUS_LINE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long, and how much, at most. Seconds and octets."""
+    """How long, and how much, at most. Seconds and bytes."""
 
     connect_seconds: float = 30
     """For TCP, and again for the TLS handshake."""
@@ -29,10 +29,10 @@ class Limits:
     """From the first octet to the last before QUIT, however steadily the server drips."""
     quit_seconds: float = 300
     """A server rewrites a big mailbox at QUIT before it answers."""
-    status_line_octets: int = STATUS_LINE_OCTETS
+    status_line_bytes: int = STATUS_LINE_BYTES
     listing_lines: int = 750_000
-    listing_octets: int = 32 * 1024 * 1024
-    message_octets: int = 1024 * 1024 * 1024
+    listing_bytes: int = 32 * 1024 * 1024
+    message_bytes: int = 1024 * 1024 * 1024
     """A larger message is refused."""
     window: int = 32
     """Commands outstanding when pipelining, refilled at three quarters. The 24 that are left then are 1.9 MB
@@ -91,7 +91,7 @@ class Glance(NamedTuple):
     """
 
     count: int | None  # type: ignore[assignment]  # nobody counts in this tuple
-    octets: int | None
+    size: int | None
     uidl: bytes | None = None
 
 

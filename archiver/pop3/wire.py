@@ -22,8 +22,8 @@ from typing import Final
 
 from archiver.pop3.failures import FailureKind, Pop3Error, printable
 
-COMMAND_LINE_OCTETS: Final = 255  # with CRLF; RFC 2449 section 4
-STATUS_LINE_OCTETS: Final = 8192  # RFC 1939 allows 512; real servers talk more
+COMMAND_LINE_BYTES: Final = 255  # with CRLF; RFC 2449 section 4
+STATUS_LINE_BYTES: Final = 8192  # RFC 1939 allows 512; real servers talk more
 
 _FORBIDDEN_IN_COMMANDS: Final = frozenset(b"\r\n\0")
 _TLS_RECORD_TYPES: Final = (b"\x15", b"\x16")  # alert, handshake: a TLS peer where clear text is due
@@ -78,9 +78,9 @@ def command(
     octets = line.encode()
     if not _FORBIDDEN_IN_COMMANDS.isdisjoint(octets):
         raise Pop3Error(FailureKind.OPERATOR, f"{name} was not sent: its argument holds CR, LF or NUL")
-    if len(octets) + 2 > COMMAND_LINE_OCTETS:
+    if len(octets) + 2 > COMMAND_LINE_BYTES:
         raise Pop3Error(
-            FailureKind.OPERATOR, f"{name} was not sent: the line is longer than {COMMAND_LINE_OCTETS} octets"
+            FailureKind.OPERATOR, f"{name} was not sent: the line is longer than {COMMAND_LINE_BYTES} octets"
         )
     return Command(octets + b"\r\n", shown, shape)
 
@@ -130,10 +130,10 @@ class Receiver:
     def __init__(
         self,
         *,
-        status_line_octets: int = STATUS_LINE_OCTETS,
+        status_line_bytes: int = STATUS_LINE_BYTES,
         show: Callable[[bytes], str] = printable,
     ) -> None:
-        self._status_line_octets = status_line_octets
+        self._status_line_bytes = status_line_bytes
         self._show = show
         self._expected: deque[Shape] = deque()
         self._buffer = b""
@@ -195,11 +195,11 @@ class Receiver:
         start = self._position
         end = self._buffer.find(b"\n", start)
         length = (len(self._buffer) if end < 0 else end + 1) - start
-        if length > self._status_line_octets:
+        if length > self._status_line_bytes:
             raise Pop3Error(
                 FailureKind.PROTOCOL,
-                f"a status line is longer than {self._status_line_octets} octets",
-                limit="status_line_octets",
+                f"a status line is longer than {self._status_line_bytes} octets",
+                limit="status_line_bytes",
             )
         if end < 0:
             first = self._buffer[start : start + 1]

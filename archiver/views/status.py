@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from archiver.db import history, reads
 from archiver.db.history import Day, Gap
+from archiver.states import AccountState
 
 LOOK_BACK_DAYS = 7
 """How far back losses and gaps are told unless somebody asks for more: longer than a holiday's weekend."""
@@ -43,7 +44,7 @@ class Concern:
 class Overview:
     """How all accounts stand. ``lost`` and ``gaps`` (those that ended) are of the days from ``since`` on."""
 
-    standing: reads.Standing
+    standing: reads.Overview
     since: date
     lost: int
     gaps: int
@@ -55,7 +56,12 @@ class Overview:
     def needs_somebody(self) -> bool:
         """Whether something stays as it is until somebody does something about it."""
         standing = self.standing
-        return bool(standing.accounts["failing"] or standing.waiting or standing.quarantined or standing.held)
+        return bool(
+            standing.accounts["failing"]
+            or standing.waiting
+            or standing.quarantined
+            or standing.deletion_suspended
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def overview(
         connection, now, lost=most[: NAMED_LOSSES if limit is None else limit], limit=limit
     )
     return Overview(
-        standing=reads.standing(connection, now),
+        standing=reads.overview(connection, now),
         since=since,
         lost=sum(lost.values()),
         gaps=history.ended_gaps(connection, history.begin(since)),
@@ -115,16 +121,17 @@ def _concern(row: Any, now: datetime, lost: int) -> Concern:
     failing = row.failures + row.refusals > 0
     troubles = {
         "lost messages": lost > 0,
-        "paused": row.paused_reason is not None,
-        "failing": failing and row.paused_reason is None,
-        "deletion on hold": row.deletion_hold is not None,
+        "paused": row.state == AccountState.PAUSED,
+        "waiting": row.state == AccountState.WAITING,
+        "failing": failing and row.state == AccountState.ACTIVE,
+        "deletion suspended": row.deletion_suspended is not None,
         "quarantine": row.quarantined > 0,
         "not looked into": row.late_at is not None and row.late_at < now,
     }
     return Concern(
         account=row.name,
         troubles=tuple(name for name, found in troubles.items() if found),
-        reason=row.paused_reason or (row.error if failing else None) or row.deletion_hold,
+        reason=row.state_reason or (row.error if failing else None) or row.deletion_suspended,
         looked_at=row.looked_at,
         polled_at=row.ended_at,
         quarantined=row.quarantined,
@@ -141,14 +148,14 @@ def overview_json(found: Overview, *, deletion_forbidden: bool) -> dict[str, Any
     return {
         "accounts": sum(standing.accounts.values()),
         "captures": standing.captures,
-        "bytes": standing.octets,
+        "bytes": standing.captured_bytes,
         "unaccounted": standing.to_come,
         "quarantined": standing.quarantined,
         "failing": standing.accounts["failing"],
         "paused": standing.accounts["paused"],
         "never_polled": standing.never_polled,
         "waiting": standing.waiting,
-        "deletion_held": standing.held,
+        "deletion_suspended": standing.deletion_suspended,
         "deletion_forbidden": deletion_forbidden,
         "late": standing.late,
         "failing_hosts": standing.hosts,
@@ -183,7 +190,7 @@ def day_json(day: Day) -> dict[str, Any]:
         "deleted": day.deleted,
         "gone": day.gone,
         "lost": day.lost,
-        "bytes": day.octets,
+        "bytes": day.fetched_bytes,
         "seconds": round(day.seconds, 3),
         "first_look_at": _iso(day.first_look_at),
         "last_look_at": _iso(day.last_look_at),

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from archiver import feed, observe
 from archiver.db import Database, accounts, reads, schedule
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
+from archiver.states import AccountState
 from archiver.views import status as view
 
 EVENTS_AT_MOST = 5_000
@@ -45,7 +46,7 @@ class Health:
 
     alive: Callable[[], bool]
     ready: Callable[[], None]
-    standing: Callable[[], reads.Standing]
+    standing: Callable[[], reads.Overview]
 
 
 def application(
@@ -87,10 +88,11 @@ def _ask(database: Database, name: str) -> Response:
 
     def ask(connection: Connection) -> Response:
         found = accounts.by_name(connection, name)
-        if found is None or found.paused_reason == accounts.REMOVED:
+        if found is None or found.state is AccountState.REMOVED:
             return _problem(404, f"there is no account named {name}")
-        if found.paused_reason is not None:
-            return _problem(409, f"{name} is paused: {found.paused_reason}")
+        if found.state is not AccountState.ACTIVE:
+            because = f": {found.state_reason}" if found.state_reason else ""
+            return _problem(409, f"{name} is {found.state}{because}")
         schedule.ask(connection, [found.id])
         return JSONResponse({"account": name, "asked": True}, 202)
 
@@ -164,7 +166,7 @@ def _of_process(health: Health) -> list[Route]:
             observe.OVERDUE_SECONDS.set(found.overdue_seconds)
             observe.QUARANTINED.set(found.quarantined)
             observe.LATE.set(found.late)
-            observe.DELETION_HELD.set(found.held)
+            observe.DELETION_SUSPENDED.set(found.deletion_suspended)
             observe.HOSTS_FAILING.set(found.hosts)
             for state, count in found.accounts.items():
                 observe.ACCOUNTS.labels(state).set(count)

@@ -27,12 +27,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import observe, policy, process
 from archiver.db import Database, endings, history, reads, schedule
-from archiver.db.endings import Ended, Ending, Standing
+from archiver.db.endings import Ended, Ending, ScheduleState
 from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
-from archiver.model import PAUSED_BY_HAND, Account, Claim, PollReport, mail_host
+from archiver.model import Account, Claim, PollReport, mail_host
 from archiver.poll import Story, begin, finish, poll
-from archiver.poll.ports import Tools, Watch
+from archiver.poll.ports import Ports, Watch
 from archiver.pop3 import Loop
 from archiver.timetable import Timetable
 
@@ -50,7 +50,7 @@ STILL_SECONDS = 60.0
 """A clock that stands still for so long will not go on by itself."""
 
 
-class HeldLease:
+class ActiveLease:
     """A lease in this process's hands, judged by the monotonic clock, which nobody sets back."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Polling:
     """
 
     account: Account
-    lease: HeldLease
+    lease: ActiveLease
     story: Story
     in_person: bool = False
     ended: Future[PollReport] = field(default_factory=Future)
@@ -134,7 +134,7 @@ class Worker:
 
     def __init__(
         self,
-        tools: Tools,
+        ports: Ports,
         *,
         lease_seconds: float,
         workers: int,
@@ -145,8 +145,8 @@ class Worker:
         sessions: HostSessions = DEFAULT_SESSIONS,
         ramp_seconds: float = 0.0,
     ) -> None:
-        self.tools = tools
-        self.database: Database = tools.database
+        self.ports = ports
+        self.database: Database = ports.database
         self.owner = owner or process.name_owner()
         self.lease_seconds = lease_seconds
         self.workers = workers
@@ -156,7 +156,7 @@ class Worker:
         self.chance = chance
         self.stopping = stopping
         self.log = observe.get_logger()
-        self._held: dict[Claim, HeldLease] = {}
+        self._held: dict[Claim, ActiveLease] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="poll")
         # A poll is in the loop or in a thread, and has one thing done aside at most: it never waits for one.
         self._loop = Loop(self._pool)
@@ -164,7 +164,7 @@ class Worker:
         self._is_wanted = self._is_claiming = self._serves = False
         self._changeovers = ThreadPoolExecutor(1, thread_name_prefix="changeover")
         self._clock = BackgroundScheduler(timezone="UTC")
-        self._beat_at = self._made_at = tools.monotonic()
+        self._beat_at = self._made_at = ports.monotonic()
         self._waiting = Waiting()
 
     # The clock
@@ -183,7 +183,7 @@ class Worker:
                 seconds=TIDY_SECONDS,
                 jitter=TIDY_SECONDS / 10,
                 # Processes that were started together do not all try at once.
-                next_run_time=self.tools.now()
+                next_run_time=self.ports.now()
                 + timedelta(seconds=self.chance.uniform(TICK_SECONDS, TIDY_SECONDS / 10)),
                 **every,
             )
@@ -200,7 +200,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether clock and loop still go on, whatever the database does: for a liveness probe."""
-        return self.tools.monotonic() - self._beat_at < STILL_SECONDS
+        return self.ports.monotonic() - self._beat_at < STILL_SECONDS
 
     def _see_to_loop(self) -> None:
         if self._loop.cut_short(HOLD_UP_SECONDS):
@@ -208,13 +208,13 @@ class Worker:
         self._loop.begin(self._beat)
 
     def _beat(self) -> None:
-        self._beat_at = self.tools.monotonic()
+        self._beat_at = self.ports.monotonic()
 
     def _heartbeat(self) -> None:
         held = dict(self._held)
         if not held:
             return
-        asked_at = self.tools.monotonic()
+        asked_at = self.ports.monotonic()
         try:
             kept = self.database.transact(
                 lambda connection: schedule.renew(connection, held, lease_seconds=self.lease_seconds)
@@ -234,7 +234,7 @@ class Worker:
         try:
             done = history.tidy(
                 self.database,
-                now=self.tools.now(),
+                now=self.ports.now(),
                 keep_days=self.history_days,
                 stopping=self.stopping.is_set,
             )
@@ -249,7 +249,7 @@ class Worker:
         self._want_changeover()
 
     def _may_poll(self) -> int:
-        running_seconds = self.tools.monotonic() - self._made_at
+        running_seconds = self.ports.monotonic() - self._made_at
         return policy.ramped_up(self.workers, running_seconds, self.ramp_seconds)
 
     def _may_fail(self, over: Sequence[Over]) -> int:
@@ -259,7 +259,7 @@ class Worker:
         return max(0, policy.threads_for_failing(self.workers) - failing)
 
     def _begin(
-        self, leases: list[HeldLease], before: Mapping[str, reads.BeforePoll] | None = None
+        self, leases: list[ActiveLease], before: Mapping[str, reads.BeforePoll] | None = None
     ) -> list[Future[PollReport]]:
         """Have each of these polls begin; what they begin with is read here, if it was not."""
         if not leases:
@@ -279,22 +279,22 @@ class Worker:
             self.log.exception("poll.not_started", account=ids[0])
             return []
         for polling in pollings:
-            with self._broken_off([polling]):
+            with self._abandoned([polling]):
                 self._begin_one(polling)
         return [polling.ended for polling in pollings]
 
-    def _polling(self, lease: HeldLease, before: reads.BeforePoll) -> Polling:
+    def _polling(self, lease: ActiveLease, before: reads.BeforePoll) -> Polling:
         return Polling(before.account, lease, self._story(before.account, lease, before=before))
 
     def _begin_one(self, polling: Polling) -> None:
-        blackout_ends_at = _blackout_ends(polling.account, self.tools.now())
+        blackout_ends_at = _blackout_ends(polling.account, self.ports.now())
         if blackout_ends_at is None:
             self._loop.begin(partial(self._poll_due, polling))
         else:
             self._pool.submit(self._put_off, polling, blackout_ends_at)
 
     @contextmanager
-    def _broken_off(self, pollings: list[Polling]) -> Iterator[None]:
+    def _abandoned(self, pollings: list[Polling]) -> Iterator[None]:
         """What goes wrong here, which nothing should, is logged, and whoever waits for these is told."""
         try:
             yield
@@ -303,12 +303,14 @@ class Worker:
                 # The lease runs out by itself. Held on to, it would be renewed for ever.
                 self._let_go(polling.lease)
                 if not polling.ended.done():
-                    self.log.exception("poll.broken_off", account=polling.account.name)
+                    self.log.exception("poll.abandoned", account=polling.account.name)
                     polling.ended.set_exception(error)
 
     def _line_up(self) -> None:
         try:
-            self.database.transact(lambda connection: schedule.tidy(connection, sessions=self.sessions))
+            self.database.transact(
+                lambda connection: schedule.queue_at_hosts(connection, sessions=self.sessions)
+            )
         except ArchiverError as error:
             self._tell_of_no_claim(error)
 
@@ -318,7 +320,7 @@ class Worker:
 
     def _look_who_waits(self, free: int) -> Waiting:
         """Asked only when a poll has gone on for so long that it could make room for whoever waits."""
-        ending_before = self.tools.monotonic() - self.tools.budget.slice_seconds
+        ending_before = self.ports.monotonic() - self.ports.budget.slice_seconds
         long_ones = [lease for lease in tuple(self._held.values()) if lease.began_at <= ending_before]
         if not long_ones:
             return Waiting()
@@ -333,7 +335,7 @@ class Worker:
                 )
         return Waiting(due, frozenset(lined))
 
-    def _make_room(self, lease: HeldLease) -> bool:
+    def _make_room(self, lease: ActiveLease) -> bool:
         """Whether this poll, which has gone on for long, is to end now: one for each account that waits."""
         waiting, others = self._waiting, [other for other in tuple(self._held.values()) if other.makes_room]
         at_host = sum(other.claim.host == lease.claim.host for other in others)
@@ -342,15 +344,15 @@ class Worker:
         )
         return lease.makes_room
 
-    def _hold(self, claim: Claim, asked_at: float) -> HeldLease:
+    def _hold(self, claim: Claim, asked_at: float) -> ActiveLease:
         # By claim, not by account: one that was released a moment ago may be
         # due and claimed again before its last thread has let it go.
-        lease = HeldLease(claim, self.lease_seconds, self.tools.monotonic, asked_at)
+        lease = ActiveLease(claim, self.lease_seconds, self.ports.monotonic, asked_at)
         self._held[claim] = lease
         observe.POLLS_RUNNING.set(len(self._held))
         return lease
 
-    def _let_go(self, lease: HeldLease) -> None:
+    def _let_go(self, lease: ActiveLease) -> None:
         self._held.pop(lease.claim, None)
         observe.POLLS_RUNNING.set(len(self._held))
 
@@ -367,8 +369,8 @@ class Worker:
         stop.wait()
         self.stopping.set()
         self.log.info("service.draining", polls=len(self._held), seconds=drain_seconds)
-        ends_at = self.tools.monotonic() + drain_seconds
-        while self._held and self.tools.monotonic() < ends_at:
+        ends_at = self.ports.monotonic() + drain_seconds
+        while self._held and self.ports.monotonic() < ends_at:
             self.chance.sleep(0.05)
         left = len(self._held)
         self.log.info("service.stopped", unfinished=left)
@@ -376,7 +378,7 @@ class Worker:
 
     def _poll_due(self, polling: Polling) -> None:
         """Poll, as far as that is to wait for the server, together with others; what is left has a thread."""
-        with self._broken_off([polling]):
+        with self._abandoned([polling]):
             report = begin(polling.story)
             if report is None:
                 self._pool.submit(self._poll_on, polling)
@@ -384,7 +386,7 @@ class Worker:
                 self._is_over(Over(polling, report))
 
     def _poll_on(self, polling: Polling) -> None:
-        with self._broken_off([polling]):
+        with self._abandoned([polling]):
             self._is_over(Over(polling, finish(polling.story)))
 
     def _is_over(self, over: Over) -> None:
@@ -411,7 +413,7 @@ class Worker:
         serves = self._serves and not self.stopping.is_set()
         may_claim = serves and not self._is_claiming
         free = max(0, self._may_poll() + len(over) - len(self._held)) if may_claim else 0
-        with self._broken_off([each.polling for each in over]):
+        with self._abandoned([each.polling for each in over]):
             self._end_and_begin(over, free)
         if serves:
             try:
@@ -435,7 +437,7 @@ class Worker:
         and this thread may not wait for them, another one does.
         """
         kept = [each for each in over if each.report.outcome != "lease_lost"]
-        asked_at = self.tools.monotonic()
+        asked_at = self.ports.monotonic()
         try:
             ends, failing_limit = [self._ending(each) for each in kept], self._may_fail(over)
             done = self._transact(ends, free, failing_limit, may_wait=may_wait)
@@ -443,7 +445,7 @@ class Worker:
             if kept and len(over) + free > 1 and not isinstance(error, ArchiverError):
                 # A mistake of ours in one of them must not take the others along.
                 for each in over:
-                    with self._broken_off([each.polling]):
+                    with self._abandoned([each.polling]):
                         self._end_and_begin([each], 0)
                 return []
             done = Changeover([error for _ in kept], [], None)
@@ -488,8 +490,8 @@ class Worker:
 
     def _put_off(self, polling: Polling, until: datetime) -> None:
         """Give an account back that fell due in its blackout: it was asked for, or its worker died."""
-        claim, after_seconds = polling.lease.claim, (until - self.tools.now()).total_seconds()
-        with self._broken_off([polling]):
+        claim, after_seconds = polling.lease.claim, (until - self.ports.now()).total_seconds()
+        with self._abandoned([polling]):
             try:
                 self.database.transact(lambda connection: schedule.put_off(connection, claim, after_seconds))
             except LeaseLost:
@@ -530,16 +532,16 @@ class Worker:
             return PollReport(account.name, error.outcome, error=str(error), hint=error.hint)
         return self._poll_held(account, lease, watch)
 
-    def _poll_held(self, account: Account, lease: HeldLease, watch: Watch | None) -> PollReport:
+    def _poll_held(self, account: Account, lease: ActiveLease, watch: Watch | None) -> PollReport:
         """Poll in this thread, to the end; in person, if somebody watches."""
         polling = Polling(account, lease, self._story(account, lease, watch), in_person=watch is not None)
         self._is_over(Over(polling, finish(polling.story)))
         return polling.ended.result()
 
-    def _wait_for(self, account: Account) -> HeldLease:
+    def _wait_for(self, account: Account) -> ActiveLease:
         ends_at, left_behind = self._give_up_at(), None
         while True:
-            asked_at = self.tools.monotonic()
+            asked_at = self.ports.monotonic()
             claim = self.database.transact(
                 partial(
                     schedule.claim_account,
@@ -560,12 +562,12 @@ class Worker:
             if holder is None and self._is_at(mail_host(account.url)):
                 # The host's sessions are our own: they end, however long they take.
                 ends_at = self._give_up_at()
-            if self.tools.monotonic() > ends_at or self.stopping.is_set():
+            if self.ports.monotonic() > ends_at or self.stopping.is_set():
                 raise self._why_not(account, holder)
             self.chance.sleep(0.2)
 
     def _give_up_at(self) -> float:
-        return self.tools.monotonic() + self.lease_seconds + TICK_SECONDS
+        return self.ports.monotonic() + self.lease_seconds + TICK_SECONDS
 
     def _is_at(self, host: str) -> bool:
         return any(claim.host == host for claim in tuple(self._held))
@@ -593,21 +595,21 @@ class Worker:
     def _story(
         self,
         account: Account,
-        lease: HeldLease,
+        lease: ActiveLease,
         watch: Watch | None = None,
         *,
         before: reads.BeforePoll | None = None,
     ) -> Story:
         """The poll's story, which ends in a report whatever goes wrong. Whoever watches asks in person."""
         try:
-            tools = self._tools_for(account, lease, in_person=watch is not None)
-            return (yield from poll(account, lease, tools, watch, before=before, may_glance=watch is None))
+            ports = self._ports_for(account, lease, in_person=watch is not None)
+            return (yield from poll(account, lease, ports, watch, before=before, may_glance=watch is None))
         except OperatorNeeded as error:
             return PollReport(account.name, error.outcome, error=str(error), hint=error.hint)
         except Exception as error:
             # A mistake of ours must not end the thread with the lease in its
             # hand, nor any other account's poll.
-            self.log.exception("poll.broke", account=account.name)
+            self.log.exception("poll.crashed", account=account.name)
             return PollReport(
                 account.name, "try_later", error=f"internal error: {error!r}", journal_uncertain=True
             )
@@ -630,7 +632,7 @@ class Worker:
             return replace(over.report, outcome=lost.outcome, error=str(lost))
         if isinstance(host, schedule.Trouble):
             self.log.warning(
-                "host.closed",
+                "host.backing_off",
                 host=host.host,
                 failures=host.failures,
                 failing_since=host.failing_since,
@@ -644,22 +646,19 @@ class Worker:
     def _ending(self, over: Over) -> Ending:
         polling, report = over
         account, lease, in_person = polling.account, polling.lease, polling.in_person
-        disproved = None
-        if in_person and report.outcome == "ok" and account.paused_reason != PAUSED_BY_HAND:
-            disproved = account.paused_reason
-        now = self.tools.now()
+        now = self.ports.now()
         return Ending(
             lease.claim,
             report,
             now,
             following=partial(self._following, report, _timetable(account, fall_back=True), now),
             avoids=policy.remembered(account.avoids, report, now),
-            disproved=disproved,
+            ends_wait=in_person and report.outcome == "ok",
             chance=self.chance.uniform(0.0, 1.0),
         )
 
     def _following(
-        self, report: PollReport, timetable: Timetable, now: datetime, stood: Standing
+        self, report: PollReport, timetable: Timetable, now: datetime, stood: ScheduleState
     ) -> policy.NextPoll:
         return policy.next_poll(
             report,
@@ -670,20 +669,20 @@ class Worker:
             stands_at=stood.interval_seconds,
         )
 
-    def _tools_for(self, account: Account, lease: HeldLease, *, in_person: bool) -> Tools:
+    def _ports_for(self, account: Account, lease: ActiveLease, *, in_person: bool) -> Ports:
         """What this one poll works with. Whoever asks in person has the poll, blackout or not, to its end."""
         timetable = _timetable(account)
         if in_person:
-            return self.tools
-        ends_at = timetable.blackout_begins(self.tools.now())
-        budget = replace(self.tools.budget, ends_at=ends_at)
-        return replace(self.tools, budget=budget, make_room=partial(self._make_room, lease))
+            return self.ports
+        ends_at = timetable.blackout_begins(self.ports.now())
+        budget = replace(self.ports.budget, ends_at=ends_at)
+        return replace(self.ports, budget=budget, make_room=partial(self._make_room, lease))
 
-    def _tell(self, report: PollReport, lease: HeldLease) -> None:
+    def _tell(self, report: PollReport, lease: ActiveLease) -> None:
         observe.POLLS.labels(report.outcome).inc()
         observe.POLL_SECONDS.observe(report.seconds)
         observe.CAPTURED.inc(report.new)
-        observe.CAPTURED_OCTETS.inc(report.octets)
+        observe.CAPTURED_BYTES.inc(report.fetched_bytes)
         observe.DELETE_REQUESTED.inc(report.delete_requested)
         observe.LOST.inc(report.lost)
         say = self.log.info if report.outcome == "ok" and not report.warnings else self.log.warning
@@ -693,7 +692,7 @@ class Worker:
             "poll.ended",
             account=report.account,
             account_id=lease.claim.account_id,
-            poll=lease.claim.token,
+            token=lease.claim.token,
             outcome=report.outcome,
             listed=report.listed,
             new=report.new,
@@ -705,7 +704,7 @@ class Worker:
             gone=report.gone,
             lost=report.lost,
             glanced=report.glanced,
-            octets=report.octets,
+            bytes=report.fetched_bytes,
             segments=report.segments,
             seconds=round(report.seconds, 3),
             implementation=report.implementation,
@@ -749,7 +748,7 @@ def _sum(first: PollReport, second: PollReport) -> PollReport:
         second,
         new=first.new + second.new,
         known=max(0, second.known - first.new),
-        octets=first.octets + second.octets,
+        fetched_bytes=first.fetched_bytes + second.fetched_bytes,
         seconds=first.seconds + second.seconds,
         segments=first.segments + second.segments,
         delete_requested=first.delete_requested + second.delete_requested,

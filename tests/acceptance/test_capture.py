@@ -15,8 +15,8 @@ from tests.harness.seaweedfs import SeaweedFS
 pytestmark = pytest.mark.acceptance
 
 MESSAGES, SEED = 2_000, 19_390_501
-HEAVY_OCTETS = 300_000_000
-MEMORY_OCTETS = 200 * 1000 * 1000
+HEAVY_BYTES = 300_000_000
+MEMORY_BYTES = 200 * 1000 * 1000
 
 
 def test_two_thousand_messages_are_archived_octet_for_octet(
@@ -92,22 +92,22 @@ def test_a_message_of_300_mb_passes_through_a_small_process(
 ) -> None:
     line = b"The quick brown fox jumps over the lazy dog, and the archive keeps every octet.\r\n"
     heavy = b"Subject: heavy\r\n\r\n" + b"".join(
-        b"%08d %b" % (number, line) for number in range(HEAVY_OCTETS // (len(line) + 9) + 1)
+        b"%08d %b" % (number, line) for number in range(HEAVY_BYTES // (len(line) + 9) + 1)
     )
-    assert len(heavy) > HEAVY_OCTETS
+    assert len(heavy) > HEAVY_BYTES
     box = mailbox([heavy])
 
     poll = in_bucket.cli.start("sync", box.url, *in_bucket.access(box), "--json")
     peaks: list[int] = []
 
     def ended() -> bool:
-        peaks.append(poll.peak_resident_octets() or 0)
+        peaks.append(poll.peak_resident_bytes() or 0)
         return poll.has_ended
 
     wait_for(ended, "the end of the poll", seconds=120)
     [report] = poll.wait().json
 
     assert (report["outcome"], report["new"], report["bytes"]) == ("ok", 1, len(heavy))
-    assert 0 < max(peaks) < MEMORY_OCTETS
+    assert 0 < max(peaks) < MEMORY_BYTES
     got = in_bucket.cli.do("message", "get", sha256(heavy))
     assert got.out == heavy

@@ -70,7 +70,7 @@ def test_a_refused_password_pauses_an_account_until_it_is_corrected(
     assert {line["outcome"] for line in service.log("poll.ended")} == {"operator_needed"}
     paused = cli.run("account", "show", "alice", "--json").json[0]
     assert (paused["state"], archive.status()["paused"]) == ("paused", 1)
-    assert paused["paused_reason"] == paused["last_error"]
+    assert paused["state_reason"] == paused["last_error"]
 
     # A sync of all leaves it alone; one that names it, with the right password, sets it free.
     password.write_text(f"{box.password}\n")

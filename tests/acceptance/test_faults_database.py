@@ -79,7 +79,7 @@ def expect_all_done(archive: Archive, boxes: list[Mailbox], mail: list[bytes], *
     for service in services:
         service.terminate()
         assert service.wait(30).code == 0
-        assert service.log("poll.broke") == []
+        assert service.log("poll.crashed") == []
         assert {line["outcome"] for line in service.log("poll.ended")} <= {"ok", "try_later", "lease_lost"}
     archive.expect_each_once(mail)
 

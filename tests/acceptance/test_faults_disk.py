@@ -17,11 +17,11 @@ from tests.harness.small_disk import SmallDisk
 
 pytestmark = pytest.mark.acceptance
 
-DISK_OCTETS = 6 * 1024 * 1024
+DISK_BYTES = 6 * 1024 * 1024
 SIZES = [40_000, 60_000, 900_000, 30_000, 50_000, 20_000]
 """Of the messages, in octets: one of them fills what is left of the disk."""
 
-LEFT_OCTETS = 400_000
+LEFT_BYTES = 400_000
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     # Not a server that could be installed: where it is not allowed, CI or not, it cannot be had.
     if (reason := harness_small_disk.why_not()) is not None:
         pytest.skip(reason)
-    with harness_small_disk.small_disk(tmp_path / "disk", DISK_OCTETS) as made:
+    with harness_small_disk.small_disk(tmp_path / "disk", DISK_BYTES) as made:
         yield made
 
 
@@ -82,7 +82,7 @@ def test_no_room_to_spool(
     (disk.seen / "spool").mkdir()
     spool = {"ARCHIVER_SPOOL_DIRECTORY": str(disk.path / "spool"), "ARCHIVER_SPOOL_MESSAGE_BYTES": "1000"}
     with archive_on(disk, tmp_path, tmp_path / "archiver.db", tmp_path / "store", **spool) as archive:
-        disk.fill(leave_octets=LEFT_OCTETS)
+        disk.fill(leave_bytes=LEFT_BYTES)
 
         report = poll(archive, box)
 
@@ -103,7 +103,7 @@ def test_no_room_to_store(
 ) -> None:
     box = mailbox(mail)
     with archive_on(disk, tmp_path, tmp_path / "archiver.db", disk.path / "store") as archive:
-        disk.fill(leave_octets=LEFT_OCTETS)
+        disk.fill(leave_bytes=LEFT_BYTES)
 
         report = poll(archive, box)
 
@@ -152,7 +152,7 @@ def test_the_database_runs_full_in_the_middle_of_a_poll(
         archive.cli.run(
             "account", "add", "alice", box.url, *archive.access(box), "--delete", "after-archived"
         )
-        disk.fill(leave_octets=1_000_000)
+        disk.fill(leave_bytes=1_000_000)
 
         [report] = archive.cli.run("sync", "alice", "--json").json
 

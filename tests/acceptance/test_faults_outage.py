@@ -39,7 +39,7 @@ DRAIN_SECONDS = 4.0
 NOISE_SECONDS = 6.0
 """What a busy machine may add before a process is gone."""
 
-GROWTH_OCTETS = 16 * 1024 * 1024
+GROWTH_BYTES = 16 * 1024 * 1024
 """Memory that an outage may cost, however long it is."""
 
 BATCH, WINDOW = 10, 32
@@ -83,7 +83,7 @@ def end(service: Running) -> list[dict[str, Any]]:
     [draining] = service.log("service.draining")
     [stopped] = service.log("service.stopped")
     assert draining["seconds"] == DRAIN_SECONDS
-    assert service.log("poll.broke") == []
+    assert service.log("poll.crashed") == []
     return [stopped]
 
 
@@ -111,16 +111,16 @@ def test_a_database_that_is_away(
         wait_for(lambda: ask("/readyz")[0] == 503, "it is not ready", seconds=90)
         assert ask("/livez")[0] == 200
         wait_for(lambda: service.log("claim.failed"), "it cannot claim", seconds=90)
-        before, memory = logins(dovecot, box), service.peak_resident_octets()
+        before, memory = logins(dovecot, box), service.peak_resident_bytes()
         time.sleep(OUTAGE_SECONDS)
 
         # Who cannot claim asks no mail server; and it neither grows nor dies.
         assert logins(dovecot, box) == before
         assert ask("/livez")[0] == 200
-        peak = service.peak_resident_octets()
+        peak = service.peak_resident_bytes()
         assert memory is not None
         assert peak is not None
-        assert peak - memory < GROWTH_OCTETS
+        assert peak - memory < GROWTH_BYTES
         server.start()
         archive.expect_none_lost(mail, box.messages())
         wait_for(lambda: ask("/readyz")[0] == 200, "it is ready again")
@@ -139,7 +139,7 @@ def test_a_store_that_is_away_for_an_hour(
     (tmp_path / "store").rename(tmp_path / "elsewhere")
     box.deliver(mail)
     wait_for(partial(has_failed, service, 1), "the store is missed")
-    memory = service.peak_resident_octets()
+    memory = service.peak_resident_bytes()
 
     # Each wait is read from where the service reads it.
     waited_seconds, polls = 0.0, 1
@@ -160,10 +160,10 @@ def test_a_store_that_is_away_for_an_hour(
     assert fetched_for_nothing <= BATCH + WINDOW
     assert box.messages() == mail
     assert archive.captured() == []
-    peak = service.peak_resident_octets()
+    peak = service.peak_resident_bytes()
     assert memory is not None
     assert peak is not None
-    assert peak - memory < GROWTH_OCTETS
+    assert peak - memory < GROWTH_BYTES
     (tmp_path / "elsewhere").rename(tmp_path / "store")
     wait_for(partial(has_emptied, archive, [box]), "it goes on by itself", seconds=90)
     assert end(service)[0]["unfinished"] == 0
@@ -189,7 +189,7 @@ def test_sigterm_in_the_middle_of_a_large_mailbox(
 ) -> None:
     mail = list(generate_corpus(600, seed=73, scale=0.05))
     boxes = [mailbox(mail[:500]), mailbox(mail[500:])]
-    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, octets_per_second=300_000) as line:
+    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, bytes_per_second=300_000) as line:
         service = serve(archive, boxes, port=line.port, ARCHIVER_WORKERS="1")
         wait_for(lambda: len(archive.captured()) >= 2 * BATCH, "a poll goes on")
 
@@ -217,7 +217,7 @@ def test_sigterm_while_the_mail_server_says_nothing(
 ) -> None:
     mail = list(generate_corpus(60, seed=74, scale=0.2))
     box = mailbox(mail)
-    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, octets_per_second=200_000) as line:
+    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, bytes_per_second=200_000) as line:
         service = serve(archive, [box], port=line.port)
         wait_for(lambda: len(archive.captured()) >= BATCH, "a poll goes on")
         line.break_now("stall")
@@ -238,7 +238,7 @@ def test_sigterm_while_the_database_is_away(
 ) -> None:
     mail = list(generate_corpus(60, seed=75, scale=0.1))
     box = mailbox(mail)
-    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, octets_per_second=200_000) as line:
+    with Proxy(dovecot.pop3s_port, latency_seconds=LATENCY_SECONDS, bytes_per_second=200_000) as line:
         service = serve(archive, [box], port=line.port)
         wait_for(lambda: len(archive.captured()) >= BATCH, "a poll goes on")
         server.kill()

@@ -238,7 +238,7 @@ def octets_of_a_session(box: Mailbox) -> dict[Direction, int]:
                 connection.sendall(f"{verb}\r\n".encode())
             while connection.recv(65536):
                 pass
-        return {"up": proxy.octets_up, "down": proxy.octets_down}
+        return {"up": proxy.bytes_up, "down": proxy.bytes_down}
 
 
 def outcomes(reports: dict[str, dict[str, Any]]) -> dict[str, str]:

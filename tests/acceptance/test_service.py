@@ -227,7 +227,7 @@ def expect_one_poll_at_a_time(polls: list[dict[str, Any]]) -> None:
     for account, story in by_account.items():
         for earlier, later in pairwise(story):
             assert datetime.fromisoformat(earlier["at"]) < begun(later), account
-            assert earlier["poll"] < later["poll"], account
+            assert earlier["token"] < later["token"], account
 
 
 def expect_one_session_at_a_time(server: Dovecot, user: str) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from archiver import observe
 from archiver.db.reads import BeforePoll
 from archiver.model import PollReport
-from archiver.worker import Chance, HeldLease, Over, Polling, Worker
+from archiver.worker import ActiveLease, Chance, Over, Polling, Worker
 from tests.bench.machine import cpu_seconds_of
 from tests.harness.postgres import postgres
 from tests.harness.scripted_pop3 import MailboxPlay
@@ -36,11 +36,11 @@ _ROUNDS = 5
 class _Changing(Worker):
     """Its polls are over as soon as they begin."""
 
-    leases: Sequence[HeldLease] = ()
+    leases: Sequence[ActiveLease] = ()
     before: Mapping[str, BeforePoll] = MappingProxyType({})
 
     def _begin(
-        self, leases: list[HeldLease], before: Mapping[str, BeforePoll] | None = None
+        self, leases: list[ActiveLease], before: Mapping[str, BeforePoll] | None = None
     ) -> list[Future[PollReport]]:
         self.leases, self.before = leases, before or {}
         return []
@@ -68,7 +68,7 @@ def _measure(table: Table, name: str, url: str, place: Path, server_pid: int | N
             archive.add(server, url=f"pop3://user{number}@localhost:{server.port}", interval_seconds=0.0001)
         for at_once in _AT_ONCE:
             worker = _Changing(
-                archive.tools(),
+                archive.ports(),
                 lease_seconds=LEASE_SECONDS,
                 workers=_ACCOUNTS,
                 chance=Chance(lambda low, high: (low + high) / 2),

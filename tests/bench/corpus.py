@@ -73,12 +73,12 @@ QUICK = Scale(
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """What lies in one mailbox. ``lf_octets`` are those of the same messages with bare line feeds."""
+    """What lies in one mailbox. ``lf_bytes`` are those of the same messages with bare line feeds."""
 
     user: str
     count: int
     octets: int
-    lf_octets: int
+    lf_bytes: int
 
 
 class Corpus:
@@ -106,7 +106,7 @@ class Corpus:
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
-        return [(octets, lf_octets) for octets, lf_octets in json.loads(self._sizes_file.read_text())]
+        return [(octets, lf_bytes) for octets, lf_bytes in json.loads(self._sizes_file.read_text())]
 
     def mailbox(self, user: str, first: int, count: int) -> Mailbox:
         """The mailbox of ``count`` messages from a number on; behind the last comes the first."""

@@ -56,8 +56,8 @@ MEASURED: Final = kept()
 POLLS_A_DAY: Final = 24 * 60 // 5
 MESSAGES_A_DAY: Final = 20
 BUSIEST_HOUR: Final = 3.0  # times the mean: mail comes in working hours; polls come evenly
-MESSAGE_OCTETS: Final = 80_000
-ROW_OCTETS: Final = 900  # capture, sighting, event and their indexes
+MESSAGE_BYTES: Final = 80_000
+ROW_BYTES: Final = 900  # capture, sighting, event and their indexes
 DAYS_A_MONTH: Final = 30.4
 
 WORKERS: Final = 256  # ARCHIVER_WORKERS in each pod
@@ -135,8 +135,8 @@ def need(mailboxes: int, costs: Costs = MEASURED) -> Need:
         database_cores=database / 1000 / DATABASE_SHARE,
         connections=pods * CONNECTIONS,
         puts_a_day=mailboxes * MESSAGES_A_DAY + batches_a_day,
-        rows_gib_a_month=mailboxes * MESSAGES_A_DAY * DAYS_A_MONTH * ROW_OCTETS / 1024**3,
-        mail_gb_a_month=mailboxes * MESSAGES_A_DAY * DAYS_A_MONTH * MESSAGE_OCTETS / 1e9,
+        rows_gib_a_month=mailboxes * MESSAGES_A_DAY * DAYS_A_MONTH * ROW_BYTES / 1024**3,
+        mail_gb_a_month=mailboxes * MESSAGES_A_DAY * DAYS_A_MONTH * MESSAGE_BYTES / 1e9,
     )
 
 

@@ -89,13 +89,13 @@ class Fleet:
     def add(self, url: str, users: Iterable[str], interval_seconds: float) -> None:
         """Add accounts by the thousands."""
         with psycopg.connect(url) as connection:
-            columns = "id, name, url, tls, secret, delete_policy, interval_seconds, pipelining, epoch, "
+            columns = "id, name, url, tls, secret_reference, delete_policy, interval_seconds, epoch, "
             columns += "tls_pins, tls_minimum, created_at"
             with connection.cursor().copy(f"COPY account ({columns}) FROM STDIN") as copy:
                 for user in users:
                     fields = (self.mail.url(user), "none", "env:BENCH_PASSWORD", "never", interval_seconds)
                     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                    copy.write_row((os.urandom(8).hex(), user, *fields, True, 1, "", "1.2", now))
+                    copy.write_row((os.urandom(8).hex(), user, *fields, 1, "", "1.2", now))
             connection.execute(
                 "INSERT INTO lease (account_id, due_at, token, recover, failures, refusals, host) "
                 "SELECT id, now(), 0, false, 0, 0, split_part(split_part(url, '@', 2), ':', 1) FROM account "
@@ -107,7 +107,7 @@ class Fleet:
                 "WHERE id NOT IN (SELECT account_id FROM journal)"
             )
             connection.execute(
-                "INSERT INTO mailbox (account_id, captures, octets, quarantined, to_come, day_octets) "
+                "INSERT INTO mailbox (account_id, captures, captured_bytes, quarantined, to_come, day_bytes) "
                 "SELECT id, 0, 0, 0, 0, 0 FROM account WHERE id NOT IN (SELECT account_id FROM mailbox)"
             )
         with psycopg.connect(url, autocommit=True) as connection:
@@ -149,7 +149,7 @@ def accounts(fleet: Fleet, console: Console, seconds: float) -> None:
         with psycopg.connect(urls[count]) as connection:
             # As if each had been listed, and found empty, a moment ago.
             connection.execute(
-                "UPDATE mailbox SET listed_at = now(), listed = 0, stat_count = 0, stat_octets = 0, "
+                "UPDATE mailbox SET listed_at = now(), listed = 0, stat_count = 0, stat_size = 0, "
                 "trusted_until = now() + interval '3 hours'"
             )
     for turn in range(3):
@@ -185,7 +185,7 @@ def far(fleet: Fleet, console: Console, seconds: float) -> None:
         with fleet.service(url, workers=workers, host_sessions=workers, ramp_seconds=1) as (_, running):
             fleet.wait_for_polls(2 * len(users))  # each was listed, and looked at
             cost = fleet.cost(running, seconds)
-            peak = running.peak_resident_octets() or 0
+            peak = running.peak_resident_bytes() or 0
         table.add_row(
             f"{workers:,}",
             f"{cost.rate:.0f}",
@@ -243,7 +243,7 @@ def memory(fleet: Fleet, console: Console, seconds: float) -> None:
     ):
         wait_for(lambda: fleet.mail.counts()["commands"].get("PASS", 0) >= 300, "300 sessions", seconds=120)
         time.sleep(seconds)
-        peak = running.peak_resident_octets() or 0
+        peak = running.peak_resident_bytes() or 0
         logins = len(fleet.mail.counts()["logins"])
     console.print(f"{logins} polls at once, each in the middle of its messages: at most {peak / 1e6:.0f} MB")
 

@@ -361,7 +361,7 @@ def _mpop_then_s5cmd(stage: Stage, box: Mailbox) -> Contender:
             environment=stage.s3.environment,
         )
         sizes = stage.objects(name)
-        if (len(sizes), sum(sizes)) != (box.count, box.lf_octets):
+        if (len(sizes), sum(sizes)) != (box.count, box.lf_bytes):
             raise BenchError(f"the bucket has {len(sizes)} objects of {sum(sizes)} octets")
         return Sample.of(cost, box.count, box.octets)
 

@@ -28,10 +28,10 @@ from archiver.model import (
     NO_DIGEST,
     Account,
     Claim,
-    MailServer,
     PollReport,
     Resolved,
     Segment,
+    ServerRecord,
     SightingKey,
     What,
     new_account_id,
@@ -48,7 +48,7 @@ _MUCH_MEMORY_BYTES = 1024**3
 _DUE_PARTS = 300  # how finely due times are spread
 _BATCHES_TO_COUNT = (10, 100, 500)
 _AT = datetime(2026, 1, 1, tzinfo=UTC)
-_SERVER = MailServer(_HOST, 995, "+OK", "PLAIN", "TLSv1.3", "TLS_AES_256_GCM_SHA384", "00" * 32)
+_SERVER = ServerRecord(_HOST, 995, "+OK", "PLAIN", "TLSv1.3", "TLS_AES_256_GCM_SHA384", "00" * 32)
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _sum(reports: list[PollReport]) -> dict[str, Any]:
         "polls": len(reports),
         "count": sum(report.new for report in reports),
         "known": sum(report.known for report in reports),
-        "octets": sum(report.octets for report in reports),
+        "octets": sum(report.fetched_bytes for report in reports),
     }
 
 
@@ -227,7 +227,7 @@ def _segment(
             key,
             _AT + timedelta(seconds=sequence, milliseconds=number),
             sha256=hashlib.sha256(key.uidl).digest(),
-            octets=key.size,
+            size=key.size,
         )
         for number, key in enumerate(keys)
     ]
@@ -250,7 +250,7 @@ def _segment(
 def _take_in(archiver: Archiver, claim: Claim, segment: Segment) -> None:
     digests = [line.sha256 for line in segment.lines if line.sha256 is not None]
     with archiver.database.reading() as connection:
-        reads.held(connection, segment.account_id, digests)
+        reads.captured_contents(connection, segment.account_id, digests)
     archiver.database.transact(
         lambda connection: record.segment(connection, claim, segment, _digest_of(segment.sequence))
     )

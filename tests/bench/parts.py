@@ -181,7 +181,7 @@ def starts(stage: Stage) -> Measured:
             interval_seconds=300.0,
             due_after_seconds=3600.0,
             due_over_seconds=300.0,
-            secret=f"file:{secret}",
+            secret_reference=f"file:{secret}",
         )
 
     def help_text(_: str) -> Sample:

@@ -141,7 +141,7 @@ def fetchmail(program: str, directory: Path, server: Server, box: Mailbox) -> Co
     file.chmod(0o600)
     cost = run([program, "--silent", "-f", str(file)], environment={"FETCHMAILHOME": str(directory)})
     written = (directory / "mail").read_bytes()
-    check("fetchmail", box, written.count(b"\r\nDATA\r\n"), len(written), at_least=box.lf_octets)
+    check("fetchmail", box, written.count(b"\r\nDATA\r\n"), len(written), at_least=box.lf_bytes)
     return cost
 
 
@@ -174,9 +174,9 @@ def make_maildir(path: Path) -> None:
 def check_maildir(who: str, path: Path, box: Mailbox, *, exactly: bool = True) -> None:
     """Whether all messages are there, and whole: as they were, with bare line feeds."""
     sizes = [file.stat().st_size for file in (path / "new").iterdir()]
-    check(who, box, len(sizes), sum(sizes), at_least=box.lf_octets)
-    if exactly and sum(sizes) != box.lf_octets:
-        raise BenchError(f"{who} wrote {sum(sizes)} octets of {box.user}, not {box.lf_octets}")
+    check(who, box, len(sizes), sum(sizes), at_least=box.lf_bytes)
+    if exactly and sum(sizes) != box.lf_bytes:
+        raise BenchError(f"{who} wrote {sum(sizes)} octets of {box.user}, not {box.lf_bytes}")
 
 
 def check(who: str, box: Mailbox, count: int, octets: int, *, at_least: int) -> None:

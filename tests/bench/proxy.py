@@ -1,6 +1,6 @@
 """A long line to a mail server: latency each way and one bandwidth for all, in a process of its own.
 
-    with far_line(port, round_trip_seconds=0.04, octets_per_second=12.5e6) as line:
+    with far_line(port, round_trip_seconds=0.04, bytes_per_second=12.5e6) as line:
         ...  # clients connect to 127.0.0.1, line.port
 
 Owns a listener and an event loop, in a child. Promises that nothing is held
@@ -48,11 +48,11 @@ class FarLine:
 
 
 @contextmanager
-def far_line(target_port: int, *, round_trip_seconds: float, octets_per_second: float) -> Iterator[FarLine]:
+def far_line(target_port: int, *, round_trip_seconds: float, bytes_per_second: float) -> Iterator[FarLine]:
     """A line to a port of this machine, until the end of the block."""
     command = [sys.executable, "-m", "tests.bench.proxy", str(target_port)]
     process = subprocess.Popen(
-        [*command, repr(round_trip_seconds), repr(octets_per_second)],
+        [*command, repr(round_trip_seconds), repr(bytes_per_second)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -72,10 +72,10 @@ def far_line(target_port: int, *, round_trip_seconds: float, octets_per_second: 
 class _Direction:
     """One direction of the line: who has something to send takes turns, then it travels."""
 
-    def __init__(self, latency_seconds: float, octets_per_second: float) -> None:
+    def __init__(self, latency_seconds: float, bytes_per_second: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._latency_seconds = latency_seconds
-        self._seconds_per_octet = 1 / octets_per_second
+        self._seconds_per_octet = 1 / bytes_per_second
         self._turns: deque[_End] = deque()
         self._free_at = 0.0
         self._wakes = False
@@ -128,7 +128,7 @@ class _End(asyncio.Protocol):
     other: "_End | None" = None
     transport: asyncio.Transport | None = None
     queue: deque[tuple[float, bytes]] = field(default_factory=deque)
-    queued_octets: int = 0
+    queued_bytes: int = 0
     held_back: bool = False
     closed: bool = False
 
@@ -143,7 +143,7 @@ class _End(asyncio.Protocol):
         idle = not self.queue
         for start in range(0, len(data), _CHUNK_OCTETS):
             self.queue.append((now, data[start : start + _CHUNK_OCTETS]))
-        self.queued_octets += len(data)
+        self.queued_bytes += len(data)
         if idle:
             self.direction.wants(self)
         self.regulate()
@@ -168,7 +168,7 @@ class _End(asyncio.Protocol):
     def take(self) -> tuple[float, bytes]:
         """The next chunk, and when it could be sent; an empty one is the end."""
         read_at, chunk = self.queue.popleft()
-        self.queued_octets -= len(chunk)
+        self.queued_bytes -= len(chunk)
         self.regulate()
         return read_at, chunk
 
@@ -186,7 +186,7 @@ class _End(asyncio.Protocol):
         """Read on while there is room: no more is under way than a real line's windows would let."""
         if self.transport is None or self.transport.is_closing():
             return
-        if self.held_back or self.queued_octets >= _QUEUED_OCTETS:
+        if self.held_back or self.queued_bytes >= _QUEUED_OCTETS:
             self.transport.pause_reading()
         else:
             self.transport.resume_reading()
@@ -199,10 +199,10 @@ class _End(asyncio.Protocol):
                 self.direction.wants(self)
 
 
-async def _serve(target_port: int, round_trip_seconds: float, octets_per_second: float) -> None:
+async def _serve(target_port: int, round_trip_seconds: float, bytes_per_second: float) -> None:
     loop = asyncio.get_running_loop()
-    up = _Direction(round_trip_seconds / 2, octets_per_second)
-    down = _Direction(round_trip_seconds / 2, octets_per_second)
+    up = _Direction(round_trip_seconds / 2, bytes_per_second)
+    down = _Direction(round_trip_seconds / 2, bytes_per_second)
     connecting: set[asyncio.Task[None]] = set()
 
     class Client(_End):
@@ -236,8 +236,8 @@ async def _serve(target_port: int, round_trip_seconds: float, octets_per_second:
 
 
 def main() -> None:
-    target_port, round_trip_seconds, octets_per_second = sys.argv[1:]
-    asyncio.run(_serve(int(target_port), float(round_trip_seconds), float(octets_per_second)))
+    target_port, round_trip_seconds, bytes_per_second = sys.argv[1:]
+    asyncio.run(_serve(int(target_port), float(round_trip_seconds), float(bytes_per_second)))
 
 
 if __name__ == "__main__":

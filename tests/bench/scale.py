@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from archiver.db import Database, migrate, reads, record
-from archiver.model import Claim, MailServer, Resolved, Segment, SightingKey, What
+from archiver.model import Claim, Resolved, Segment, ServerRecord, SightingKey, What
 from tests.harness.postgres import Postgres
 
 _SIGHTINGS_EACH = 1_000
@@ -47,16 +47,16 @@ _SETTINGS = {
 }
 
 _ACCOUNTS = """
-INSERT INTO account (id, name, url, tls, secret, delete_policy, interval_seconds, pipelining, epoch,
+INSERT INTO account (id, name, url, tls, secret_reference, delete_policy, interval_seconds, epoch,
                      tls_pins, tls_minimum, created_at)
 SELECT substr(md5(n::text), 1, 16), 'mailbox-' || n, 'pop3s://user' || n || '@mail' || n % 500 || '.example',
-       'implicit', 'env:NONE', 'never', 300, true, 1, '', '1.2', now()
+       'implicit', 'env:NONE', 'never', 300, 1, '', '1.2', now()
 FROM generate_series(1, {accounts}) AS n;
 INSERT INTO lease (account_id, due_at, token, recover, failures, refusals, host)
 SELECT id, now() + random() * interval '300 s', 1, false, 0, 0, split_part(url, '@', 2) FROM account;
 INSERT INTO journal (account_id, sequence, digest, written_at)
 SELECT id, 0, decode(repeat('00', 32), 'hex'), now() FROM account;
-INSERT INTO mailbox (account_id, captures, octets, quarantined, to_come, day_octets)
+INSERT INTO mailbox (account_id, captures, captured_bytes, quarantined, to_come, day_bytes)
 SELECT id, 0, 0, 0, 0, 0 FROM account;
 """
 _SIGHTING = """
@@ -68,7 +68,7 @@ SELECT id, 1, convert_to(lpad(to_hex({n}), 8, '0') || substr(id, 1, 8), 'UTF8'),
 FROM account
 """
 _CAPTURE = """
-INSERT INTO capture (account_id, sha256, octets, epoch, uidl, captured_at, token, sequence)
+INSERT INTO capture (account_id, sha256, size, epoch, uidl, captured_at, token, sequence)
 SELECT id, sha256(convert_to(id || {n}, 'UTF8')), 1000 + {n}, 1,
        convert_to(lpad(to_hex({n}), 8, '0') || substr(id, 1, 8), 'UTF8'),
        now() - ({each} - {n}) * interval '1 hour', 1, 1
@@ -169,7 +169,7 @@ def measure(sized: Sized, chance: random.Random) -> dict[str, Callable[[int], ob
 
     def held(n: int) -> None:
         with database.reading() as connection:
-            reads.held(connection, accounts[n], [chance.randbytes(32) for _ in range(_BATCH)])
+            reads.captured_contents(connection, accounts[n], [chance.randbytes(32) for _ in range(_BATCH)])
 
     def insert(n: int) -> None:
         account = accounts[n]
@@ -194,7 +194,7 @@ def _segment(account: str, sequence: int, previous: bytes, chance: random.Random
         Resolved(What.CAPTURED, SightingKey(chance.randbytes(8), 2_000), now, chance.randbytes(32), 2_000)
         for _ in range(_BATCH)
     )
-    server = MailServer("mail.example", 995, "", None, None, None, None)
+    server = ServerRecord("mail.example", 995, "", None, None, None, None)
     return Segment(
         account, account, "pop3s://mail.example", 1, sequence, previous, 1, now, server, 0, bytes(32), lines
     )

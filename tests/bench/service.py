@@ -162,7 +162,7 @@ def _prepare(database: Database, url: str, secret: str, interval_seconds: float)
         connection.execute(
             sa.update(account).values(
                 url=sa.literal(before).concat(account.c.name).concat(after),
-                secret=secret,
+                secret_reference=secret,
                 interval_seconds=interval_seconds,
             )
         )

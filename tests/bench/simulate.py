@@ -91,7 +91,7 @@ def _fill(
         interval_seconds=interval,
         due_after_seconds=_START_SECONDS,
         due_over_seconds=interval,
-        secret=f"file:{secret}",
+        secret_reference=f"file:{secret}",
     )
 
 

@@ -75,7 +75,7 @@ class Stage:
             far_line(
                 self.mail.pop3s_port,
                 round_trip_seconds=ROUND_TRIP_SECONDS,
-                octets_per_second=LINE_OCTETS_PER_SECOND,
+                bytes_per_second=LINE_OCTETS_PER_SECOND,
             )
         )
         return line
@@ -84,7 +84,7 @@ class Stage:
     def short(self) -> FarLine:
         """The same process without latency or limit: what it could carry."""
         line: FarLine = self._stack.enter_context(
-            far_line(self.mail.pop3s_port, round_trip_seconds=0.0, octets_per_second=1e12)
+            far_line(self.mail.pop3s_port, round_trip_seconds=0.0, bytes_per_second=1e12)
         )
         return line
 

@@ -73,12 +73,12 @@ def _add_accounts(connection: sa.Connection, numbers: range, now: datetime) -> N
 def _add_history(connection: sa.Connection, now: datetime) -> None:
     """The same for each account, but that nothing is listed where polls fail; made where the rows are."""
     well = lease.c.failures == 0
-    counts = {"new": 3, "delete_requested": 0, "octets": 150_000}
+    counts = {"new": 3, "delete_requested": 0, "fetched_bytes": 150_000}
     shown = {"listed": 20, "quarantined": 0, "to_come": 0}
     _for_each_account(
         connection,
         mailbox,
-        shown | {"captures": 1_000, "octets": 50_000_000, "day_octets": 0, "counted": _COUNTED},
+        shown | {"captures": 1_000, "captured_bytes": 50_000_000, "day_bytes": 0, "counted": _COUNTED},
     )
     for index in range(_POLLS):
         ended_at = max(history.begin(now.date()), now - timedelta(seconds=300 * (_POLLS - index)))
@@ -112,7 +112,7 @@ def _for_each_account(connection: sa.Connection, into: sa.Table, values: dict[st
 def measure(database: Database, count: int, now: datetime) -> dict[str, float]:
     one = f"{count // 2:016x}"
     questions: dict[str, Callable[[sa.Connection], object]] = {
-        "metrics (standing)": lambda connection: reads.standing(connection, now),
+        "metrics (standing)": lambda connection: reads.overview(connection, now),
         "status": lambda connection: view.overview(connection, now),
         f"status --days {_DAYS}": lambda connection: view.overview(connection, now, days=_DAYS),
         "status --all": lambda connection: view.overview(connection, now, limit=None),

@@ -138,7 +138,7 @@ class TestMailServers:
         assert any_mailbox.messages() == corpus
         (log,) = ended(any_mailbox)
         assert (log.quit, log.retr, log.top, log.dele, log.listed) == (True, len(corpus), 0, 0, len(corpus))
-        assert sum(map(len, corpus)) < log.retr_octets < 1.01 * sum(map(len, corpus))
+        assert sum(map(len, corpus)) < log.retr_bytes < 1.01 * sum(map(len, corpus))
 
     def test_starttls_and_pipelining(self, any_mailbox: Mailbox, corpus: list[bytes]) -> None:
         any_mailbox.deliver(corpus[:20])
@@ -343,7 +343,7 @@ class TestProxy:
             said = read_all(client)
 
             assert said == b"RETR 1\r\nNOOP\r\nDELE 1\r\nRETR 2\r\nPASS secret\r\n"
-            assert (proxy.octets_up, proxy.octets_down, proxy.connections) == (len(said), len(said), 1)
+            assert (proxy.bytes_up, proxy.bytes_down, proxy.connections) == (len(said), len(said), 1)
             assert proxy.lines() == [b"RETR 1", b"DELE 1", b"RETR 2"]
             assert proxy.lines(b"^RETR") == [b"RETR 1", b"RETR 2"]
 
@@ -351,9 +351,9 @@ class TestProxy:
         with Proxy(echo, latency_seconds=0.05) as proxy, connect(proxy) as client:
             began = time.monotonic()
             for n in range(100):
-                relayed = proxy.octets_up
+                relayed = proxy.bytes_up
                 client.sendall(b"%03d\n" % n)
-                wait_until(partial(lambda before: proxy.octets_up > before, relayed))  # a chunk of its own
+                wait_until(partial(lambda before: proxy.bytes_up > before, relayed))  # a chunk of its own
             client.shutdown(socket.SHUT_WR)
             assert read_all(client) == b"".join(b"%03d\n" % n for n in range(100))
 
@@ -361,7 +361,7 @@ class TestProxy:
 
     def test_bandwidth_is_limited(self, echo: int) -> None:
         content = bytes(1_000_000)
-        with Proxy(echo, octets_per_second=2_000_000) as proxy, connect(proxy) as client:
+        with Proxy(echo, bytes_per_second=2_000_000) as proxy, connect(proxy) as client:
             began = time.monotonic()
             sending = threading.Thread(target=client.sendall, args=(content,))
             sending.start()
@@ -400,7 +400,7 @@ class TestProxy:
                     outcomes.append(client.recv(5))
 
         assert [len(outcome) <= 3 for outcome in outcomes] == [True, True, False]
-        assert proxy.octets_up == 3 + 3 + 5
+        assert proxy.bytes_up == 3 + 3 + 5
 
     def test_breaks_where_it_looks_so(self, echo: int) -> None:
         with Proxy(echo) as proxy:

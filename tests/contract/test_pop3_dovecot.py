@@ -242,7 +242,7 @@ def test_d3_a_message_that_another_client_removed_ends_the_session_without_blame
 
 
 def test_a_message_over_the_limit_is_refused_and_the_others_come(mailbox: Callable[..., Box]) -> None:
-    with session(mailbox(ODD), limits=Limits(message_octets=50_000)) as client:
+    with session(mailbox(ODD), limits=Limits(message_bytes=50_000)) as client:
         got = list(client.retrieve(client.list().entries, sink))
         client.quit()
     assert [number for number, each in enumerate(got) if isinstance(each, Refused)] == [3]

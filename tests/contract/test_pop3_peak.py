@@ -20,7 +20,7 @@ from tests.harness.scripted_pop3 import (
     Talk,
 )
 
-MOST_OCTETS = 64_000_000
+MOST_BYTES = 64_000_000
 MANY = 500_000
 
 CAPABILITIES: list[Step] = [Expect(b"CAPA\r\n"), Send(b"+OK\r\nUIDL\r\n.\r\n")]
@@ -93,15 +93,15 @@ def cost_of(script: list[Step], *, seconds_a_look: float = 0.0) -> Cost:
 ENDLESS = 50_000_000
 
 ATTACKS: dict[str, tuple[list[Step], str]] = {
-    "greeting": ([SendEndlessly(b"+OK ")], "status_line_octets"),
-    "line of a reply": ([*EMPTY, SendEndlessly(b"+OK x")], "status_line_octets"),
+    "greeting": ([SendEndlessly(b"+OK ")], "status_line_bytes"),
+    "line of a reply": ([*EMPTY, SendEndlessly(b"+OK x")], "status_line_bytes"),
     "line of a listing": (
         [*LOGIN, Expect(b"UIDL\r\n"), Send(b"+OK\r\n1 "), SendEndlessly(b"a")],
-        "listing_octets",
+        "listing_bytes",
     ),
     "UIDL": (
         [*LOGIN, Expect(b"UIDL\r\n"), Send(b"+OK\r\n"), lines(range(1, ENDLESS), uid)],
-        "listing_octets",
+        "listing_bytes",
     ),
     "UIDL of short lines": (
         [*LOGIN, Expect(b"UIDL\r\n"), Send(b"+OK\r\n"), lines(range(1, ENDLESS), lambda _: b"a")],
@@ -128,14 +128,14 @@ def test_what_never_ends_takes_little_memory(attack: str) -> None:
     script, limit = ATTACKS[attack]
     cost = cost_of(script)
     assert (cost.kind, cost.limit) == ("protocol", limit)
-    assert cost.octets < MOST_OCTETS
+    assert cost.octets < MOST_BYTES
 
 
 @pytest.mark.parametrize("octets", [b"x", b"x\r\n", b"\r\n.x", b"\r"], ids=repr)
 def test_an_endless_message_takes_little_memory_and_ends_with_the_session(octets: bytes) -> None:
     cost = cost_of([*EMPTY, Send(b"+OK\r\n"), SendEndlessly(octets)], seconds_a_look=1.0)
     assert (cost.kind, cost.limit) == ("transient", "session_seconds")
-    assert cost.octets < MOST_OCTETS
+    assert cost.octets < MOST_BYTES
     assert cost.clock_seconds < default_limits().session_seconds + 10
 
 
@@ -165,7 +165,7 @@ def test_an_octet_a_second_ends_with_the_time_that_is_allowed(script: list[Step]
     cost = cost_of(script, seconds_a_look=1.0)
     assert (cost.kind, cost.limit) == ("transient", limit)
     assert cost.clock_seconds < getattr(default_limits(), limit) + 60
-    assert cost.octets < MOST_OCTETS
+    assert cost.octets < MOST_BYTES
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_an_octet_a_second_ends_with_the_time_that_is_allowed(script: list[Step]
 def test_a_mailbox_of_half_a_million_messages_is_listed(order: Iterable[int]) -> None:
     cost = cost_of([*listing(order, order), Expect(b"RETR 1\r\n"), Send(b"-ERR\r\n")])
     assert cost.listed == MANY
-    assert cost.octets < MOST_OCTETS
+    assert cost.octets < MOST_BYTES
 
 
 def test_the_client_by_itself_allows_what_an_installation_allows() -> None:
     settings = Settings.model_construct()
     limits = Limits()
-    assert (limits.listing_lines, limits.listing_octets) == (settings.listing_lines, settings.listing_octets)
+    assert (limits.listing_lines, limits.listing_bytes) == (settings.listing_lines, settings.listing_bytes)

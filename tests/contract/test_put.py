@@ -67,7 +67,7 @@ class Then:
 
     octets: bytes
     how: str = "keep"
-    body_octets: int | None = None  # of the request's, that are read before; None: all
+    body_bytes: int | None = None  # of the request's, that are read before; None: all
 
 
 class Scripted(socketserver.ThreadingTCPServer):
@@ -117,7 +117,7 @@ class Scripted(socketserver.ThreadingTCPServer):
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         step = self.script.pop(0) if self.script else DONE
         then = step if isinstance(step, Then) else Then(step)
-        size = int(headers.get("content-length", 0)) if then.body_octets is None else then.body_octets
+        size = int(headers.get("content-length", 0)) if then.body_bytes is None else then.body_bytes
         self.requests.append(Request(number, line, headers, reader.read(size)))
         self.lines.append(connection)
         connection.sendall(then.octets)
@@ -383,7 +383,7 @@ def test_half_an_answer_is_none_and_is_not_repeated_here(server: Scripted, begin
 
 
 def test_a_server_that_hangs_up_in_the_midst_of_a_body_has_not_got_it(server: Scripted) -> None:
-    server.script = [Then(b"", "reset", body_octets=1000)]
+    server.script = [Then(b"", "reset", body_bytes=1000)]
     with pytest.raises(TryLater):
         open_store(server).put(KEY, BytesBody(b"x" * LARGEST))
 
@@ -393,7 +393,7 @@ def test_a_refusal_in_the_midst_of_a_body_is_heard(server: Scripted) -> None:
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     store, body = open_store(server), BytesBody(b"x" * LARGEST)
     for _ in range(10):
-        server.script = [Then(refusal(403, "AccessDenied"), "close", body_octets=1000)]
+        server.script = [Then(refusal(403, "AccessDenied"), "close", body_bytes=1000)]
         with pytest.raises(OperatorNeeded, match="AccessDenied"):
             store.put(KEY, body)
 

@@ -131,8 +131,8 @@ def check_listing(octets: bytes) -> None:
     """Any octets are a listing, the same one however they are cut."""
     for uidl, sizes in ((octets, octets), (octets, None), (None, octets)):
         due = slowly_listed(uidl, sizes)
-        for piece_octets in (0, 1, 7):
-            listing = listed(uidl, sizes, piece_octets)
+        for piece_bytes in (0, 1, 7):
+            listing = listed(uidl, sizes, piece_bytes)
             assert (list(listing.entries), listing.skipped_lines, listing.digest) == due
             uids = [listing.entries[index].uidl or b"" for index in listing.by_uidl()]
             assert uids == sorted(entry.uidl or b"" for entry in listing.entries)

@@ -74,7 +74,7 @@ class Running:
         lines = [json.loads(line) for line in whole.splitlines()]
         return [line for line in lines if not event or line["event"] == event]
 
-    def peak_resident_octets(self) -> int | None:
+    def peak_resident_bytes(self) -> int | None:
         """The most memory that it ever had resident, so far (proc(5), VmHWM); None once it has ended."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text()

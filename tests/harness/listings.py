@@ -12,7 +12,7 @@ from typing import TypeVar
 from archiver.pop3.listing import (
     LARGEST_NUMBER,
     LARGEST_SIZE,
-    UIDL_OCTETS,
+    UIDL_BYTES,
     Entry,
     Listing,
     SizeColumn,
@@ -23,29 +23,29 @@ from archiver.pop3.listing import (
 ValueT = TypeVar("ValueT", bytes, int)
 
 
-def uidl_column(block: bytes, piece_octets: int = 0) -> UidlColumn:
+def uidl_column(block: bytes, piece_bytes: int = 0) -> UidlColumn:
     """The response to UIDL, fed in pieces of so many octets, or at once."""
     column = UidlColumn()
-    for piece in _pieces(block, piece_octets):
+    for piece in _pieces(block, piece_bytes):
         column.feed(piece)
     column.finish()
     return column
 
 
-def size_column(block: bytes, piece_octets: int = 0) -> SizeColumn:
+def size_column(block: bytes, piece_bytes: int = 0) -> SizeColumn:
     """The response to LIST, in the same way."""
     column = SizeColumn()
-    for piece in _pieces(block, piece_octets):
+    for piece in _pieces(block, piece_bytes):
         column.feed(piece)
     column.finish()
     return column
 
 
-def listed(uidl: bytes | None, sizes: bytes | None, piece_octets: int = 0) -> Listing:
+def listed(uidl: bytes | None, sizes: bytes | None, piece_bytes: int = 0) -> Listing:
     """What the client makes of both; None where the server does not know the command."""
     return join(
-        None if uidl is None else uidl_column(uidl, piece_octets),
-        None if sizes is None else size_column(sizes, piece_octets),
+        None if uidl is None else uidl_column(uidl, piece_bytes),
+        None if sizes is None else size_column(sizes, piece_bytes),
     )
 
 
@@ -96,7 +96,7 @@ def _told(
 
 
 def _uid(rest: bytes) -> tuple[bytes | None, bool]:
-    usable = 0 < len(rest) <= UIDL_OCTETS and not any(octet < 0x20 or octet == 0x7F for octet in rest)
+    usable = 0 < len(rest) <= UIDL_BYTES and not any(octet < 0x20 or octet == 0x7F for octet in rest)
     return (rest if usable else None), usable
 
 

@@ -53,9 +53,9 @@ def default_limits() -> Limits:
     settings = Settings.model_construct()
     return Limits(
         listing_lines=settings.listing_lines,
-        listing_octets=settings.listing_octets,
-        message_octets=settings.message_octets,
-        status_line_octets=settings.status_line_octets,
+        listing_bytes=settings.listing_bytes,
+        message_bytes=settings.message_bytes,
+        status_line_bytes=settings.status_line_bytes,
         session_seconds=2 * settings.session_seconds,
     )
 

@@ -76,9 +76,9 @@ class Proxy:
     """A relay to ``target_port``; clients connect to ``(host, port)``. A context manager.
 
     ``latency_seconds`` is added each way, so a round trip gains twice that.
-    ``octets_per_second`` limits each direction of each connection.
+    ``bytes_per_second`` limits each direction of each connection.
     ``record`` selects the lines from clients to keep; it is of use in clear text only.
-    ``octets_up``, ``octets_down`` and ``connections`` count what was relayed so far,
+    ``bytes_up``, ``bytes_down`` and ``connections`` count what was relayed so far,
     ``breaks`` the connections that a plan broke.
     """
 
@@ -89,14 +89,14 @@ class Proxy:
         target_port: int,
         *,
         latency_seconds: float = 0.0,
-        octets_per_second: float = math.inf,
+        bytes_per_second: float = math.inf,
         record: re.Pattern[bytes] | None = None,
     ) -> None:
         self.target_port = target_port
         self.latency_seconds = latency_seconds
-        self.octets_per_second = octets_per_second
-        self.octets_up = 0
-        self.octets_down = 0
+        self.bytes_per_second = bytes_per_second
+        self.bytes_up = 0
+        self.bytes_down = 0
         self.connections = 0
         self.breaks = 0
         self._plan: _Plan | None = None
@@ -174,9 +174,9 @@ class Proxy:
                     self._plan = None
         seen.add(chunk + rest)
         if direction == "up":
-            self.octets_up += len(chunk + rest)
+            self.bytes_up += len(chunk + rest)
         else:
-            self.octets_down += len(chunk + rest)
+            self.bytes_down += len(chunk + rest)
         return chunk, how, rest
 
     def _run(self, started: concurrent.futures.Future[int]) -> None:
@@ -265,7 +265,7 @@ class _Connection:
             chunk, how, rest = proxy.passing(direction, seen, chunk)
             if direction == "up":
                 proxy.keep(lines.completed_by(chunk + rest))
-            line_free_at = max(now(), line_free_at) + len(chunk) / proxy.octets_per_second
+            line_free_at = max(now(), line_free_at) + len(chunk) / proxy.bytes_per_second
             await under_way.put((line_free_at + proxy.latency_seconds, chunk, how))
             if rest:
                 await under_way.put((line_free_at + proxy.latency_seconds, rest, None))

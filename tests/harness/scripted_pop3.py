@@ -33,10 +33,10 @@ TlsMode = Literal["implicit", "starttls", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send these octets; with ``split_octets``, in pieces of that size, each a write of its own."""
+    """Send these octets; with ``split_bytes``, in pieces of that size, each a write of its own."""
 
     octets: bytes
-    split_octets: int = 0
+    split_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ Step = Send | Expect | SendEndlessly | StartTls | Stall | HangUp | Talk
 class Cut:
     """Answer a RETR, but close after so many octets of the (stuffed) message."""
 
-    after_octets: int
+    after_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +260,9 @@ class Channel:
         self._server.track(wrapped, instead_of=clear)
         wrapped.do_handshake()
 
-    def send(self, octets: bytes, split_octets: int = 0) -> None:
-        for start in range(0, len(octets), split_octets or max(len(octets), 1)):
-            self._connection.sendall(octets[start : start + (split_octets or len(octets))])
+    def send(self, octets: bytes, split_bytes: int = 0) -> None:
+        for start in range(0, len(octets), split_bytes or max(len(octets), 1)):
+            self._connection.sendall(octets[start : start + (split_bytes or len(octets))])
 
     def send_endlessly(self, octets: bytes) -> None:
         piece = octets * max(1, _READ_OCTETS // len(octets))
@@ -322,8 +322,8 @@ def _run_script(channel: Channel, script: Sequence[Step]) -> None:
 def _play_step(channel: Channel, step: Step) -> bool:
     """Do one step; true when it is the last."""
     match step:
-        case Send(octets, split_octets):
-            channel.send(octets, split_octets)
+        case Send(octets, split_bytes):
+            channel.send(octets, split_bytes)
         case Expect(octets):
             channel.expect(octets)
         case SendEndlessly(octets):
@@ -365,7 +365,7 @@ class _MailboxSession:
             fault = self._play.faults.get(line) or self._play.faults.get(verb)
             if isinstance(fault, Cut):
                 message = self._messages[int(argument) - 1][1]
-                self._channel.send(b"+OK\r\n" + stuffed(message)[: fault.after_octets])
+                self._channel.send(b"+OK\r\n" + stuffed(message)[: fault.after_bytes])
                 return
             if isinstance(fault, HangUpIfPipelined):
                 if self._channel.has_more:

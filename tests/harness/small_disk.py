@@ -23,15 +23,15 @@ class SmallDisk:
     seen: Path
     under: tuple[str, ...]
 
-    def fill(self, *, leave_octets: int = 0) -> None:
+    def fill(self, *, leave_bytes: int = 0) -> None:
         """Leave no more room than that."""
         filler = self.seen / _FILLER
         with filler.open("ab", buffering=0) as file, suppress(OSError):
             while file.write(bytes(_CHUNK_OCTETS)):
                 pass
-        if leave_octets:
+        if leave_bytes:
             with filler.open("r+b") as file:
-                file.truncate(max(0, filler.stat().st_size - leave_octets))
+                file.truncate(max(0, filler.stat().st_size - leave_bytes))
 
     def make_room(self) -> None:
         (self.seen / _FILLER).unlink()

@@ -454,7 +454,7 @@ class CrashMachine(RuleBasedStateMachine):
         """What a process does, with nothing in its memory but what it makes itself."""
         gate = worker.gate
         database = GatedDatabase(self.url, gate)
-        tools = self.archive.tools(
+        ports = self.archive.ports(
             store=GatedStore(self.archive.store, gate),
             database=database,
             uploads=Uploads(at_once=at_once),
@@ -472,7 +472,7 @@ class CrashMachine(RuleBasedStateMachine):
             return GatedSession(session, gate)
 
         runs = self.archive.worker(
-            replace(tools, connect=connect),
+            replace(ports, connect=connect),
             owner=worker.name,
             # It waits for a lease that another holds: in a few long steps, not in many short ones.
             chance=Chance(
@@ -713,7 +713,7 @@ class CrashMachine(RuleBasedStateMachine):
         if not self.was_restored:
             self.expect_everything_told(recorded)
         account = self.archive.fresh(self.account)
-        if account.delete != NEVER_DELETE and account.deletion_hold is None:
+        if account.delete != NEVER_DELETE and account.deletion_suspended is None:
             times = Counter(letter.uidl for letter in letters)
             left = [letter for letter in letters if letter.uidl is not None and times[letter.uidl] == 1]
             assert not left, "it was to be deleted, and was not"

@@ -45,7 +45,7 @@ Outcome = tuple[list[Reply | bytes | BlockEnd], FailureKind | None, bytes]
 
 def outcome(reads: Iterable[bytes], shapes: list[Shape]) -> Outcome:
     """Events with adjacent content merged, the failure that ended them, and what was left over."""
-    receiver = Receiver(status_line_octets=20)
+    receiver = Receiver(status_line_bytes=20)
     for shape in shapes:
         receiver.expect(shape)
     events: list[Reply | bytes | BlockEnd] = []
@@ -116,8 +116,8 @@ LINES = st.lists(
 
 
 @given(LINES, LINES, st.integers(1, 50))
-def test_any_listing_is_read(uidl: bytes, sizes: bytes, piece_octets: int) -> None:
-    listing = listed(uidl, sizes, piece_octets)
+def test_any_listing_is_read(uidl: bytes, sizes: bytes, piece_bytes: int) -> None:
+    listing = listed(uidl, sizes, piece_bytes)
     assert (list(listing.entries), listing.skipped_lines, listing.digest) == slowly_listed(uidl, sizes)
     numbers = [entry.number for entry in listing.entries]
     assert numbers == sorted(set(numbers))

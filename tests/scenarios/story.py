@@ -27,11 +27,11 @@ from archiver.evidence.verify import Findings, verify
 from archiver.model import Account, PollReport, Resolved, Segment, new_account_id
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
-from archiver.poll.ports import BatchLimits, Tools, Unwatched
+from archiver.poll.ports import BatchLimits, Ports, Unwatched
 from archiver.store import Body, PutResult, Store, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
-from archiver.worker import Chance, HeldLease, Worker
+from archiver.worker import ActiveLease, Chance, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
 from tests.machine.process import Uploads
 
@@ -46,9 +46,9 @@ def message(text: str) -> bytes:
     return f"Subject: {text}\r\n\r\nThis is {text}.\r\n".encode()
 
 
-def claimed(worker: Worker, most: int) -> list[HeldLease]:
+def claimed(worker: Worker, most: int) -> list[ActiveLease]:
     """Accounts that the worker claims, and does not begin yet."""
-    asked_at = worker.tools.monotonic()
+    asked_at = worker.ports.monotonic()
     done = worker._transact([], most, worker._may_fail(()), may_wait=True)
     return [worker._hold(claim, asked_at) for claim in done.claims or ()]
 
@@ -273,14 +273,14 @@ class Archive:
             name=f"account {identity}",
             url=f"pop3://{server.endpoint.user}@localhost:{server.port}",
             tls="none",
-            secret="env:NONE",
+            secret_reference="env:NONE",
         )
         new = replace(new, **settings)
         return self.database.transact(lambda connection: accounts.add(connection, new, self.clock.now()))
 
-    def tools(self, **others: Any) -> Tools:
+    def ports(self, **others: Any) -> Ports:
         """What polls work with; a test replaces what it wants."""
-        tools = Tools(
+        ports = Ports(
             connect=self.connect,
             password=lambda _: "secret",
             store=self.store,
@@ -292,7 +292,7 @@ class Archive:
             stopping=lambda: False,
             batch=BatchLimits(messages=2),
         )
-        return replace(tools, **others)
+        return replace(ports, **others)
 
     def connect(self, account: Account, **limits: Any) -> pop3.Mailbox:
         return pop3.Mailbox.connect(
@@ -301,18 +301,18 @@ class Archive:
             avoid=policy.avoided(account, self.clock.now()),
         )
 
-    def mortal_tools(self, fuse: Fuse) -> Tools:
+    def mortal_ports(self, fuse: Fuse) -> Ports:
         """Of a process that the fuse kills; uploads go one by one, so that each poll has the same calls."""
         database = MortalDatabase(self._url, fuse)
         self._stack.callback(database.close)
-        return self.tools(
+        return self.ports(
             store=MortalStore(self.store, fuse),
             database=database,
             connect=lambda account: MortalMailbox(self.connect(account), fuse),
             uploads=Uploads(at_once=True),
         )
 
-    def worker(self, tools: Tools | None = None, **others: Any) -> Worker:
+    def worker(self, ports: Ports | None = None, **others: Any) -> Worker:
         """A worker whose clock does not tick by itself."""
         settings: dict[str, Any] = {
             "lease_seconds": LEASE_SECONDS,
@@ -320,21 +320,21 @@ class Archive:
             "chance": Chance(uniform=lambda low, high: (low + high) / 2, sleep=self.clock.advance),
             "stopping": threading.Event(),
         }
-        worker = Worker(tools or self.tools(), **(settings | others))
+        worker = Worker(ports or self.ports(), **(settings | others))
         self._stack.callback(worker.close)
         return worker
 
-    def sync(self, account: Account, tools: Tools | None = None) -> PollReport:
+    def sync(self, account: Account, ports: Ports | None = None) -> PollReport:
         """Poll to the end, as ``archiver sync`` does."""
         account = self.fresh(account)
-        (report,) = self.worker(tools).poll_now([account], lambda _: Unwatched())
+        (report,) = self.worker(ports).poll_now([account], lambda _: Unwatched())
         return report
 
-    def poll_on_schedule(self, account: Account, tools: Tools | None = None) -> Any:
+    def poll_on_schedule(self, account: Account, ports: Ports | None = None) -> Any:
         """Poll once as the service does when an account is due, and give the row that is kept of it."""
         stopping = threading.Event()
         stopping.set()  # so that it looks for no other account
-        worker = self.worker(tools, stopping=stopping)
+        worker = self.worker(ports, stopping=stopping)
         wait(worker._begin([self.claim(account, owner=worker.owner)]))
         return self.polls(account)[-1]
 
@@ -347,7 +347,7 @@ class Archive:
         with self.database.reading() as connection:
             return reads.before_poll(connection, account.id).account
 
-    def claim(self, account: Account, owner: str = "somebody") -> HeldLease:
+    def claim(self, account: Account, owner: str = "somebody") -> ActiveLease:
         """Take the account's lease."""
         asked_at = self.clock.monotonic()
         claim = self.database.transact(
@@ -357,13 +357,13 @@ class Archive:
         )
         if claim is None:
             raise AssertionError("the account is held by another")
-        return HeldLease(claim, LEASE_SECONDS, self.clock.monotonic, asked_at)
+        return ActiveLease(claim, LEASE_SECONDS, self.clock.monotonic, asked_at)
 
-    def poll_until_death(self, account: Account, tools: Tools) -> None:
+    def poll_until_death(self, account: Account, ports: Ports) -> None:
         """A poll that dies, and leaves its lease to run out."""
         held = self.claim(account)
         with suppress(Death):
-            finish(tell_poll(account, held, tools))
+            finish(tell_poll(account, held, ports))
         self.run_out(account)
 
     def run_out(self, account: Account) -> None:
@@ -418,7 +418,7 @@ class Archive:
     def events(self, account: Account) -> list[dict[str, Any]]:
         from archiver import feed
 
-        return [one for one in feed.follow(self.database, after=0) if one["account_id"] == account.id]
+        return [one for one in feed.backlog(self.database, after=0) if one["account_id"] == account.id]
 
     def archived(self, account: Account) -> list[bytes]:
         """The contents that are proved: in the store, in the journal, in the database."""
@@ -453,7 +453,7 @@ class Archive:
         return State(
             on_server=list(play.messages),
             objects={key.rpartition("/")[2]: content for key, content in self.objects(account).items()},
-            captures={(row.sha256, row.octets) for row in self.captures(account)},
+            captures={(row.sha256, row.size) for row in self.captures(account)},
             sightings={
                 (row.uidl, row.size, row.content): (
                     row.state,

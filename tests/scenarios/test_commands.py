@@ -23,6 +23,7 @@ from archiver.db import Database, accounts, migrate
 from archiver.db.tables import account as account_table
 from archiver.errors import ArchiverError, UsageError
 from archiver.model import Account, PollReport
+from archiver.states import AccountState
 from tests.harness.cli import wait_for
 from tests.harness.scripted_pop3 import HangUp, MailboxPlay, ScriptedPop3, Send
 from tests.scenarios.story import message
@@ -114,7 +115,7 @@ def test_a_removed_account_can_be_added_and_nothing_else(commands: Commands, ser
         row = connection.execute(sa.select(account_table.c.removed_at)).scalar_one()
     database.close()
     assert found is not None
-    assert (found.paused_reason, found.secret) == (accounts.REMOVED, "")
+    assert (found.state, found.secret_reference) == (AccountState.REMOVED, "")
     assert row is not None
     assert server.connections == 0
 
@@ -225,23 +226,13 @@ def test_an_edit_leaves_alone_what_it_did_not_change(commands: Commands, server:
     with database.reading() as connection:
         former = accounts.by_name(connection, "work")
     assert former is not None
-    database.transact(lambda c: accounts.exchange_secret(c, former.id, former.secret, "env:RENEWED"))
+    database.transact(
+        lambda c: accounts.exchange_secret(c, former.id, former.secret_reference, "env:RENEWED")
+    )
     edited = replace(former, interval_seconds=60.0)
     database.transact(lambda c: accounts.change(c, edited, datetime.now(UTC), former=former))
     with database.reading() as connection:
-        assert accounts.by_name(connection, "work") == replace(edited, secret="env:RENEWED")
-
-
-def test_a_flag_that_forbade_pipelining_is_forgotten_too(commands: Commands, server: ScriptedPop3) -> None:
-    commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
-    database = commands.database()
-    database.transact(
-        lambda connection: connection.execute(sa.update(account_table).values(pipelining=False))
-    )
-    commands.run("account", "edit", "work", "--forget-quirks")
-    with database.reading() as connection:
-        assert connection.execute(sa.select(account_table.c.pipelining)).scalar_one()
-    database.close()
+        assert accounts.by_name(connection, "work") == replace(edited, secret_reference="env:RENEWED")
 
 
 def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,11 +391,11 @@ def test_what_would_be_deleted_is_told_before(commands: Commands, server: Script
 def test_a_hold_is_shown_and_lifted(commands: Commands, server: ScriptedPop3) -> None:
     commands.run("account", "add", "x", url(server), "--tls", "none", "--password-env", "PASSWORD")
     commands.run("sync", "x")
-    held = sa.update(account_table).values(deletion_hold="the server gave its messages other ids")
+    held = sa.update(account_table).values(deletion_suspended="the server gave its messages other ids")
     commands.database().transact(lambda connection: connection.execute(held))
-    assert commands.json("account", "show", "x")[0]["deletion_hold"] is not None
+    assert commands.json("account", "show", "x")[0]["deletion_suspended"] is not None
     assert "allow-deletion x" in commands.run("account", "show", "x")
     after_archived = ("--delete", "after-archived")
-    assert commands.json("account", "deletable", "x", *after_archived)[0]["verdict"] == "on_hold"
+    assert commands.json("account", "deletable", "x", *after_archived)[0]["verdict"] == "suspended"
     commands.run("account", "allow-deletion", "x")
     assert commands.json("account", "deletable", "x", *after_archived)[0]["verdict"] == "goes"

@@ -103,7 +103,7 @@ def test_rows_come_out_as_they_went_in(database_url: str) -> None:
         {
             "account_id": "a",
             "sha256": bytes([n]) * 32,
-            "octets": 2**40 + n,
+            "size": 2**40 + n,
             "epoch": 1,
             "uidl": octets,
             "captured_at": AT,
@@ -130,10 +130,14 @@ def test_rows_come_out_as_they_went_in(database_url: str) -> None:
             found = connection.execute(sa.select(capture).order_by(capture.c.token)).mappings().all()
             assert [dict(row) for row in found] == captures[:2]
             digests = [bytes([n]) * 32 for n in range(256)]
-            held = {digests[n]: reads.Held(AT, 2**40 + n) for n in (0, 1)}
-            assert reads.held(connection, "a", digests) == held
-            assert reads.held(connection, "a", digests[1:2]) == {digests[1]: held[digests[1]]}
-            assert reads.held(connection, "a", []) == reads.held(connection, "b", digests) == {}
+            held = {digests[n]: reads.CapturedContent(AT, 2**40 + n) for n in (0, 1)}
+            assert reads.captured_contents(connection, "a", digests) == held
+            assert reads.captured_contents(connection, "a", digests[1:2]) == {digests[1]: held[digests[1]]}
+            assert (
+                reads.captured_contents(connection, "a", [])
+                == reads.captured_contents(connection, "b", digests)
+                == {}
+            )
 
 
 def test_a_list_of_any_length_is_one_parameter(database_url: str) -> None:

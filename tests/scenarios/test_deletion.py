@@ -71,7 +71,7 @@ def test_it_is_asked_for_again_as_long_as_the_policy_says_so(archive: Archive) -
     play = mailbox("a", faults={"DELE 1": Send(b"+OK\r\n")})
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
     assert [archive.poll_on_schedule(account).delete_requested for _ in range(4)] == [1, 1, 0, 0]
-    assert [row.octets > 0 for row in archive.polls(account)] == [True, True, False, False]
+    assert [row.fetched_bytes > 0 for row in archive.polls(account)] == [True, True, False, False]
     archive.clock.advance(DAY)
     assert [archive.poll_on_schedule(account).delete_requested for _ in range(3)] == [1, 0, 0]
     play.faults = {}
@@ -103,7 +103,7 @@ def test_what_took_the_place_of_a_deleted_message_is_read_under_any_policy(archi
 def test_where_deletion_is_forbidden_no_policy_deletes(archive: Archive) -> None:
     play = mailbox("a", "b")
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    forbidding = archive.tools(forbid_deletion=True)
+    forbidding = archive.ports(forbid_deletion=True)
     for _ in range(2):
         assert archive.sync(account, forbidding).delete_requested == 0
     assert len(play.messages) == 2
@@ -120,7 +120,7 @@ def verdicts(archive: Archive, account: Account, *, forbidden: bool = False) -> 
                 state=known.state,
                 by_content=bool(key.content),
                 captured_at=known.first_seen_at,
-                hold=account.deletion_hold,
+                hold=account.deletion_suspended,
                 forbidden=forbidden,
                 now=archive.clock.now(),
             ).value
@@ -256,7 +256,7 @@ def test_reading_again_is_within_the_budgets(archive: Archive) -> None:
     account = archive.add(archive.serve(play))
     archive.sync(account)
     change(archive, account, delete=AFTER_ARCHIVED)
-    small = archive.tools(budget=Budget(messages=2))
+    small = archive.ports(budget=Budget(messages=2))
     assert [archive.poll_on_schedule(account, small).delete_requested for _ in range(2)] == [2, 1]
     assert play.messages == []
 
@@ -276,7 +276,7 @@ class StoreWithoutJournal(FilesystemStore):
 def test_nothing_is_deleted_without_its_segment_in_the_store(archive: Archive) -> None:
     play = mailbox("a", "b", "c")
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    report = archive.sync(account, archive.tools(store=StoreWithoutJournal(archive.directory / "store")))
+    report = archive.sync(account, archive.ports(store=StoreWithoutJournal(archive.directory / "store")))
     assert (report.outcome, report.delete_requested) == ("integrity", 0)
     assert "journal/" in str(report.error)
     assert len(play.messages) == 3
@@ -366,7 +366,7 @@ def test_one_of_two_with_the_same_id_is_gone(archive: Archive) -> None:
     report = archive.sync(account)
     assert (report.new, report.gone, report.lost) == (1, 1, 0)
     gone = [line.sha256 for line in archive.lines(account) if line.what is What.GONE]
-    assert gone == [row.sha256 for row in archive.captures(account) if row.octets and row.sha256 in gone]
+    assert gone == [row.sha256 for row in archive.captures(account) if row.size and row.sha256 in gone]
     assert archive.sync(account).segments == 0
     del play.messages[:2]
     report = archive.sync(account)
@@ -436,15 +436,15 @@ def test_a_store_that_is_away_has_the_poll_stop_soon(archive: Archive) -> None:
     play = mailbox(*map(str, range(300)), capabilities=("USER", "UIDL"))
     server = archive.serve(play)
     account = archive.add(server)
-    tools = archive.tools(
+    ports = archive.ports(
         store=Away(archive.directory / "store"),
-        batch=BatchLimits(messages=1_000_000, octets=2**40, seconds=1e9),
+        batch=BatchLimits(messages=1_000_000, total_bytes=2**40, seconds=1e9),
     )
     for _ in range(5):
-        assert archive.sync(account, tools).outcome == "try_later"
-        assert tools.spool.memory_in_use == 0
+        assert archive.sync(account, ports).outcome == "try_later"
+        assert ports.spool.memory_in_use == 0
     # It may be a few messages until the first upload has failed.
     assert server.commands["RETR"] < 100
     assert server.commands["QUIT"] == 0
-    assert archive.sync(account, archive.tools(batch=BatchLimits())).new == 300
+    assert archive.sync(account, archive.ports(batch=BatchLimits())).new == 300
     assert archive.verify(account).clean

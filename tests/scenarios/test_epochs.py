@@ -39,7 +39,7 @@ def expect_new_epoch(archive: Archive, account: Account) -> None:
     """Everything is known under its new id, nothing is stored again, nothing is told as gone."""
     fresh = archive.fresh(account)
     assert fresh.epoch == 2
-    assert "epoch 2" in str(fresh.deletion_hold)
+    assert "epoch 2" in str(fresh.deletion_suspended)
     assert len(archive.captures(account)) == len(NAMES)
     lines = told(archive, account)
     assert {what for _, what, _ in lines} == {What.CAPTURED, What.KNOWN}
@@ -48,7 +48,7 @@ def expect_new_epoch(archive: Archive, account: Account) -> None:
     rows = archive.sightings(account)
     assert {row.epoch for row in rows if row.absent_at is None} == {2}
     assert len([row for row in rows if row.epoch == 2]) == len(NAMES)
-    assert [one["epoch"] for one in archive.events(account) if one["event"] == "epoch"] == [2]
+    assert [one["epoch"] for one in archive.events(account) if one["event"] == "epoch_began"] == [2]
     assert archive.verify(account).clean
 
 
@@ -65,7 +65,7 @@ def test_a_renumbered_mailbox_begins_an_epoch(archive: Archive) -> None:
 def calls_of_the_poll_after(archive: Archive) -> list[str]:
     _, account = renumbered(archive)
     fuse = Fuse()
-    archive.poll_until_death(account, archive.mortal_tools(fuse))
+    archive.poll_until_death(account, archive.mortal_ports(fuse))
     return fuse.calls
 
 
@@ -77,7 +77,7 @@ def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive) -> None
     everywhere = archive.database.engine.dialect.name == "sqlite"
     for index in [at for at, call in enumerate(calls) if everywhere or call in {"transact", "commit"}]:
         _, account = renumbered(archive)
-        archive.poll_until_death(account, archive.mortal_tools(Fuse(index)))
+        archive.poll_until_death(account, archive.mortal_ports(Fuse(index)))
         assert What.GONE not in {line.what for line in archive.lines(account)}
         for _ in range(2):
             assert archive.sync(account).outcome == "ok", (index, calls[index])
@@ -128,7 +128,7 @@ def test_a_window_of_a_mailbox_that_moves_on_is_no_epoch(archive: Archive) -> No
         report = archive.sync(account)
         assert (report.outcome, report.new) == ("ok", len(NAMES))
     fresh = archive.fresh(account)
-    assert (fresh.epoch, fresh.deletion_hold) == (1, None)
+    assert (fresh.epoch, fresh.deletion_suspended) == (1, None)
     gone = [line for line in archive.lines(account) if line.what is What.GONE]
     assert len(gone) == 2 * len(NAMES)
 
@@ -148,7 +148,7 @@ def test_a_poll_that_is_stopped_before_it_saw_a_content_decides_nothing(archive:
     account_without = archive.add(archive.serve(mailbox("a")))
     assert archive.sync(account_without).new == 1
     play, account = renumbered(archive)
-    report = archive.sync(account, archive.tools(stopping=lambda: True))
+    report = archive.sync(account, archive.ports(stopping=lambda: True))
     assert (report.outcome, report.gone, report.segments) == ("ok", 0, 0)
     assert archive.fresh(account).epoch == 1
     assert archive.sync(account).known == len(play.messages)
@@ -163,7 +163,7 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
     from archiver.poll import finish, poll
 
     held = archive.claim(account)
-    assert finish(poll(stale, held, archive.tools())).known == len(NAMES)
+    assert finish(poll(stale, held, archive.ports())).known == len(NAMES)
     archive.run_out(account)
     expect_new_epoch(archive, account)
 
@@ -171,10 +171,10 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
 def test_an_older_database_learns_the_epoch_from_the_journal(archive: Archive) -> None:
     _, account = renumbered(archive)
     before_its_row = calls_of_the_poll_after(archive).index("put journal")
-    archive.poll_until_death(account, archive.mortal_tools(Fuse(before_its_row, after=True)))
+    archive.poll_until_death(account, archive.mortal_ports(Fuse(before_its_row, after=True)))
     assert archive.segments(account)[-1].epoch == 2
     assert archive.fresh(account).epoch == 1
-    archive.sync(account, archive.tools(batch=BatchLimits(messages=100)))
+    archive.sync(account, archive.ports(batch=BatchLimits(messages=100)))
     expect_new_epoch(archive, account)
 
 

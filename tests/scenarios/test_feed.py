@@ -46,7 +46,7 @@ def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:
         while True:
             # Asked first: what was written before that is read below.
             ended = done.is_set()
-            seen.extend(feed.follow(database, after=seen[-1]["position"] if seen else 0))
+            seen.extend(feed.backlog(database, after=seen[-1]["position"] if seen else 0))
             if ended:
                 return seen
 
@@ -74,10 +74,10 @@ def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:
 def test_a_position_is_never_given_out_again(lone_archive: Archive) -> None:
     database = lone_archive.database
     database.transact(lambda connection: record.publish(connection, rows(1, 1)))
-    (*_, last) = feed.follow(database, after=0)
+    (*_, last) = feed.backlog(database, after=0)
     lone_archive.execute(event.delete())
     database.transact(lambda connection: record.publish(connection, rows(1, 2)))
-    assert next(feed.follow(database, after=0))["position"] > last["position"]
+    assert next(feed.backlog(database, after=0))["position"] > last["position"]
 
 
 def test_a_transaction_that_fails_tells_nothing(lone_archive: Archive) -> None:
@@ -89,7 +89,7 @@ def test_a_transaction_that_fails_tells_nothing(lone_archive: Archive) -> None:
 
     with pytest.raises(ZeroDivisionError):
         database.transact(work)
-    assert list(feed.follow(database, after=0)) == []
+    assert list(feed.backlog(database, after=0)) == []
 
 
 def test_pages_are_of_the_size_asked_for_and_go_on(lone_archive: Archive) -> None:
@@ -117,4 +117,4 @@ def test_what_events_tell(archive: Archive) -> None:
         assert b"".join(chunks) == message("a")
     assert (refused["event"], refused["uidl"], refused["account"]) == ("quarantined", "b", account.name)
     assert "[SYS/PERM] no" in refused["reason"]
-    assert (captured["segment"], captured["poll"]) == (1, 1)
+    assert (captured["segment"], captured["token"]) == (1, 1)

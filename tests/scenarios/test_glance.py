@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from archiver import pop3
 from archiver.db import accounts, record
 from archiver.model import Account, DeletePolicy, new_account_id
-from archiver.poll.ports import Tools
+from archiver.poll.ports import Ports
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from tests.conftest import Mailbox
@@ -129,9 +129,9 @@ def came(play: MailboxPlay, *names: str) -> None:
     play.messages.extend((name.encode(), message(name)) for name in names)
 
 
-def sparing(archive: Archive) -> Tools:
+def sparing(archive: Archive) -> Ports:
     """A line of the listing that is spared is worth to ask for a message singly."""
-    return archive.tools(spared_lines=1)
+    return archive.ports(spared_lines=1)
 
 
 def lines_of(server: ScriptedPop3) -> list[bytes]:
@@ -310,7 +310,7 @@ def test_what_a_listing_showed_is_not_overlooked_because_its_poll_died(archive: 
     server, account = settled(archive, play)
     play.messages[1] = (b"d", message("d"))
     fuse = Fuse(1, after=True)
-    archive.poll_until_death(account, archive.mortal_tools(fuse))
+    archive.poll_until_death(account, archive.mortal_ports(fuse))
     assert fuse.calls == ["login", "list"]
     assert was_listed(server)
     row = archive.poll_on_schedule(account)
@@ -320,8 +320,8 @@ def test_what_a_listing_showed_is_not_overlooked_because_its_poll_died(archive: 
 
 def test_it_is_always_listed_where_the_setting_says_so(archive: Archive) -> None:
     account = archive.add(archive.serve(scripted_mailbox("a")))
-    tools = archive.tools(full_listing_seconds=0.0)
-    assert [archive.poll_on_schedule(account, tools).glanced for _ in range(2)] == [False, False]
+    ports = archive.ports(full_listing_seconds=0.0)
+    assert [archive.poll_on_schedule(account, ports).glanced for _ in range(2)] == [False, False]
 
 
 def test_whoever_asks_in_person_gets_a_listing(archive: Archive) -> None:
@@ -446,13 +446,13 @@ def test_what_somebody_did_while_a_poll_went_on_has_the_next_one_list(
     play = scripted_mailbox("a", "b")
     server, account = settled(archive, play)
     arrives(play)
-    tools = archive.tools()
+    ports = archive.ports()
 
     def meanwhile(account: Account) -> pop3.Session:
         act(archive, account)
-        return tools.connect(account)
+        return ports.connect(account)
 
-    assert archive.poll_on_schedule(account, replace(tools, connect=meanwhile)).new == 1
+    assert archive.poll_on_schedule(account, replace(ports, connect=meanwhile)).new == 1
     server.commands.clear()
     assert archive.poll_on_schedule(archive.fresh(account)).outcome == "ok"
     assert was_listed(server)
@@ -465,7 +465,7 @@ def test_what_is_still_to_come_is_not_overlooked(archive: Archive) -> None:
             raise OSError("away")
 
     account = archive.add(archive.serve(scripted_mailbox("a")))
-    away = archive.tools(store=Away(archive.directory / "store"))
+    away = archive.ports(store=Away(archive.directory / "store"))
     assert archive.poll_on_schedule(account, away).outcome == "try_later"
     row = archive.mailbox_row(account)
     assert row.trusted_until is None
@@ -499,13 +499,13 @@ def test_an_idle_poll_asks_little_of_the_database(archive: Archive) -> None:
 
 def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mailbox]) -> None:
     box = mailbox([message(name) for name in ("a", "b", "c")])
-    trusting = archive.tools(password=lambda _: box.password)
+    trusting = archive.ports(password=lambda _: box.password)
     new = Account(
         id=new_account_id(),
         name=box.url,
         url=box.url,
         tls="implicit",
-        secret="env:NONE",
+        secret_reference="env:NONE",
         ca_file=str(box.ca_file),
     )
     account = archive.database.transact(lambda connection: accounts.add(connection, new, archive.clock.now()))
@@ -516,21 +516,21 @@ def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mai
             tls_settings=pop3.TlsSettings(ca_file=box.ca_file),
         )
 
-    tools = replace(trusting, connect=connect)
-    assert archive.poll_on_schedule(account, tools).new == 3
+    ports = replace(trusting, connect=connect)
+    assert archive.poll_on_schedule(account, ports).new == 3
     for _ in range(2):
-        row = archive.poll_on_schedule(account, tools)
+        row = archive.poll_on_schedule(account, ports)
         assert (row.outcome, row.glanced, row.known) == ("ok", True, 3)
     box.deliver([message("d")])
-    row = archive.poll_on_schedule(account, tools)
+    row = archive.poll_on_schedule(account, ports)
     assert (row.glanced, row.new) == (False, 1)
     box.remove(1)
-    row = archive.poll_on_schedule(account, tools)
+    row = archive.poll_on_schedule(account, ports)
     assert (row.glanced, row.gone, row.known) == (False, 1, 3)
-    assert archive.poll_on_schedule(account, tools).glanced
+    assert archive.poll_on_schedule(account, ports).glanced
     box.deliver([message("e"), message("f")])
-    row = archive.poll_on_schedule(account, replace(tools, spared_lines=1))
+    row = archive.poll_on_schedule(account, replace(ports, spared_lines=1))
     assert (row.glanced, row.listed, row.new, row.known) == (False, 5, 2, 3)
     assert archive.segments(account)[-1].listing_first == 4
-    assert archive.sync(account, tools).known == 5
+    assert archive.sync(account, ports).known == 5
     assert set(archive.archived(account)) == {message(name) for name in "abcdef"}

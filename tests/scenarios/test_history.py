@@ -101,7 +101,7 @@ def a_month(log: Log, account: Account, seed: int, *, days: int = 10, a_day: int
             quarantined=aside,
             gone=chance.randrange(2),
             lost=lost,
-            octets=new * 1000,
+            fetched_bytes=new * 1000,
         )
         held += new
     return at
@@ -115,9 +115,17 @@ def test_a_days_listing_is_its_last_one_and_all_else_adds_up(log: Log) -> None:
     account = log.add()
     for hour, what in enumerate(
         (
-            {"listed": 5, "new": 3, "quarantined": 1, "lost": 2, "octets": 30},
+            {"listed": 5, "new": 3, "quarantined": 1, "lost": 2, "fetched_bytes": 30},
             {"outcome": "try_later", "error": "no"},
-            {"listed": 7, "new": 2, "known": 3, "quarantined": 1, "deleted": 1, "gone": 1, "octets": 20},
+            {
+                "listed": 7,
+                "new": 2,
+                "known": 3,
+                "quarantined": 1,
+                "deleted": 1,
+                "gone": 1,
+                "fetched_bytes": 20,
+            },
             {"outcome": "try_later", "error": "no"},
         )
     ):
@@ -125,7 +133,7 @@ def test_a_days_listing_is_its_last_one_and_all_else_adds_up(log: Log) -> None:
     (day,) = log.days(account, ADDED.date(), ADDED.date())
     assert (day.polls, day.failed, day.looks) == (4, 2, 2)
     assert (day.listed, day.archived, day.quarantined, day.to_come) == (7, 5, 1, 1)
-    assert (day.new, day.deleted, day.gone, day.lost, day.octets) == (5, 1, 1, 2, 50)
+    assert (day.new, day.deleted, day.gone, day.lost, day.fetched_bytes) == (5, 1, 1, 2, 50)
     assert (day.first_look_at, day.last_look_at) == (ADDED, ADDED + timedelta(hours=2))
 
 
@@ -170,7 +178,7 @@ def test_the_days_of_all_are_those_of_each_added_up(log: Log) -> None:
     log.tidy(ends - timedelta(days=3))
     days = zip(*(log.days(account, ADDED.date(), ends.date()) for account in several), strict=True)
     for parts, whole in zip(days, log.all_days(ADDED.date(), ends.date()), strict=True):
-        for name in ("polls", "failed", "looks", "new", "gone", "lost", "octets"):
+        for name in ("polls", "failed", "looks", "new", "gone", "lost", "fetched_bytes"):
             assert getattr(whole, name) == sum(getattr(part, name) for part in parts), name
         for name in ("listed", "archived", "quarantined", "to_come"):
             assert (getattr(whole, name) or 0) == sum(getattr(part, name) or 0 for part in parts), name

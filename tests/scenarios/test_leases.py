@@ -28,22 +28,22 @@ from archiver.errors import IntegrityError, LeaseLost, TryLater
 from archiver.evidence import journal
 from archiver.model import (
     NO_DIGEST,
-    PAUSED_BY_HAND,
     Account,
     Claim,
     DeletePolicy,
-    MailServer,
     PollReport,
     Segment,
+    ServerRecord,
     segment_key,
 )
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
-from archiver.poll.ports import Tools, Unwatched
+from archiver.poll.ports import Ports, Unwatched
 from archiver.pop3.loop import until_ready
 from archiver.process import name_owner
+from archiver.states import AccountState
 from archiver.store.spool import BytesBody
-from archiver.worker import Chance, HeldLease, Over, Polling, Worker
+from archiver.worker import ActiveLease, Chance, Over, Polling, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.machine.process import Uploads
 from tests.scenarios.story import (
@@ -80,8 +80,9 @@ def claim_due(
     )
 
 
-def pause(archive: Archive, account: Account, reason: str) -> None:
-    archive.database.transact(lambda connection: schedule.pause(connection, account.id, reason))
+def stop(archive: Archive, account: Account, state: AccountState) -> None:
+    reason = "a wrong password" if state is AccountState.WAITING else None
+    archive.database.transact(lambda connection: schedule.stop(connection, account.id, state, reason))
 
 
 def seconds_left(archive: Archive, account: Account) -> float:
@@ -135,7 +136,7 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_journal_looked_at(lone_archi
     assert claim_due(archive) == []
     archive.run_out(account)
     with archive.database.reading() as connection:
-        assert reads.standing(connection, datetime.now(UTC)).overdue_seconds > 0
+        assert reads.overview(connection, datetime.now(UTC)).overdue_seconds > 0
     assert claim_due(archive) == [Claim(account.id, first.token + 1, recover=True)]
 
 
@@ -187,16 +188,16 @@ class WatchedDatabase(Database):
             return super().transact(work)
 
 
-def watched(archive: Archive, fuse: Fuse) -> tuple[Tools, Database]:
+def watched(archive: Archive, fuse: Fuse) -> tuple[Ports, Database]:
     database = WatchedDatabase(archive.database.engine.url.render_as_string(hide_password=False), fuse)
-    tools = archive.tools(
+    ports = archive.ports(
         # One thing at a time: where a new one comes, nothing of the old one goes on beside it.
         uploads=Uploads(at_once=True),
         store=MortalStore(archive.store, fuse),
         database=database,
         connect=lambda account: MortalMailbox(archive.connect(account), fuse),
     )
-    return tools, database
+    return ports, database
 
 
 def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Archive) -> None:
@@ -204,8 +205,8 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
     play = eventful()
     account = archive.add(archive.serve(play), **deleting)
     fuse = Fuse()
-    tools, database = watched(archive, fuse)
-    assert finish(tell_poll(account, archive.claim(account), tools)).outcome == "ok"
+    ports, database = watched(archive, fuse)
+    assert finish(tell_poll(account, archive.claim(account), ports)).outcome == "ok"
     database.close()
     archive.run_out(account)
     archive.sync(account)
@@ -223,8 +224,8 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
             seen.append(archive.sync(account))
             seen.append((archive.polls(account), archive.captures(account), len(archive.segments(account))))
 
-        tools, database = watched(archive, Intruder(index, come))
-        report = finish(tell_poll(account, old, tools))
+        ports, database = watched(archive, Intruder(index, come))
+        report = finish(tell_poll(account, old, ports))
         database.close()
         assert (seen[0].outcome, seen[0].error) == ("ok", None), (index, name)
         after = (archive.polls(account), archive.captures(account), len(archive.segments(account)))
@@ -251,7 +252,7 @@ def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive
         previous=NO_DIGEST,
         token=old.claim.token,
         written_at=archive.clock.now(),
-        server=MailServer("localhost", 110, "+OK", None, None, None, None),
+        server=ServerRecord("localhost", 110, "+OK", None, None, None, None),
         listing_count=0,
         listing_digest=NO_DIGEST,
         lines=(),
@@ -270,13 +271,13 @@ def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive
             calls.append(name)
             return super().call(name) if name == "put journal" else Fuse().call(name)
 
-    tools, database = watched(archive, AtTheSegment())
-    report = archive.sync(account, tools)
+    ports, database = watched(archive, AtTheSegment())
+    report = archive.sync(account, ports)
     database.close()
     assert (report.outcome, report.new, report.delete_requested) == ("try_later", 0, 0)
     assert "earlier poll" in str(report.error)
     assert archive.lease(account).recover
-    assert archive.fresh(account).paused_reason is None
+    assert archive.fresh(account).state is AccountState.ACTIVE
 
     report = archive.sync(account)
     assert (report.outcome, report.new, report.delete_requested) == ("ok", 2, 2)
@@ -289,7 +290,7 @@ def put_back(archive: Archive, account: Account) -> None:
     for table, values in (
         (lease_table, {"token": 0}),
         (journal_table, {"sequence": 0, "digest": NO_DIGEST}),
-        (mailbox_table, {"captures": 0, "octets": 0}),
+        (mailbox_table, {"captures": 0, "captured_bytes": 0}),
     ):
         archive.execute(sa.update(table).where(table.c.account_id == account.id).values(**values))
     for table in (capture_table, sighting_table, poll_table):
@@ -306,7 +307,7 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     put_back(archive, account)
     play.messages.append((b"b", message("b")))
     # The number of the segment is taken, by a later token: another worker's, for all that this poll knows.
-    assert finish(tell_poll(account, archive.claim(account), archive.tools())).outcome == "lease_lost"
+    assert finish(tell_poll(account, archive.claim(account), archive.ports())).outcome == "lease_lost"
     archive.run_out(account)
     report = archive.sync(account)
     assert (report.outcome, report.new, report.known) == ("ok", 1, 1)
@@ -375,7 +376,7 @@ def test_a_lease_counts_from_when_it_was_asked_for(archive: Archive) -> None:
             return result
 
     database = Slow(archive.database.engine.url.render_as_string(hide_password=False))
-    held = archive.worker(archive.tools(database=database))._wait_for(account)
+    held = archive.worker(archive.ports(database=database))._wait_for(account)
     database.close()
     with pytest.raises(LeaseLost):
         held.check()
@@ -399,7 +400,7 @@ def test_a_heartbeat_after_the_release_changes_nothing(archive: Archive) -> None
 def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archive: Archive) -> None:
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")), interval_seconds=0.0)
-    again: list[HeldLease] = []
+    again: list[ActiveLease] = []
     claiming = threading.Event()
 
     class Eager(Database):
@@ -413,7 +414,7 @@ def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archi
             return result
 
     database = Eager(archive.database.engine.url.render_as_string(hide_password=False))
-    worker = archive.worker(archive.tools(database=database))
+    worker = archive.worker(archive.ports(database=database))
     (first,) = claimed(worker, 1)
     wait(worker._begin([first]))
     assert [lease.claim.token for lease in again] == [2]
@@ -450,7 +451,7 @@ def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
 
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
-    worker = archive.worker(archive.tools(password=panics))
+    worker = archive.worker(archive.ports(password=panics))
     worker.stopping.set()
     held = archive.claim(account, owner=worker.owner)
     if wants_a_thread:
@@ -493,7 +494,7 @@ def test_the_end_of_a_poll_and_the_claim_for_its_place_are_one_transaction(lone_
             return result
 
     database = Seen(archive.database.engine.url.render_as_string(hide_password=False))
-    worker = archive.worker(archive.tools(database=database), workers=1)
+    worker = archive.worker(archive.ports(database=database), workers=1)
     worker._tick()
     assert set(served(archive, *chosen).values()) == {1}
     worker._changeovers.submit(threading.Event).result()
@@ -584,56 +585,56 @@ def test_an_account_paused_during_its_poll_is_due_no_more(archive: Archive) -> N
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker()
     held = worker._wait_for(account)
-    pause(archive, account, PAUSED_BY_HAND)
+    stop(archive, account, AccountState.PAUSED)
     worker._heartbeat()
     assert archive.lease(account).due_at is None
     assert worker._poll_held(account, held, None).outcome == "ok"
     lease = archive.lease(account)
     assert (lease.due_at, lease.owner) == (None, None)
-    assert archive.fresh(account).paused_reason == PAUSED_BY_HAND
+    assert archive.fresh(account).state is AccountState.PAUSED
 
 
-@pytest.mark.parametrize("reason", [PAUSED_BY_HAND, accounts.REMOVED])
-def test_what_an_operator_said_during_a_poll_outlasts_its_bad_end(archive: Archive, reason: str) -> None:
+@pytest.mark.parametrize("state", [AccountState.PAUSED, AccountState.REMOVED])
+def test_what_an_operator_said_during_a_poll_outlasts_its_bad_end(
+    archive: Archive, state: AccountState
+) -> None:
     def broken(_: Account) -> str:
-        pause(archive, account, reason)
+        stop(archive, account, state)
         raise IntegrityError("something is wrong")
 
     account = archive.add(archive.serve(mailbox("a")))
-    assert archive.sync(account, archive.tools(password=broken)).outcome == "integrity"
-    assert archive.fresh(account).paused_reason == reason
+    assert archive.sync(account, archive.ports(password=broken)).outcome == "integrity"
+    assert archive.fresh(account).state is state
 
 
 def test_an_account_resumed_during_its_poll_goes_on(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox("a")))
-    pause(archive, account, "a wrong password")
+    stop(archive, account, AccountState.WAITING)
     worker = archive.worker()
     held = worker._wait_for(account)
     archive.database.transact(lambda connection: schedule.resume(connection, account.id))
     assert archive.lease(account).due_at == archive.lease(account).expires_at
     worker._poll_held(archive.fresh(account), held, None)
     assert archive.lease(account).due_at is not None
-    assert archive.fresh(account).paused_reason is None
+    assert archive.fresh(account).state is AccountState.ACTIVE
 
 
-@pytest.mark.parametrize(
-    ("reason", "goes_on"), [("a wrong password", True), (PAUSED_BY_HAND, False)], ids=["trouble", "by hand"]
-)
+@pytest.mark.parametrize(("state", "goes_on"), [(AccountState.WAITING, True), (AccountState.PAUSED, False)])
 def test_a_named_poll_that_works_disproves_trouble_but_not_a_decision(
-    archive: Archive, reason: str, goes_on: bool
+    archive: Archive, state: AccountState, goes_on: bool
 ) -> None:
     account = archive.add(archive.serve(mailbox("a")))
-    pause(archive, account, reason)
+    stop(archive, account, state)
     assert archive.sync(account).new == 1
-    assert (archive.fresh(account).paused_reason is None) is goes_on
+    assert (archive.fresh(account).state is AccountState.ACTIVE) is goes_on
     assert (archive.lease(account).due_at is not None) is goes_on
 
 
 def test_a_paused_account_whose_named_poll_dies_stays_paused(lone_archive: Archive) -> None:
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
-    pause(archive, account, "a wrong password")
-    archive.poll_until_death(account, archive.mortal_tools(Fuse(3)))
+    stop(archive, account, AccountState.WAITING)
+    archive.poll_until_death(account, archive.mortal_ports(Fuse(3)))
     assert claim_due(archive) == []
     report = archive.sync(account)
     assert (report.outcome, report.new) == ("ok", 1)
@@ -648,7 +649,7 @@ def test_three_refused_logins_are_waited_for_and_the_fourth_pauses(archive: Arch
         assert lease.due_at is not None
     archive.sync(account)
     assert archive.lease(account).due_at is None
-    assert "wrong password" in str(archive.fresh(account).paused_reason)
+    assert "wrong password" in str(archive.fresh(account).state_reason)
     archive.database.transact(lambda connection: schedule.resume(connection, account.id))
     assert archive.lease(account).refusals == 0
 
@@ -659,11 +660,11 @@ def test_three_refused_logins_are_waited_for_and_the_fourth_pauses(archive: Arch
 def test_a_database_whose_answers_are_lost_counts_nothing_twice(archive: Archive) -> None:
     url = archive.database.engine.url.render_as_string(hide_password=False)
     database = ForgetfulDatabase(url)
-    tools = archive.tools(database=database)
+    ports = archive.ports(database=database)
     play = eventful()
     account = archive.add(archive.serve(play), delete=DeletePolicy(0.0))
-    assert archive.sync(account, tools).outcome == "ok"
-    assert archive.sync(account, tools).outcome == "ok"
+    assert archive.sync(account, ports).outcome == "ok"
+    assert archive.sync(account, ports).outcome == "ok"
     assert [uidl for uidl, _ in play.messages] == [b"refused"]
     # Three deletions that a session asked for, and one message that could not be fetched.
     assert [row.attempts for row in archive.sightings(account)] == [1] * 4
@@ -671,11 +672,11 @@ def test_a_database_whose_answers_are_lost_counts_nothing_twice(archive: Archive
     assert archive.verify(account).clean
 
     refused = archive.add(archive.serve(mailbox("a", password="another")))
-    assert archive.sync(refused, tools).outcome == "operator_needed"
+    assert archive.sync(refused, ports).outcome == "operator_needed"
     assert archive.lease(refused).refusals == 1
 
     dying = archive.add(archive.serve(mailbox("a", faults={"RETR 1": Send(b"?")})))
-    assert archive.sync(dying, tools).outcome == "try_later"
+    assert archive.sync(dying, ports).outcome == "try_later"
     assert [row.attempts for row in archive.sightings(dying)] == [1]
 
     new = replace(account, id="0123456789abcdef", name="added twice", url="pop3://other@localhost")
@@ -699,7 +700,7 @@ def test_a_release_that_fails_is_left_to_the_end_of_the_lease(archive: Archive) 
 
     account = archive.add(archive.serve(mailbox("a")))
     database = Away(archive.database.engine.url.render_as_string(hide_password=False))
-    worker = archive.worker(archive.tools(database=database))
+    worker = archive.worker(archive.ports(database=database))
     (report,) = worker.poll_now([account], lambda _: Unwatched())
     database.close()
     assert report.outcome == "ok"
@@ -717,8 +718,8 @@ def test_ctrl_c_finishes_what_is_under_way_and_begins_nothing(small_archive: Arc
     first, second = archive.serve(mailbox("a", "b")), archive.serve(mailbox("c"))
     chosen = [archive.add(first), archive.add(second)]
     stopping = threading.Event()
-    tools = archive.tools(stopping=stopping.is_set)
-    worker = archive.worker(tools, workers=1, stopping=stopping)
+    ports = archive.ports(stopping=stopping.is_set)
+    worker = archive.worker(ports, workers=1, stopping=stopping)
 
     class Impatient(Unwatched):
         def listed(self, listed: int, to_fetch: int, octets: int | None) -> None:
@@ -772,7 +773,7 @@ def test_a_process_whose_database_hangs_is_alive(small_archive: Archive) -> None
             raise TryLater("no answer")
 
     database = Hanging("sqlite:///nowhere/archiver.db")
-    worker = archive.worker(archive.tools(database=database))
+    worker = archive.worker(archive.ports(database=database))
     worker.start_clock(claim=True)
     try:
         assert asked.wait(20)

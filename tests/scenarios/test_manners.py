@@ -17,10 +17,11 @@ from archiver.db.schedule import HostSessions
 from archiver.db.tables import host as host_table
 from archiver.db.tables import lease as lease_table
 from archiver.db.tables import mailbox as mailbox_table
-from archiver.model import PAUSED_BY_HAND, Account, Claim, new_account_id
+from archiver.model import Account, Claim, new_account_id
 from archiver.policy import HOST_FAILURES
 from archiver.poll.ports import Budget, Unwatched
-from archiver.worker import Chance, HeldLease, Worker
+from archiver.states import AccountState
+from archiver.worker import ActiveLease, Chance, Worker
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message
 
@@ -61,7 +62,9 @@ def claim(archive: Archive, limit: int = 100, *, cap: int = 20, **others: Any) -
 
 
 def tidy(archive: Archive, cap: int = 20) -> int:
-    return archive.database.transact(lambda connection: schedule.tidy(connection, sessions=HostSessions(cap)))
+    return archive.database.transact(
+        lambda connection: schedule.queue_at_hosts(connection, sessions=HostSessions(cap))
+    )
 
 
 def give_back(archive: Archive, *claims: Claim, after_seconds: float = 3600.0) -> None:
@@ -132,13 +135,13 @@ def test_what_waits_for_a_host_is_put_in_line_once_and_leaves_it_when_claimed(ar
     held += claim(archive, 2, cap=2)
     assert tidy(archive, cap=2) == 10 - 2
     assert tidy(archive, cap=2) == 0
-    assert not archive.lease(other).in_line
+    assert not archive.lease(other).queued
     with archive.database.reading() as connection:
         assert schedule.hosts_with_lines(connection, {"full.example", "other.example"}) == {"full.example"}
     give_back(archive, *(one for one in held if one.host == "full.example"))
     came = claim(archive, 9, cap=2)
     assert hosts(came) == {"full.example": 2}
-    assert not any(archive.lease(replace(other, id=one.account_id)).in_line for one in came)
+    assert not any(archive.lease(replace(other, id=one.account_id)).queued for one in came)
 
 
 def test_a_single_host_may_have_a_cap_of_its_own(archive: Archive) -> None:
@@ -168,7 +171,7 @@ def test_a_pause_leaks_no_slot_even_if_the_worker_dies(archive: Archive) -> None
     first, second = add(archive, "full.example"), add(archive, "full.example")
     (held,) = claim(archive, cap=1)
     paused = first if held.account_id == first.id else second
-    archive.database.transact(lambda connection: schedule.pause(connection, paused.id, PAUSED_BY_HAND))
+    archive.database.transact(lambda connection: schedule.stop(connection, paused.id, AccountState.PAUSED))
     tidy(archive, cap=1)
     assert claim(archive, cap=1) == []
     set_lease(archive, paused.id, expires_at=LONG_AGO)
@@ -201,7 +204,7 @@ def test_an_account_that_moves_while_it_waits_waits_at_its_new_host(archive: Arc
     tidy(archive, cap=1)
     with archive.database.reading() as connection:
         moving = next(a for a in accounts.all_active(connection) if a.id != held.account_id)
-    assert archive.lease(moving).in_line
+    assert archive.lease(moving).queued
     moved = replace(moving, url=f"pop3s://{moving.id}@new.example")
     archive.database.transact(lambda connection: accounts.change(connection, moved, archive.clock.now()))
     assert hosts(claim(archive, cap=1)) == {"new.example": 1}
@@ -250,7 +253,7 @@ def test_whatever_many_workers_do_no_cap_is_exceeded_and_no_host_starves(
             database = Database(postgres_url, pool_size=1)
             for round_number in range(rounds):
                 if round_number % 5 == number % 5:
-                    database.transact(lambda c: schedule.tidy(c, sessions=HostSessions(cap)))
+                    database.transact(lambda c: schedule.queue_at_hosts(c, sessions=HostSessions(cap)))
                 claims = database.transact(
                     lambda c: schedule.claim_due(
                         c, owner=f"w{number}", lease_seconds=60, limit=2, sessions=HostSessions(cap)
@@ -389,7 +392,7 @@ def ask(archive: Archive, *chosen: Account) -> int:
 
 def test_an_account_that_is_asked_for_is_due_now(archive: Archive) -> None:
     account, other, paused = (add(archive, "host.example") for _ in range(3))
-    archive.database.transact(lambda c: schedule.pause(c, paused.id, PAUSED_BY_HAND))
+    archive.database.transact(lambda c: schedule.stop(c, paused.id, AccountState.PAUSED))
     set_lease(archive, account.id, other.id, due_at=NOW + timedelta(days=1), failures=4)
     assert ask(archive, account, paused) == 1
     assert [one.account_id for one in claim(archive)] == [account.id]
@@ -415,16 +418,16 @@ def five() -> MailboxPlay:
     return MailboxPlay([(name.encode(), message(name)) for name in "abcde"])
 
 
-def poll_once(archive: Archive, account: Account, worker: Worker | None = None, **tools: Any) -> Any:
+def poll_once(archive: Archive, account: Account, worker: Worker | None = None, **ports: Any) -> Any:
     """As the service polls. The report is what the database kept of it."""
-    worker = worker or archive.worker(archive.tools(**tools))
+    worker = worker or archive.worker(archive.ports(**ports))
     archive.run_out(account)
     (lease,) = claimed(worker, 1)
     poll_due(worker, lease)
     return archive.polls(account)[-1]
 
 
-def poll_due(worker: Worker, lease: HeldLease) -> None:
+def poll_due(worker: Worker, lease: ActiveLease) -> None:
     """A poll after which the thread looks for no other."""
     worker.stopping.set()
     wait(worker._begin([lease]))
@@ -440,7 +443,7 @@ def test_a_session_fetches_no_more_than_its_budget_and_the_next_goes_on(archive:
 
 def test_a_message_larger_than_the_budget_is_fetched_all_the_same(archive: Archive) -> None:
     account = archive.add(archive.serve(five()))
-    assert [poll_once(archive, account, budget=Budget(octets=1)).new for _ in range(3)] == [1, 1, 1]
+    assert [poll_once(archive, account, budget=Budget(total_bytes=1)).new for _ in range(3)] == [1, 1, 1]
 
 
 def test_a_backfill_is_due_again_at_once_and_behind_what_was_due_before(archive: Archive) -> None:
@@ -454,7 +457,7 @@ def test_a_backfill_is_due_again_at_once_and_behind_what_was_due_before(archive:
 
 def test_once_the_days_octets_are_spent_the_rest_waits_and_is_told(archive: Archive) -> None:
     octets = len(message("a"))
-    account = archive.add(archive.serve(five()), day_octets=3 * octets)
+    account = archive.add(archive.serve(five()), day_bytes=3 * octets)
     first = poll_once(archive, account)
     assert (first.new, first.to_come) == (3, 2)
     assert archive.lease(account).due_at > datetime.now(UTC) + timedelta(seconds=30)
@@ -468,7 +471,7 @@ def test_once_the_days_octets_are_spent_the_rest_waits_and_is_told(archive: Arch
 def test_a_long_poll_makes_room_for_one_that_waits_and_a_short_one_does_not(archive: Archive) -> None:
     for slice_seconds, fetched in ((30.0, 5), (0.0, 0)):
         account = archive.add(archive.serve(five()))
-        worker = archive.worker(archive.tools(budget=Budget(slice_seconds=slice_seconds)), workers=1)
+        worker = archive.worker(archive.ports(budget=Budget(slice_seconds=slice_seconds)), workers=1)
         archive.run_out(account)
         (lease,) = claimed(worker, 1)
         waiting = add(archive, "other.example")
@@ -483,7 +486,7 @@ def test_a_long_poll_makes_room_for_one_that_waits_and_a_short_one_does_not(arch
 def test_a_long_poll_makes_room_for_others_of_its_host(archive: Archive) -> None:
     account = archive.add(archive.serve(five()))
     worker = archive.worker(
-        archive.tools(budget=Budget(slice_seconds=0.0)), workers=4, sessions=HostSessions(1)
+        archive.ports(budget=Budget(slice_seconds=0.0)), workers=4, sessions=HostSessions(1)
     )
     archive.run_out(account)
     (lease,) = claimed(worker, 1)

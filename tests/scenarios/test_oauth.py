@@ -20,7 +20,7 @@ from archiver.demo.dovecot import Dovecot
 from archiver.errors import TryLater, UsageError
 from archiver.model import Account
 from archiver.oauth import AccessTokens, Poster
-from archiver.poll.ports import Tools
+from archiver.poll.ports import Ports
 from archiver.secrets import Secrets
 from tests.conftest import require
 from tests.harness.oauth_provider import CLIENT, SCOPE, SECRET, OauthProvider
@@ -66,8 +66,8 @@ class Polls:
     account: Account
     tokens: AccessTokens
 
-    def tools(self) -> Tools:
-        return self.archive.tools(
+    def ports(self) -> Ports:
+        return self.archive.ports(
             connect=self.connect,
             password=lambda account: self.tokens.current(account, USER),
             another_password=lambda account, refused: self.tokens.instead(account, USER, refused),
@@ -78,7 +78,7 @@ class Polls:
         return pop3.connect(pop3.parse_url(account.url, pop3.Tls.IMPLICIT), tls_settings=settings)
 
     def sync(self) -> Any:
-        return self.archive.sync(self.account, self.tools())
+        return self.archive.sync(self.account, self.ports())
 
 
 def polls(archive: Archive, server: Dovecot, provider: OauthProvider, user: str = USER) -> Polls:
@@ -118,7 +118,7 @@ def test_a_token_that_the_server_refuses_is_had_anew_and_the_mail_archived(
     assert len(provider.requests) == asked + 1
     assert set(small_archive.archived(story.account)) == {message("one"), message("two")}
     # The provider ended the refresh tokens that it replaced; the newest one is in the database.
-    secret = small_archive.fresh(story.account).secret
+    secret = small_archive.fresh(story.account).secret_reference
     kept = Secrets(KEY).resolve(story.account.id, "anna", secret.removeprefix("oauth:"))
     assert list(provider.refresh_tokens) == [json.loads(kept)["refresh_token"]]
 

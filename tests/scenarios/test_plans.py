@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from archiver.db import Database, accounts, endings, history, migrate, reads, record, schedule
 from archiver.db.endings import Ending
 from archiver.db.schedule import HostSessions
-from archiver.model import Claim, LastLook, MailServer, PollReport, Resolved, Segment, SightingKey, What
+from archiver.model import Claim, LastLook, PollReport, Resolved, Segment, ServerRecord, SightingKey, What
 from archiver.policy import NextPoll, Setbacks
 from tests.scenarios.plans import Plans, explained, nodes
 
@@ -46,7 +46,7 @@ def database(postgres: Any) -> Iterator[Database]:
         migrate.upgrade(database)
         database.transact(_fill)
         # What waits for the full host is put in line, some thousand at a time.
-        while database.transact(lambda connection: schedule.tidy(connection, sessions=SESSIONS)):
+        while database.transact(lambda connection: schedule.queue_at_hosts(connection, sessions=SESSIONS)):
             pass
         with database.engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM ANALYZE")
@@ -61,10 +61,10 @@ def _fill(connection: Connection) -> None:
         # What is filled in here refers to what is there: no need to look at every row's account.
         "SET LOCAL session_replication_role = replica",
         (
-            "INSERT INTO account (id, name, url, tls, secret, delete_policy, interval_seconds, pipelining, "
+            "INSERT INTO account (id, name, url, tls, secret_reference, delete_policy, interval_seconds, "
             "epoch, tls_pins, tls_minimum, created_at) "
             f"SELECT {ids}, 'a' || n, 'pop3s://u' || n || '@h', 'implicit', 'env:X', "
-            f"'never', 300, true, 1, '', '1.2', now() {every}"
+            f"'never', 300, 1, '', '1.2', now() {every}"
         ),
         (
             "INSERT INTO lease (account_id, due_at, token, recover, failures, refusals, host, slot, owner, "
@@ -77,21 +77,21 @@ def _fill(connection: Connection) -> None:
         ),
         f"INSERT INTO journal (account_id, sequence, digest, written_at) SELECT {ids}, 0, '', now() {every}",
         (
-            "INSERT INTO mailbox (account_id, captures, octets, quarantined, to_come, day_octets, counted) "
-            f"SELECT {ids}, 2, 18, 0, 0, 0, 2 {every}"
+            "INSERT INTO mailbox (account_id, captures, captured_bytes, quarantined, to_come, day_bytes, "
+            f"counted) SELECT {ids}, 2, 18, 0, 0, 0, 2 {every}"
         ),
         (
             "INSERT INTO poll (account_id, token, ended_at, seconds, outcome, listed, new, known, "
             "quarantined, "
-            "to_come, delete_requested, octets, lost) "
+            "to_come, delete_requested, fetched_bytes, lost) "
             f"SELECT {ids}, m, now() - interval '{DAYS} days' * (1 - (m - random()) / 3), 1, 'ok', 2, 0, "
             f"2, 0, 0, 0, 0, "
             f"CASE WHEN mod(n, 1000) = m THEN 1 ELSE 0 END {every} CROSS JOIN generate_series(1, 3) AS m"
         ),
         (
             "INSERT INTO poll_day (account_id, day, polls, failed, looks, new, delete_requested, deleted, "
-            "gone, lost, "
-            f"octets, seconds) SELECT {ids}, current_date - m - mod(n, {DAYS - 2}), 1, 0, 1, 0, 0, 0, 0, "
+            "gone, lost, fetched_bytes, seconds) "
+            f"SELECT {ids}, current_date - m - mod(n, {DAYS - 2}), 1, 0, 1, 0, 0, 0, 0, "
             f"CASE WHEN mod(n, 1000) = 1 THEN 1 ELSE 0 END, 0, 1 {every} CROSS JOIN generate_series(1, 2) "
             f"AS m"
         ),
@@ -115,7 +115,7 @@ def _fill(connection: Connection) -> None:
     for statement in (
         _SIGHTINGS.format(f"(SELECT DISTINCT account_id FROM {part}) AS neighbours", 3, many),
         (
-            "INSERT INTO capture (account_id, sha256, octets, epoch, uidl, captured_at, token, sequence) "
+            "INSERT INTO capture (account_id, sha256, size, epoch, uidl, captured_at, token, sequence) "
             "SELECT account_id, sha256, 9, 1, uidl, now() - random() * interval '30 days', 1, 0 FROM sighting"
         ),
     ):
@@ -137,7 +137,7 @@ CLAIM = Claim(ONE, 0, recover=False, host="full.example")
 OTHER_CLAIM = Claim(OTHER, 0, recover=False, host="h7.example")
 SEEN = [SightingKey(str(number).encode(), 9) for number in range(1, 301)]
 SEEN_UIDLS = [key.uidl for key in SEEN]
-SERVER = MailServer("h", 995, "+OK", "PLAIN", "TLSv1.3", None, None)
+SERVER = ServerRecord("h", 995, "+OK", "PLAIN", "TLSv1.3", None, None)
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -161,7 +161,7 @@ class Hot:
 def _segment(connection: Connection) -> None:
     whats = (What.CAPTURED, What.KNOWN, What.QUARANTINED, What.DELETED, What.GONE)
     lines = tuple(
-        Resolved(what, SightingKey(b"%d" % number, 9), NOW, sha256=b"%032d" % number, octets=9)
+        Resolved(what, SightingKey(b"%d" % number, 9), NOW, sha256=b"%032d" % number, size=9)
         for number, what in enumerate(whats * 3)
     )
     for sequence, epoch, previous, digest in ((1, 1, b"", b"1"), (2, 2, b"1", b"2")):
@@ -178,7 +178,14 @@ def _endings(connection: Connection) -> None:
             claim, report, NOW + timedelta(hours=9), lambda _: NextPoll(300.0, Setbacks()), ("CAPA",)
         )
 
-    listed = {"listed": 2, "known": 2, "octets": 9, "delete_requested": 1, "reached": True, "last_look": look}
+    listed = {
+        "listed": 2,
+        "known": 2,
+        "fetched_bytes": 9,
+        "delete_requested": 1,
+        "reached": True,
+        "last_look": look,
+    }
     endings.write(
         connection,
         [
@@ -200,8 +207,8 @@ HOT = {
     "schedule.claim_account": Hot(
         lambda c: schedule.claim_account(c, OTHER, owner="w", lease_seconds=45), "pk_lease uq_lease_host_slot"
     ),
-    "schedule.tidy": Hot(
-        schedule.tidy,
+    "schedule.queue_at_hosts": Hot(
+        schedule.queue_at_hosts,
         "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing",
         whole={"lease": "five thousand at once: of a hundred thousand, a good part"},
     ),
@@ -233,8 +240,10 @@ HOT = {
     ),
     "reads.absent_quarantined": Hot(lambda c: reads.absent_quarantined(c, ONE, 1), "ix_sighting_quarantined"),
     "reads.provable": Hot(lambda c: reads.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture", each="uidl sha256"),
-    "reads.held": Hot(
-        lambda c: reads.held(c, ONE, [b"%032d" % n for n in range(300)]), "pk_capture", each="sha256"
+    "reads.captured_contents": Hot(
+        lambda c: reads.captured_contents(c, ONE, [b"%032d" % n for n in range(300)]),
+        "pk_capture",
+        each="sha256",
     ),
     "record.segment": Hot(_segment, "pk_lease pk_journal pk_account pk_mailbox pk_sighting"),
     "record.still_there": Hot(
@@ -267,7 +276,7 @@ HOT = {
     "reads.account_states": Hot(
         lambda c: reads.account_states(c, [ONE, OTHER]), "pk_account pk_lease pk_mailbox pk_poll"
     ),
-    "reads.standing": Hot(lambda c: reads.standing(c, NOW), "", whole=OF_ALL_ACCOUNTS),
+    "reads.overview": Hot(lambda c: reads.overview(c, NOW), "", whole=OF_ALL_ACCOUNTS),
     "reads.need_attention": Hot(
         lambda c: reads.need_attention(c, NOW, lost=[ONE], limit=20), "pk_poll", whole=OF_ALL_ACCOUNTS
     ),
@@ -371,8 +380,8 @@ def test_a_claim_costs_the_same_behind_a_full_host(database: Database) -> None:
         **schedule._values(SESSIONS),
     }
     with database.engine.connect() as connection:
-        in_line = connection.execute(sa.text("SELECT count(*) FROM lease WHERE in_line")).scalar_one()
-        assert in_line == OF_FULL_HOST - CAP
+        queued = connection.execute(sa.text("SELECT count(*) FROM lease WHERE queued")).scalar_one()
+        assert queued == OF_FULL_HOST - CAP
         statement = schedule._worded(connection, statement_text, SESSIONS)
         schedule.take_turn(connection)
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
@@ -386,7 +395,7 @@ def test_a_claim_costs_the_same_behind_a_full_host(database: Database) -> None:
 
 def test_a_claim_is_by_index_before_anybody_was_put_in_line(database: Database) -> None:
     with database.engine.connect() as connection:
-        connection.execute(sa.text("UPDATE lease SET in_line = false WHERE in_line"))
+        connection.execute(sa.text("UPDATE lease SET queued = false WHERE queued"))
         connection.execute(sa.text("ANALYZE lease"))
         statement = schedule._worded(connection, schedule._TIGHT + schedule._LINE_UP, SESSIONS)
         values = {"lined_up": 100, **schedule._values(SESSIONS)}

@@ -16,7 +16,8 @@ from archiver import pop3
 from archiver.db.tables import lease
 from archiver.errors import ArchiverError, IntegrityError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, DeletePolicy, What, message_key
-from archiver.poll.ports import BatchLimits, Tools
+from archiver.poll.ports import BatchLimits, Ports
+from archiver.states import AccountState
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
@@ -66,7 +67,7 @@ def only_refused_remains(play: MailboxPlay, archive: Archive, account: Account) 
 def calls_of_a_poll(archive: Archive) -> list[str]:
     account = archive.add(archive.serve(eventful_mailbox()), delete=AFTER_ARCHIVED)
     fuse = Fuse()
-    archive.poll_until_death(account, archive.mortal_tools(fuse))
+    archive.poll_until_death(account, archive.mortal_ports(fuse))
     return fuse.calls
 
 
@@ -79,7 +80,7 @@ def test_whenever_a_poll_dies_the_next_ones_end_in_the_same_state(archive: Archi
     for index, name in enumerate(calls):
         play = eventful_mailbox()
         account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-        archive.poll_until_death(account, archive.mortal_tools(Fuse(index, after=after)))
+        archive.poll_until_death(account, archive.mortal_ports(Fuse(index, after=after)))
         only_refused_remains(play, archive, account)
 
         for _ in range(2):
@@ -98,12 +99,12 @@ def test_a_poll_that_dies_while_it_catches_up_is_caught_up_with(archive: Archive
     for index in range(8):
         play = eventful_mailbox()
         account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-        archive.poll_until_death(account, archive.mortal_tools(Fuse(before_its_row, after=True)))
+        archive.poll_until_death(account, archive.mortal_ports(Fuse(before_its_row, after=True)))
         assert archive.segments(account)
         assert not archive.captures(account)
 
         recovery = Fuse(index)
-        archive.poll_until_death(account, archive.mortal_tools(recovery))
+        archive.poll_until_death(account, archive.mortal_ports(recovery))
         only_refused_remains(play, archive, account)
 
         for _ in range(2):
@@ -124,9 +125,9 @@ def test_a_store_whose_answers_are_lost_costs_nothing(archive: Archive) -> None:
 
     play = eventful_mailbox()
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    tools = archive.tools(store=Forgetful(archive.directory / "store"))
+    ports = archive.ports(store=Forgetful(archive.directory / "store"))
     for _ in range(3):
-        assert archive.sync(account, tools).outcome == "ok"
+        assert archive.sync(account, ports).outcome == "ok"
     assert archive.state(account, play) == expected
 
 
@@ -140,7 +141,7 @@ def test_a_failed_store_leaves_everything_on_the_server_and_counts_nothing(archi
     play = mailbox("a", "b", "c", faults={"RETR 1": Send(b"-ERR [SYS/PERM] no\r\n")})
     server = archive.serve(play)
     account = archive.add(server, delete=AFTER_ARCHIVED)
-    report = archive.sync(account, archive.tools(store=Refusing(archive.directory / "store")))
+    report = archive.sync(account, archive.ports(store=Refusing(archive.directory / "store")))
 
     assert (report.outcome, report.listed, report.wait_seconds) == ("try_later", 3, 77.0)
     assert (report.new, report.known, report.quarantined, report.to_come) == (0, 0, 0, 3)
@@ -307,12 +308,12 @@ def test_a_message_over_the_limit_is_set_aside_and_leaves_nothing_behind(archive
     play = mailbox("a", "c")
     play.messages.insert(1, (b"large", message("large") + b"x" * 5000 + b"\r\n"))
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    tools = archive.tools()
-    tools = replace(tools, connect=lambda account: archive.connect(account, message_octets=1000))
-    report = archive.sync(account, tools)
+    ports = archive.ports()
+    ports = replace(ports, connect=lambda account: archive.connect(account, message_bytes=1000))
+    report = archive.sync(account, ports)
     assert (report.new, report.quarantined) == (2, 1)
     assert [uidl for uidl, _ in play.messages] == [b"large"]
-    assert tools.spool.memory_in_use == 0
+    assert ports.spool.memory_in_use == 0
     assert len(archive.objects(account)) == 2
 
 
@@ -372,13 +373,13 @@ def test_a_message_that_fits_nowhere_does_not_undo_those_before_it(archive: Arch
     play = mailbox("a", "b")
     play.messages.append((b"large", message("large") + b"x" * 200_000 + b"\r\n"))
     account = archive.add(archive.serve(play))
-    tools = archive.tools(
+    ports = archive.ports(
         spool=SmallSpool(archive.directory, 100_000, 50_000), batch=BatchLimits(messages=100)
     )
-    report = archive.sync(account, tools)
+    report = archive.sync(account, ports)
     assert (report.outcome, report.new, report.to_come) == ("try_later", 2, 1)
     assert set(archive.archived(account)) == of("a", "b")
-    assert tools.spool.memory_in_use == 0
+    assert ports.spool.memory_in_use == 0
     assert archive.sync(account).new == 1
 
 
@@ -407,7 +408,7 @@ class SlowJournal(FilesystemStore):
 def test_the_next_batch_is_fetched_while_one_is_recorded(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox(*"abcdef")))
     report = archive.sync(
-        account, archive.tools(store=SlowJournal(archive.directory / "store", message("d")))
+        account, archive.ports(store=SlowJournal(archive.directory / "store", message("d")))
     )
     assert (report.outcome, report.new, report.segments) == ("ok", 6, 3)
     assert archive.verify(account).clean
@@ -425,7 +426,7 @@ def test_a_message_that_is_long_on_its_way_holds_up_a_few_batches_only(archive: 
             return super().put(key, body)
 
     account = archive.add(archive.serve(mailbox(*"abcdefghij")))
-    report = archive.sync(account, archive.tools(store=SlowFirst(archive.directory / "store")))
+    report = archive.sync(account, archive.ports(store=SlowFirst(archive.directory / "store")))
     assert (report.outcome, report.new) == ("ok", 10)
     assert archive.verify(account).clean
 
@@ -438,12 +439,12 @@ def test_a_batch_closes_by_time_while_messages_come(archive: Archive) -> None:
             return super().put(key, body)
 
     account = archive.add(archive.serve(mailbox(*"abcdefghij")))
-    tools = archive.tools(
+    ports = archive.ports(
         store=Slow(archive.directory / "store"),
         uploads=Uploads(at_once=False),
         batch=BatchLimits(messages=100, seconds=1.0),
     )
-    report = archive.sync(account, tools)
+    report = archive.sync(account, ports)
     assert (report.outcome, report.new) == ("ok", 10)
     assert report.segments > 2
 
@@ -454,10 +455,10 @@ def test_the_time_of_a_batch_does_not_run_before_the_first_message(archive: Arch
         return archive.connect(account)
 
     account = archive.add(archive.serve(mailbox(*"abcde")))
-    tools = archive.tools(
+    ports = archive.ports(
         connect=connect, uploads=Uploads(at_once=True), batch=BatchLimits(messages=100, seconds=1.0)
     )
-    report = archive.sync(account, tools)
+    report = archive.sync(account, ports)
     assert (report.outcome, report.new, report.segments) == ("ok", 5, 1)
 
 
@@ -473,7 +474,7 @@ def test_refusals_alone_make_batches(archive: Archive) -> None:
 def test_what_keeps_a_batch_from_being_recorded_ends_the_poll(archive: Archive, fault: ArchiverError) -> None:
     account = archive.add(archive.serve(mailbox(*"abcdefgh")))
     slow = SlowJournal(archive.directory / "store", message("d"), fault)
-    report = archive.sync(account, archive.tools(store=slow))
+    report = archive.sync(account, archive.ports(store=slow))
     assert (report.outcome, report.error, report.new) == (fault.outcome, str(fault), 0)
     assert report.journal_uncertain
     assert archive.verify(account, later_seconds=0.0).clean
@@ -519,14 +520,14 @@ def test_nothing_is_deleted_when_one_object_is_not_as_it_must_be(
     assert (report.outcome, report.delete_requested) == ("integrity", 0)
     assert [uidl for uidl, _ in play.messages] == [b"a", b"b", b"c"]
     # It stops, and says why.
-    assert key in str(archive.fresh(account).paused_reason)
+    assert key in str(archive.fresh(account).state_reason)
     assert archive.lease(account).due_at is None
 
 
 def test_a_message_whose_size_changed_is_another_message(archive: Archive) -> None:
     play, account = captured_before(archive, "a")
     play.messages[:] = [(b"a", message("a, and more"))]
-    report = archive.sync(account, archive.tools(stopping=lambda: True))
+    report = archive.sync(account, archive.ports(stopping=lambda: True))
     assert report.delete_requested == 0
     assert play.messages
     report = archive.sync(account)
@@ -588,7 +589,7 @@ def test_a_large_mailbox_is_worked_off_in_several_polls(archive: Archive) -> Non
         return next(ticks) / 10
 
     account = archive.add(archive.serve(mailbox(*map(str, range(60)))))
-    report = archive.sync(account, archive.tools(session_seconds=2.0, monotonic=monotonic))
+    report = archive.sync(account, archive.ports(session_seconds=2.0, monotonic=monotonic))
     assert (report.outcome, report.to_come) == ("ok", 0)
     # A poll counts what the ones before it archived as known: the sum must not count it twice.
     assert (report.new, report.known) == (60, 0)
@@ -598,7 +599,7 @@ def test_a_large_mailbox_is_worked_off_in_several_polls(archive: Archive) -> Non
 def test_a_stopping_process_asks_for_nothing_more(archive: Archive) -> None:
     server = archive.serve(mailbox("a", "b"))
     account = archive.add(server)
-    report = archive.sync(account, archive.tools(stopping=lambda: True))
+    report = archive.sync(account, archive.ports(stopping=lambda: True))
     assert (report.outcome, report.new, report.to_come) == ("ok", 0, 2)
     assert (server.commands["RETR"], server.commands["QUIT"]) == (0, 1)
 
@@ -607,7 +608,7 @@ def test_five_thousand_absences_at_a_time(small_archive: Archive) -> None:
     archive = small_archive
     play = MailboxPlay([(b"%d" % number, b"x\r\n") for number in range(5_500)])
     account = archive.add(archive.serve(play))
-    assert archive.sync(account, archive.tools(batch=BatchLimits(messages=5_000))).new == 1
+    assert archive.sync(account, archive.ports(batch=BatchLimits(messages=5_000))).new == 1
     play.messages.clear()
     report = archive.sync(account)
     assert report.segments == 2
@@ -627,12 +628,12 @@ def test_an_operator_needed_for_the_service_pauses_no_account(archive: Archive, 
         raise OperatorNeeded("no password")
 
     account = archive.add(archive.serve(mailbox("a")))
-    broken: Tools = archive.tools(store=Denied(archive.directory / "store"))
+    broken: Ports = archive.ports(store=Denied(archive.directory / "store"))
     if stage == "before":
-        broken = archive.tools(password=refuse)
+        broken = archive.ports(password=refuse)
     for _ in range(6):
         assert archive.sync(account, broken).outcome == "operator_needed"
-    assert (archive.fresh(account).paused_reason is None) is (stage == "after")
+    assert (archive.fresh(account).state is AccountState.ACTIVE) is (stage == "after")
     assert (archive.lease(account).due_at is None) is (stage == "before")
 
 
@@ -641,7 +642,7 @@ def test_a_mistake_of_ours_ends_one_poll_and_gives_the_account_back(archive: Arc
         raise ZeroDivisionError
 
     account = archive.add(archive.serve(mailbox("a")))
-    report = archive.sync(account, archive.tools(connect=broken))
+    report = archive.sync(account, archive.ports(connect=broken))
     assert (report.outcome, report.error) == ("try_later", "internal error: ZeroDivisionError()")
     assert archive.lease(account).owner is None
     assert archive.sync(account).new == 1
@@ -657,7 +658,7 @@ def test_a_segment_that_was_tampered_with_stops_the_account(archive: Archive) ->
 
     report = archive.sync(account)
     assert (report.outcome, report.listed) == ("integrity", None)
-    assert archive.fresh(account).paused_reason is not None
+    assert archive.fresh(account).state is AccountState.WAITING
 
 
 def test_an_object_that_differs_under_its_own_digest_is_an_alarm(archive: Archive) -> None:

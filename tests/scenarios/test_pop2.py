@@ -28,7 +28,7 @@ def connection(**limits: float) -> Callable[[Account], pop3.Session]:
 
 
 def sync(archive: Archive, account: Account, **limits: float) -> PollReport:
-    return archive.sync(account, archive.tools(connect=connection(**limits)))
+    return archive.sync(account, archive.ports(connect=connection(**limits)))
 
 
 def test_every_message_is_archived_once_however_often_it_is_fetched(archive: Archive) -> None:
@@ -44,7 +44,7 @@ def test_every_message_is_archived_once_however_often_it_is_fetched(archive: Arc
 
         second = sync(archive, account)
         assert (second.outcome, second.new, second.known, second.segments) == ("ok", 0, 4, 0)
-        assert second.octets == first.octets
+        assert second.fetched_bytes == first.fetched_bytes
         assert (archive.segments(account), archive.events(account)) == (segments, events)
 
         play.messages.insert(0, message("three"))  # Numbers mean nothing: the new one is the first.
@@ -92,11 +92,11 @@ def test_a_poll_that_did_not_see_everything_proves_no_absence(archive: Archive, 
             play.cuts = {2: 5}
             assert sync(archive, account).outcome == "try_later"
         elif trouble == "set aside":
-            assert sync(archive, account, message_octets=len(message("two"))).quarantined == 1
+            assert sync(archive, account, message_bytes=len(message("two"))).quarantined == 1
         else:
             seen = iter([False])
-            tools = archive.tools(connect=connection(), stopping=lambda: next(seen, True))
-            finish(tell_poll(account, archive.claim(account), tools))
+            ports = archive.ports(connect=connection(), stopping=lambda: next(seen, True))
+            finish(tell_poll(account, archive.claim(account), ports))
             archive.run_out(account)
         assert What.GONE not in {line.what for line in archive.lines(account)}
 
@@ -116,9 +116,9 @@ def test_a_message_that_is_too_large_is_set_aside_and_the_others_are_archived(sm
     play = Pop2Play([message("one"), b"x" * 5000, message("two")])
     with pop2_server(play) as server:
         account = account_of(small_archive, server, play)
-        report = sync(small_archive, account, message_octets=4000)
+        report = sync(small_archive, account, message_bytes=4000)
         assert (report.outcome, report.new, report.quarantined) == ("ok", 2, 1)
-        again = sync(small_archive, account, message_octets=4000)
+        again = sync(small_archive, account, message_bytes=4000)
         assert (again.outcome, again.known, again.quarantined, again.segments) == ("ok", 2, 1, 0)
     assert sorted(small_archive.archived(account)) == sorted([message("one"), message("two")])
 

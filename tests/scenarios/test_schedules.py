@@ -18,8 +18,9 @@ from archiver.cli import accounts_file, app
 from archiver.db import Database, accounts, migrate, reads, schedule
 from archiver.db.tables import lease as lease_table
 from archiver.errors import UsageError
-from archiver.model import PAUSED_BY_HAND, Account
+from archiver.model import Account
 from archiver.settings import Settings
+from archiver.states import AccountState
 
 URL = "pop3s://sales@pop.example.com"
 
@@ -60,7 +61,7 @@ def commands(tmp_path: Path) -> Commands:
 def test_a_schedule_is_said_shown_changed_and_taken_away(commands: Commands) -> None:
     commands.add("--cron", "30 2 * * *", "--time-zone", "Europe/Berlin", "--blackout", "Mon 08:00-18:00")
     commands.run(
-        "account", "edit", "sales", "--interval", "60", "--interval-max", "900", "--day-octets", "1000"
+        "account", "edit", "sales", "--interval", "60", "--interval-max", "900", "--day-bytes", "1000"
     )
     found = commands.shown()["schedule"]
     assert (found["cron"], found["time_zone"], found["blackout"]) == (
@@ -68,14 +69,14 @@ def test_a_schedule_is_said_shown_changed_and_taken_away(commands: Commands) -> 
         "Europe/Berlin",
         "Mon 08:00-18:00",
     )
-    assert (found["interval_max_seconds"], found["day_octets"], found["fetched_today"]) == (900.0, 1000, 0)
+    assert (found["interval_max_seconds"], found["day_bytes"], found["fetched_today"]) == (900.0, 1000, 0)
     assert "polled at '30 2 * * *' in Europe/Berlin" in commands.run("account", "show", "sales")
     commands.run(
         *("account", "edit", "sales", "--cron", "none", "--blackout", "none"),
-        *("--interval-max", "none", "--day-octets", "none"),
+        *("--interval-max", "none", "--day-bytes", "none"),
     )
     found = commands.shown()["schedule"]
-    assert [found[name] for name in ("cron", "blackout", "interval_max_seconds", "day_octets")] == [None] * 4
+    assert [found[name] for name in ("cron", "blackout", "interval_max_seconds", "day_bytes")] == [None] * 4
     assert "polled every 60 s" in commands.run("account", "show", "sales")
 
 
@@ -86,7 +87,7 @@ def test_a_schedule_is_said_shown_changed_and_taken_away(commands: Commands) -> 
         (("--cron", "0 6 * * *", "--time-zone", "Mars/Olympus"), "no time zone"),
         (("--blackout", "at night"), "no blackout"),
         (("--interval", "600", "--interval-max", "60"), "shorter"),
-        (("--day-octets", "0"), "above 0"),
+        (("--day-bytes", "0"), "above 0"),
         (("--interval-max", "-5"), "above 0"),
     ],
 )
@@ -107,7 +108,7 @@ def test_why_an_account_waits_is_told(commands: Commands) -> None:
     assert "timed out" in text
     database.transact(lambda c: schedule.host_reached(c, "pop.example.com"))
     assert commands.shown()["schedule"]["waits_because"] is None
-    database.transact(lambda c: c.execute(sa.update(lease_table).values(in_line=True)))
+    database.transact(lambda c: c.execute(sa.update(lease_table).values(queued=True)))
     assert "as many sessions as it may have" in commands.shown()["schedule"]["waits_because"]
     database.close()
 
@@ -128,7 +129,7 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
     head = f'[[account]]\nname = "sales"\nurl = "{URL}"\npassword = "env:PASSWORD"\n'
     file.write_text(
         head + 'cron = "0 6 * * 1-5"\ntime_zone = "Europe/Berlin"\nblackout = "12:00-13:00"\n'
-        "interval_max_seconds = 900\nday_octets = 1000\n"
+        "interval_max_seconds = 900\nday_bytes = 1000\n"
     )
     settings = Settings(
         database_url=f"sqlite:///{tmp_path / 'archiver.db'}", store_url=f"file:{tmp_path / 's'}"
@@ -143,7 +144,7 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
             "Europe/Berlin",
             "12:00-13:00",
         )
-        assert (found.interval_max_seconds, found.day_octets) == (900.0, 1000)
+        assert (found.interval_max_seconds, found.day_bytes) == (900.0, 1000)
         file.write_text(head + 'blackout = "never"\n')
         with pytest.raises(UsageError, match=r"account sales: .*no blackout"):
             accounts_file.take_in(archiver, file)
@@ -154,7 +155,7 @@ def ask(sqlite_url: str) -> Iterator[Callable[..., tuple[int, Any]]]:
     """POST for polls of an account, to a server that may have a token; the answer's status and body."""
     database = Database(sqlite_url)
     migrate.upgrade(database)
-    health = web.Health(lambda: True, lambda: None, lambda: reads.Standing({}, 0, 0.0))
+    health = web.Health(lambda: True, lambda: None, lambda: reads.Overview({}, 0, 0.0))
     account = Account("0" * 16, "sales/north", URL, "implicit", "env:NONE")
     database.transact(lambda c: accounts.add(c, account, Archiver.now()))
 
@@ -179,7 +180,7 @@ def ask(sqlite_url: str) -> Iterator[Callable[..., tuple[int, Any]]]:
                     return refusal.code, json.loads(refusal.read())
 
     def pause() -> None:
-        database.transact(lambda c: schedule.pause(c, account.id, PAUSED_BY_HAND))
+        database.transact(lambda c: schedule.stop(c, account.id, AccountState.PAUSED))
 
     post.pause = pause  # type: ignore[attr-defined]
     yield post

@@ -65,8 +65,8 @@ def test_an_interval_that_is_longer_stays(archive: Archive) -> None:
 def sync_by_halves(archive: Archive, server: ScriptedPop3) -> PollReport:
     """Each poll makes room for others after a few messages: each look at the clock is a tenth of a second."""
     looks = itertools.count()
-    tools = archive.tools(monotonic=lambda: next(looks) / 10, session_seconds=4.0)
-    return archive.sync(archive.add(server), tools)
+    ports = archive.ports(monotonic=lambda: next(looks) / 10, session_seconds=4.0)
+    return archive.sync(archive.add(server), ports)
 
 
 def test_a_mailbox_is_not_worked_off_where_the_next_login_would_be_refused(archive: Archive) -> None:
@@ -94,10 +94,10 @@ def test_the_polls_line_says_who_answered_and_what_is_wrong_there(archive: Archi
 
 def test_a_poll_that_ends_by_a_limit_says_which_to_raise(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox()))
-    tools = archive.tools(connect=lambda account: archive.connect(account, listing_octets=1))
+    ports = archive.ports(connect=lambda account: archive.connect(account, listing_bytes=1))
     with capture_logs() as lines:
-        report = archive.sync(account, tools)
+        report = archive.sync(account, ports)
     assert (report.outcome, report.listed) == ("try_later", None)
-    assert report.hint == "if that is right for this server, raise ARCHIVER_LISTING_OCTETS"
+    assert report.hint == "if that is right for this server, raise ARCHIVER_LISTING_BYTES"
     [line] = [line for line in lines if line["event"] == "poll.ended"]
     assert line["hint"] == report.hint

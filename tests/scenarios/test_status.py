@@ -21,8 +21,9 @@ from archiver.db.endings import Ending
 from archiver.db.tables import account as account_table
 from archiver.db.tables import host as host_table
 from archiver.db.tables import mailbox as mailbox_table
-from archiver.model import PAUSED_BY_HAND, Account, DeletePolicy, PollReport, new_account_id
+from archiver.model import Account, DeletePolicy, PollReport, new_account_id
 from archiver.policy import NextPoll, Setbacks
+from archiver.states import AccountState
 from archiver.views import status as view
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import Archive, message
@@ -218,12 +219,14 @@ def test_the_worst_comes_first(commands: Commands) -> None:
         lambda connection: connection.execute(
             sa.update(account_table)
             .where(account_table.c.id == made["held"].id)
-            .values(deletion_hold="other ids")
+            .values(deletion_suspended="other ids")
         )
     )
-    for name, reason in (("by hand", PAUSED_BY_HAND), ("waiting", "a wrong password")):
+    for name, state in (("by hand", AccountState.PAUSED), ("waiting", AccountState.WAITING)):
         commands.database.transact(
-            lambda connection, name=name, reason=reason: schedule.pause(connection, made[name].id, reason)
+            lambda connection, name=name, state=state: schedule.stop(
+                connection, made[name].id, state, "a wrong password"
+            )
         )
     found = commands.json("status", code=1)
     assert [one["account"] for one in found["attention"]] == [
@@ -231,7 +234,7 @@ def test_the_worst_comes_first(commands: Commands) -> None:
     ]
     assert found["attention"][0] | {"troubles": ["lost messages"], "lost": 3} == found["attention"][0]
     assert (found["accounts"], found["paused"], found["waiting"], found["failing"]) == (8, 2, 1, 1)
-    assert (found["lost"], found["late"], found["deletion_held"], found["quarantined"]) == (3, 1, 1, 1)
+    assert (found["lost"], found["late"], found["deletion_suspended"], found["quarantined"]) == (3, 1, 1, 1)
     assert (found["captures"], found["never_polled"]) == (0, 1)
     text = commands.run("status", code=1)
     lines = [line for line in text.splitlines() if "the server is away" in line]
@@ -297,9 +300,9 @@ def test_http_tells_what_the_commands_tell(commands: Commands, forbidden: bool) 
     account = commands.add("work/of anna")
     commands.poll(account, listed=5, new=3, quarantined=1, lost=2)
 
-    def standing() -> reads.Standing:
+    def standing() -> reads.Overview:
         with commands.database.reading() as connection:
-            return reads.standing(connection, commands.now)
+            return reads.overview(connection, commands.now)
 
     health = web.Health(lambda: True, lambda: None, standing)
     with web.serving(

@@ -77,7 +77,7 @@ def test_a_sound_archive_is_clean(scene: Scene) -> None:
     findings = scene.archive.verify(scene.account)
     assert findings.clean
     assert (findings.checked, findings.segments) == (6, 3)
-    assert findings.octets == sum(len(message(name)) for name in NAMES)
+    assert findings.hashed_bytes == sum(len(message(name)) for name in NAMES)
 
 
 def test_an_object_removed(scene: Scene) -> None:
@@ -125,7 +125,7 @@ def test_a_row_slipped_in(scene: Scene) -> None:
     row = {
         "account_id": scene.account.id,
         "sha256": digest,
-        "octets": 10,
+        "size": 10,
         "epoch": 1,
         "uidl": b"x",
         "captured_at": datetime.now(UTC),
@@ -221,13 +221,13 @@ def test_a_poll_under_way_is_no_fault(archive: Archive) -> None:
     """What it wrote already is accounted for when it ends, or when the next one has taken it in."""
     play = MailboxPlay([(name.encode(), message(name)) for name in NAMES])
     fuse = Fuse()
-    archive.poll_until_death(archive.add(archive.serve(play)), archive.mortal_tools(fuse))
+    archive.poll_until_death(archive.add(archive.serve(play)), archive.mortal_ports(fuse))
     account = None
     for index, name in enumerate(fuse.calls):
         if not name.startswith(("put", "transact", "commit")):
             continue
         account = archive.add(archive.serve(play))
-        archive.poll_until_death(account, archive.mortal_tools(Fuse(index, after=True)))
+        archive.poll_until_death(account, archive.mortal_ports(Fuse(index, after=True)))
         assert archive.verify(account, later_seconds=0.0).clean, (index, name)
     # But not for ever: a quarter of an hour later something should have come of it.
     assert account is not None
@@ -246,7 +246,7 @@ def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Ar
             return super().put(key, body)
 
     account = archive.add(archive.serve(MailboxPlay([(name.encode(), message(name)) for name in NAMES])))
-    report = archive.sync(account, archive.tools(store=WithoutJournal(archive.directory / "store")))
+    report = archive.sync(account, archive.ports(store=WithoutJournal(archive.directory / "store")))
     assert (report.outcome, report.new) == ("try_later", 0)
     assert archive.objects(account)
     assert archive.verify(account, later_seconds=0.0).clean

@@ -130,7 +130,7 @@ class Trial:
         return ended >= {one.witness.account for one in held}
 
     def _has_given_up(self, first: Running, held: list[Held]) -> bool:
-        ended = {(line["account"], line["poll"]): line["outcome"] for line in first.log("poll.ended")}
+        ended = {(line["account"], line["token"]): line["outcome"] for line in first.log("poll.ended")}
         outcomes = [ended.get((one.witness.account, one.token)) for one in held]
         assert set(outcomes) <= {None, "lease_lost"}, outcomes
         return None not in outcomes

@@ -15,7 +15,7 @@ from archiver.pop3 import Entry
 from archiver.store import PutResult
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
-LIMITS = BatchLimits(messages=3, octets=1000, seconds=10.0)
+LIMITS = BatchLimits(messages=3, total_bytes=1000, seconds=10.0)
 
 
 def unrecorded(*octets: int) -> Unrecorded:
@@ -57,14 +57,14 @@ def test_a_batch_closes_when_it_is_full_and_stored() -> None:
     assert queue.take(0.0) is None
     store(queue, 3)
     assert places(queue.take(0.0)) == [1, 2, 3]
-    assert (queue.fetched, queue.octets, queue.octets_uploading) == ([], 0, 0)
+    assert (queue.fetched, queue.total_bytes, queue.uploading_bytes) == ([], 0, 0)
 
 
 def test_it_closes_by_octets() -> None:
     queue = unrecorded(400, 700, 5)
     store(queue, 1, 2, 3)
     assert places(queue.take(0.0)) == [1, 2]
-    assert queue.octets == 5
+    assert queue.total_bytes == 5
 
 
 def test_it_closes_by_time_without_what_is_on_its_way() -> None:

@@ -584,7 +584,7 @@ def test_values_that_do_not_go_together(tmp_path: Path, changes: Object, sentenc
         ({"worker": {"drainMarginSeconds": 0}}, "/worker/drainMarginSeconds"),
         ({"worker": {"concurency": 4}}, "concurency"),
         ({"settings": {"WORKERS": "4"}}, "WORKERS"),
-        ({"settings": {"ARCHIVER_MESSAGE_OCTETS": 268435456}}, "/settings/ARCHIVER_MESSAGE_OCTETS"),
+        ({"settings": {"ARCHIVER_MESSAGE_BYTES": 268435456}}, "/settings/ARCHIVER_MESSAGE_BYTES"),
         ({"migrations": {"mode": "always"}}, "/migrations/mode"),
         ({"accounts": [{"name": "a", "url": "pop3s://u@h"}]}, "password"),
         ({"accounts": [{**ACCOUNT, "delete": "always"}]}, "/accounts/0/delete"),

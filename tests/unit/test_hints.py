@@ -55,8 +55,8 @@ def test_each_kind_of_failure_has_its_class(kind: pop3.FailureKind, error: type[
 
 
 def test_a_limit_that_was_exceeded_is_a_setting_to_raise() -> None:
-    found = translation(pop3.FailureKind.POISON, "message_octets")
-    assert found.hint == "if that is right for this server, raise ARCHIVER_MESSAGE_OCTETS"
+    found = translation(pop3.FailureKind.POISON, "message_bytes")
+    assert found.hint == "if that is right for this server, raise ARCHIVER_MESSAGE_BYTES"
     found = translation(pop3.FailureKind.TRANSIENT, "idle_seconds")
     assert found.hint is not None
     assert "ARCHIVER_IDLE_SECONDS, or the account's timeout" in found.hint

@@ -17,9 +17,9 @@ from archiver.evidence import journal
 from archiver.model import (
     NO_DIGEST,
     JournalHead,
-    MailServer,
     Resolved,
     Segment,
+    ServerRecord,
     SightingKey,
     What,
     message_key,
@@ -32,7 +32,7 @@ AT = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)
 DIGEST = hashlib.sha256(b"content").digest()
 ACCOUNT = "0123456789abcdef"
 
-CAPTURED = Resolved(What.CAPTURED, SightingKey(b"a", 7), AT, sha256=DIGEST, octets=7, version_id="v1")
+CAPTURED = Resolved(What.CAPTURED, SightingKey(b"a", 7), AT, sha256=DIGEST, size=7, version_id="v1")
 
 SEGMENT = Segment(
     account_id=ACCOUNT,
@@ -43,7 +43,7 @@ SEGMENT = Segment(
     previous=NO_DIGEST,
     token=5,
     written_at=AT,
-    server=MailServer("mail.example.com", 995, "+OK \\x1b hello", "PLAIN", "TLSv1.3", "AES", "ab" * 32),
+    server=ServerRecord("mail.example.com", 995, "+OK \\x1b hello", "PLAIN", "TLSv1.3", "AES", "ab" * 32),
     listing_count=3,
     listing_digest=DIGEST,
     lines=(CAPTURED,),
@@ -56,16 +56,16 @@ resolutions = st.one_of(
         Resolved,
         what=st.sampled_from([What.CAPTURED, What.KNOWN]),
         sighting=sightings,
-        at=st.datetimes(timezones=st.just(UTC)),
+        resolved_at=st.datetimes(timezones=st.just(UTC)),
         sha256=st.binary(min_size=32, max_size=32),
-        octets=st.integers(0, 2**62),
+        size=st.integers(0, 2**62),
         version_id=st.none() | st.text(max_size=5),
     ),
     st.builds(
         Resolved,
         what=st.just(What.QUARANTINED),
         sighting=sightings,
-        at=st.datetimes(timezones=st.just(UTC)),
+        resolved_at=st.datetimes(timezones=st.just(UTC)),
         reason=st.text(st.characters(), max_size=20),
         attempts=st.integers(0, 100),
     ),
@@ -73,7 +73,7 @@ resolutions = st.one_of(
         Resolved,
         what=st.sampled_from([What.GONE, What.DELETED]),
         sighting=sightings,
-        at=st.datetimes(timezones=st.just(UTC)),
+        resolved_at=st.datetimes(timezones=st.just(UTC)),
     ),
 )
 
@@ -103,7 +103,7 @@ def test_lone_surrogates_are_kept_as_they_are() -> None:
 
 
 def test_a_sighting_by_content_is_told_apart() -> None:
-    line = Resolved(What.KNOWN, SightingKey(b"", 7, DIGEST), AT, sha256=DIGEST, octets=7)
+    line = Resolved(What.KNOWN, SightingKey(b"", 7, DIGEST), AT, sha256=DIGEST, size=7)
     segment = replace(SEGMENT, lines=(line,))
     assert journal.decode(journal.encode(segment), "here").lines[0].sighting == line.sighting
 
@@ -194,9 +194,9 @@ def test_no_octets_do_anything_else(content: bytes) -> None:
 
 
 def test_a_later_time_zone_is_the_same_time() -> None:
-    line = replace(CAPTURED, at=AT.astimezone(timezone(timedelta(hours=5))))
+    line = replace(CAPTURED, resolved_at=AT.astimezone(timezone(timedelta(hours=5))))
     decoded = journal.decode(journal.encode(replace(SEGMENT, lines=(line,))), "here")
-    assert decoded.lines[0].at == AT
+    assert decoded.lines[0].resolved_at == AT
 
 
 # In a store.
@@ -228,7 +228,7 @@ def test_an_endless_segment_is_not_read_into_memory(store: FilesystemStore) -> N
     path = Path(store.url.removeprefix("file:")) / segment_key(ACCOUNT, 1)
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
-        file.truncate(journal.SEGMENT_OCTETS + 1)
+        file.truncate(journal.SEGMENT_BYTES + 1)
     with pytest.raises(IntegrityError, match="too large"):
         journal.read(store, ACCOUNT, 1)
 

@@ -24,7 +24,7 @@ from archiver.errors import ArchiverError, OperatorNeeded, TryLater, UsageError
 from archiver.model import Account
 from archiver.oauth import GOOGLE, MICROSOFT, AccessTokens, Credential, Poster, Provider
 from archiver.oauth.consent import Browser, ask_device_code, await_device
-from archiver.outbound import ANSWER_OCTETS, Client
+from archiver.outbound import ANSWER_BYTES, Client
 from archiver.secrets import Secrets, check_reference
 from tests.harness.oauth_provider import (
     CLIENT,
@@ -79,7 +79,7 @@ class World:
         if self.lost_writes:
             self.lost_writes -= 1
             raise TryLater("the database is away")
-        assert reference == (self.kept[-1] if self.kept else account.secret)
+        assert reference == (self.kept[-1] if self.kept else account.secret_reference)
         self.kept.append(f"oauth:{self.secrets.seal(account.id, document)}")
         return self.kept[-1]
 
@@ -87,8 +87,8 @@ class World:
         known = {"token_endpoint": self.provider.token_endpoint, "client_id": CLIENT, "scope": SCOPE}
         return json.dumps(known | {"client_secret": SECRET} | fields)
 
-    def account(self, name: str = "anna", *, secret: str | None = None, **fields: str) -> Account:
-        reference = secret or f"oauth:{self.secrets.seal(name, self.document(**fields))}"
+    def account(self, name: str = "anna", *, secret_reference: str | None = None, **fields: str) -> Account:
+        reference = secret_reference or f"oauth:{self.secrets.seal(name, self.document(**fields))}"
         return Account(name, name, "pop3s://x@host", "implicit", reference)
 
     def person(self) -> Account:
@@ -184,7 +184,7 @@ def test_an_application_without_a_secret_shows_none(tmp_path: Path) -> None:
         world = World(provider)
         document = {"token_endpoint": provider.token_endpoint, "client_id": CLIENT, "scope": SCOPE}
         document["refresh_token"] = provider.refresh_token(USER)
-        account = world.account(secret=f"oauth:{world.secrets.seal('anna', json.dumps(document))}")
+        account = world.account(secret_reference=f"oauth:{world.secrets.seal('anna', json.dumps(document))}")
         assert world.tokens.current(account, USER) in provider.access_tokens
         assert "client_secret" not in provider.requests[0]
 
@@ -192,7 +192,7 @@ def test_an_application_without_a_secret_shows_none(tmp_path: Path) -> None:
 def test_m6_an_applications_token_is_shared_by_all_mailboxes(world: World, tmp_path: Path) -> None:
     file = tmp_path / "application.json"
     file.write_text(world.document())
-    accounts = [world.account(f"user{number}", secret=f"oauth:file:{file}") for number in range(5)]
+    accounts = [world.account(f"user{number}", secret_reference=f"oauth:file:{file}") for number in range(5)]
     accounts += [world.account("sealed")]
     tokens = {world.tokens.current(account, account.name) for account in accounts}
     assert len(tokens) == 1
@@ -211,7 +211,7 @@ def test_a_service_account_acts_for_each_user(world: World, tmp_path: Path) -> N
         "token_uri": world.provider.token_endpoint,
     }
     file.write_text(json.dumps(document))
-    account = world.account(secret=f"oauth:file:{file}")
+    account = world.account(secret_reference=f"oauth:file:{file}")
     for user in ("anna@contoso.example", "berta@contoso.example"):
         assert world.provider.access_tokens[world.tokens.current(account, user)] == user
     world.provider.service_keys.clear()
@@ -310,7 +310,7 @@ def test_a_replaced_refresh_token_is_kept_before_its_access_token_is_used(rotati
     [kept] = rotating.kept
     assert kept.startswith("oauth:sealed:")
     again = rotating.process()
-    assert again.current(replace(account, secret=kept), USER) in rotating.provider.access_tokens
+    assert again.current(replace(account, secret_reference=kept), USER) in rotating.provider.access_tokens
 
 
 def test_a_poll_that_goes_on_for_days_knows_every_replacement(rotating: World) -> None:
@@ -333,7 +333,7 @@ def test_a_database_that_is_away_loses_no_refresh_token(rotating: World) -> None
     assert token in rotating.provider.access_tokens
     assert len(rotating.kept) == 2
     again = rotating.process()
-    assert again.current(replace(account, secret=rotating.kept[-1]), USER)
+    assert again.current(replace(account, secret_reference=rotating.kept[-1]), USER)
 
 
 def test_a_replaced_refresh_token_of_a_file_is_held_in_memory_and_said(
@@ -346,7 +346,7 @@ def test_a_replaced_refresh_token_of_a_file_is_held_in_memory_and_said(
     file = tmp_path / "credential.json"
     file.write_text(rotating.document(refresh_token=rotating.provider.refresh_token(USER)))
     content = file.read_bytes()
-    account = rotating.account(secret=f"oauth:file:{file}")
+    account = rotating.account(secret_reference=f"oauth:file:{file}")
     for _ in range(3):
         assert rotating.tokens.current(account, USER) in rotating.provider.access_tokens
         rotating.time += 3600
@@ -380,7 +380,7 @@ FAILURES: list[tuple[Fault, type[ArchiverError], str]] = [
     (Say(200, b"{}"), OperatorNeeded, "without a bearer token"),
     (Say(200, b'{"access_token": 5}'), OperatorNeeded, "without a bearer token"),
     (Say(200, b'{"access_token": "x", "token_type": "mac"}'), OperatorNeeded, "without a bearer token"),
-    (Flood(), OperatorNeeded, f"more than {ANSWER_OCTETS} octets"),
+    (Flood(), OperatorNeeded, f"more than {ANSWER_BYTES} octets"),
 ]
 
 

@@ -15,7 +15,7 @@ log.info("poll.ended", new=2, at_path={"a": object})
 try:
     raise OSError("no room")
 except OSError:
-    log.exception("poll.broke")
+    log.exception("poll.crashed")
 logging.getLogger("library").warning("half %d", 1)
 logging.getLogger("library").info("not told")
 print("went on")
@@ -34,7 +34,7 @@ def test_each_line_is_an_object_with_its_level(tmp_path: Path) -> None:
     ended, broke, library = map(json.loads, (tmp_path / "log").read_text().splitlines())
     assert (ended["event"], ended["level"], ended["new"]) == ("poll.ended", "info", 2)
     assert ended["at"].endswith("Z")
-    assert (broke["event"], broke["level"]) == ("poll.broke", "error")
+    assert (broke["event"], broke["level"]) == ("poll.crashed", "error")
     assert "OSError: no room" in broke["exception"]
     assert (library["event"], library["level"], library["logger"]) == ("half 1", "warning", "library")
 

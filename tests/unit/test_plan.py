@@ -37,7 +37,9 @@ def listing_of(pairs: Pairs) -> Listing:
 def known(state: str = "captured", *, requested: bool = False, attempts: int = 0) -> Known:
     sha256 = DIGEST if state == "captured" else None
     retry_at = NOW + timedelta(hours=1) if state == "quarantined" else None
-    return Known(state, sha256, NOW - timedelta(days=1), attempts, retry_at, requested)
+    seen_at = NOW - timedelta(days=1)
+    tries = (0, None, attempts, None) if state == "captured" else (attempts, retry_at, 0, None)
+    return Known(state, sha256, seen_at, *tries, requested)
 
 
 LAST = SightingKey(b"last", 1)

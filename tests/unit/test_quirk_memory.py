@@ -64,10 +64,6 @@ def test_it_is_tried_again_after_a_month() -> None:
     assert after(kept, outcome="ok", days=AVOID_DAYS + 1) == ()
 
 
-def test_pipelining_that_was_forbidden_stays_so() -> None:
-    assert avoided(replace(ACCOUNT, pipelining=False), NOW + timedelta(days=999)) == {"PIPELINING"}
-
-
 @pytest.mark.parametrize("name", AVOIDABLE)
 def test_each_has_a_reason_for_people(name: str) -> None:
     (quirk,) = quirks(after((), avoid=(name,)))

@@ -12,7 +12,7 @@ from cryptography.fernet import Fernet
 from archiver.bootstrap import Archiver
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 from archiver.model import Account
-from archiver.secrets import SECRET_OCTETS, Secrets, check_reference, from_file
+from archiver.secrets import SECRET_BYTES, Secrets, check_reference, from_file
 from archiver.settings import Settings
 
 PASSWORD = "correct horse"
@@ -67,7 +67,7 @@ def test_a_password_file_counts_whole_less_one_line_end(
     assert Secrets(None).resolve("id", "work", f"file:{path}") == password
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xff\xfe", b"x" * (SECRET_OCTETS + 1)])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xff\xfe", b"x" * (SECRET_BYTES + 1)])
 def test_an_unusable_password_file_says_why_and_not_what(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "password"
     path.write_bytes(content)
@@ -167,7 +167,7 @@ def test_no_value_shows_a_secret(tmp_path: Path) -> None:
         archiver.open_archive()
         account = Account("id", "work", "pop3s://me@host", "implicit", sealed)
         archiver.passwords["other"] = PASSWORD
-        shown = [settings, account, archiver, archiver.secrets, archiver.tools]
+        shown = [settings, account, archiver, archiver.secrets, archiver.ports]
         for value in shown:
             for text in (str(value), repr(value)):
                 for secret in (KEY, "token of the api", PASSWORD, sealed):

@@ -48,7 +48,7 @@ def test_variables_come_before_the_file(tmp_path: Path) -> None:
         ("LEASE_SECONDS", "1"),
         ("LOG_LEVEL", "loud"),
         ("BATCH_SECONDS", "-1"),
-        ("MESSAGE_OCTETS", "1e99"),
+        ("MESSAGE_BYTES", "1e99"),
     ],
 )
 def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:

@@ -11,7 +11,7 @@ from archiver.model import Account
 from archiver.timetable import Timetable, parse_blackout, parse_cron, parse_zone
 
 DAY = st.integers(0, 6)
-ACCOUNT = Account(id="0", name="a", url="pop3s://a@host", tls="implicit", secret="")
+ACCOUNT = Account(id="0", name="a", url="pop3s://a@host", tls="implicit", secret_reference="")
 BERLIN = "Europe/Berlin"
 """Summer time begins on 30 March 2025 at 01:00 UTC, and ends on 26 October at 01:00 UTC."""
 

@@ -19,7 +19,7 @@ from archiver.db import Database, migrate, reads, record
 from archiver.errors import OperatorNeeded, TryLater, UsageError
 
 TOKEN = "a token of the api"
-STANDING = reads.Standing({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
+STANDING = reads.Overview({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
 
 
 @dataclass(slots=True)
@@ -185,7 +185,7 @@ def test_what_the_probes_say(serve: Serve) -> None:
 
 
 def test_metrics_are_there_when_the_database_is_not(database: Database) -> None:
-    def away() -> reads.Standing:
+    def away() -> reads.Overview:
         raise TryLater("no database")
 
     health = web.Health(lambda: True, lambda: None, away)

@@ -20,7 +20,7 @@ from tests.harness.scripted_pop3 import (
     Step,
 )
 
-MEMORY_OCTETS = 64 * 1024 * 1024
+MEMORY_BYTES = 64 * 1024 * 1024
 SECONDS = 30.0  # real ones, for what takes hours of the clock
 
 CAPABILITIES: list[Step] = [Expect(b"CAPA\r\n"), Send(b"+OK\r\nUIDL\r\n.\r\n")]
@@ -36,7 +36,7 @@ LOGIN: list[Step] = [
 RETR: list[Step] = [*LOGIN, Expect(b"RETR 1\r\n")]
 
 # The default allows a listing of two million messages, which may weigh 256 MB.
-LIMITS = Limits(listing_octets=8 * 1024 * 1024, message_octets=8 * 1024 * 1024)
+LIMITS = Limits(listing_bytes=8 * 1024 * 1024, message_bytes=8 * 1024 * 1024)
 
 
 class Clock:
@@ -64,7 +64,7 @@ def bounded() -> Iterator[None]:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < MEMORY_OCTETS
+    assert peak < MEMORY_BYTES
     assert time.monotonic() - started < SECONDS
 
 
@@ -212,7 +212,7 @@ def test_tls_that_is_tampered_with_gets_no_password(reply: Send, certificate: tu
 def test_a_sink_is_not_given_more_than_the_limit() -> None:
     sink = io.BytesIO()
     message = b"x" * 100_000 + b"\r\n"
-    limits = Limits(message_octets=50_000)
+    limits = Limits(message_bytes=50_000)
     play = MailboxPlay([(b"a", message)])
     with ScriptedPop3(play) as server, Mailbox.connect(server.endpoint, limits=limits) as mailbox:
         mailbox.login("secret")

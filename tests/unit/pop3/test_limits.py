@@ -40,14 +40,14 @@ CASES: dict[str, tuple[MailboxPlay, dict[str, float], FailureKind]] = {
     "listing_seconds": (play(UIDL=Stall()), {}, FailureKind.TRANSIENT),
     "idle_seconds": (play(RETR=Send(b"+OK\r\nfirst line\r\n")), {}, FailureKind.TRANSIENT),
     "quit_seconds": (play(QUIT=Stall()), {}, FailureKind.TRANSIENT),
-    "status_line_octets": (
+    "status_line_bytes": (
         play(UIDL=Send(b"+OK " + b"x" * 600 + b"\r\n")),
-        {"status_line_octets": 512},
+        {"status_line_bytes": 512},
         FailureKind.PROTOCOL,
     ),
     "listing_lines": (play(), {"listing_lines": 10}, FailureKind.PROTOCOL),
-    "listing_octets": (play(), {"listing_octets": 100}, FailureKind.PROTOCOL),
-    "message_octets": (play(), {"message_octets": 999}, FailureKind.POISON),
+    "listing_bytes": (play(), {"listing_bytes": 100}, FailureKind.PROTOCOL),
+    "message_bytes": (play(), {"message_bytes": 999}, FailureKind.POISON),
 }
 
 

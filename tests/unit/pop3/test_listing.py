@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from archiver.pop3.listing import UIDL_OCTETS, Entry, Listing
+from archiver.pop3.listing import UIDL_BYTES, Entry, Listing
 from tests.harness.listings import listed, slowly_listed
 
 
@@ -22,7 +22,7 @@ UIDL_LINES = {
     "inner spaces belong to the uid": (b"1 a b  c", 1, b"a b  c"),
     "8-bit": (b"1 \xe9\xff", 1, b"\xe9\xff"),
     "near 300 octets, as a ticket system met": (b"1 " + b"u" * 300, 1, b"u" * 300),
-    "as long as can be": (b"1 " + b"u" * UIDL_OCTETS, 1, b"u" * UIDL_OCTETS),
+    "as long as can be": (b"1 " + b"u" * UIDL_BYTES, 1, b"u" * UIDL_BYTES),
     "a slash": (b"1 a/../b", 1, b"a/../b"),
     "the largest number": (b"2147483647 abc", 2147483647, b"abc"),
 }
@@ -38,7 +38,7 @@ UNUSABLE = {
     "no uid, as getmail's users met": (b"1", {1: None}),
     "blank uid": (b"1  ", {1: None}),
     "control character in the uid": (b"1 a\x1bb", {1: None}),
-    "longer than 1 KiB": (b"1 " + b"u" * (UIDL_OCTETS + 1), {1: None}),
+    "longer than 1 KiB": (b"1 " + b"u" * (UIDL_BYTES + 1), {1: None}),
     "number zero, as netius counted": (b"0 abc", {}),
     "negative": (b"-1 abc", {}),
     "over 31 bits, an attack on C clients": (b"2147483648 abc", {}),
@@ -182,10 +182,10 @@ SHUFFLED = sorted(range(1, MANY + 1), key=lambda number: number * 7919 % 20_011)
         ),
     ],
 )
-@pytest.mark.parametrize("piece_octets", [0, 1000, 65536])
-def test_a_long_listing_is_read_as_line_by_line(uidl: bytes, sizes: bytes, piece_octets: int) -> None:
+@pytest.mark.parametrize("piece_bytes", [0, 1000, 65536])
+def test_a_long_listing_is_read_as_line_by_line(uidl: bytes, sizes: bytes, piece_bytes: int) -> None:
     entries, skipped_lines, digest = slowly_listed(uidl, sizes)
-    listing = listed(uidl, sizes, piece_octets)
+    listing = listed(uidl, sizes, piece_bytes)
     assert listing.entries == entries
     assert listing.entries[:7] == tuple(entries[:7])
     assert (listing.skipped_lines, listing.digest) == (skipped_lines, digest)

@@ -371,7 +371,7 @@ def test_a_refusal_that_concerns_the_session_ends_it(text: bytes) -> None:
 
 
 def test_a_message_over_the_limit_is_drained_and_refused() -> None:
-    with ScriptedPop3(play()) as server, logged_in(server, Limits(message_octets=100_000)) as mailbox:
+    with ScriptedPop3(play()) as server, logged_in(server, Limits(message_bytes=100_000)) as mailbox:
         results = fetch(mailbox)
         mailbox.quit()
     refused = results[3]
@@ -397,10 +397,10 @@ def test_a_sink_that_fails_ends_the_session_without_quit() -> None:
 
 
 @pytest.mark.parametrize("capabilities", [CAPABILITIES, WITHOUT_PIPELINING])
-@pytest.mark.parametrize("after_octets", [0, 1, 100_000, 200_002, 200_003, 200_004])
-def test_a_connection_that_dies_in_mid_message(after_octets: int, capabilities: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("after_bytes", [0, 1, 100_000, 200_002, 200_003, 200_004])
+def test_a_connection_that_dies_in_mid_message(after_bytes: int, capabilities: tuple[str, ...]) -> None:
     """A partial message is never taken for a whole one, and it is known which one it was."""
-    mail = play(faults={"RETR 4": Cut(after_octets)}, capabilities=capabilities)
+    mail = play(faults={"RETR 4": Cut(after_bytes)}, capabilities=capabilities)
     with ScriptedPop3(mail) as server, logged_in(server) as mailbox:
         results = mailbox.retrieve(mailbox.list().entries, lambda _: io.BytesIO())
         assert [next(results).entry.number for _ in range(3)] == [1, 2, 3]
@@ -836,7 +836,7 @@ def test_the_password_never_goes_in_clear(
         pytest.param(
             [*LOGIN, Expect(b"UIDL\r\n"), Send(b"+OK\r\n1 ")],
             b"a",
-            Limits(listing_octets=1_000_000),
+            Limits(listing_bytes=1_000_000),
             Mailbox.list,
             id="a listing of one line",
         ),
@@ -871,7 +871,7 @@ class Clock:
 def test_an_endless_message_ends_with_the_session() -> None:
     """However steadily it drips: octets reset the idle time, never the session's."""
     script = [*LOGIN, Expect(b"RETR 1\r\n"), Send(b"+OK\r\n"), SendEndlessly(b"x" * 70 + b"\r\n")]
-    limits = Limits(message_octets=1_000_000)
+    limits = Limits(message_bytes=1_000_000)
     with ScriptedPop3([script]) as server, logged_in(server, limits, monotonic=Clock(1.0)) as mailbox:
         sink = io.BytesIO()
         results = mailbox.retrieve([Entry(1, None, None)], lambda _: sink)

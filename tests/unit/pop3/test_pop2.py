@@ -186,11 +186,11 @@ def test_a_message_that_went_away_after_the_listing_is_refused_and_the_others_go
 
 def test_a_message_over_the_limit_is_never_asked_for() -> None:
     play = Pop2Play([b"x" * 101, b"y" * 100], faults={"READ 1": b"=4000000000000 octets\r\n"})
-    with pop2_server(play) as server, opened(play, server, message_octets=100) as session:
+    with pop2_server(play) as server, opened(play, server, message_bytes=100) as session:
         session.login("secret")
         big, small = fetch(session, list(session.list().entries))
         assert isinstance(big, Refused)
-        assert (big.error.kind, big.error.limit, big.sink) == (FailureKind.POISON, "message_octets", None)
+        assert (big.error.kind, big.error.limit, big.sink) == (FailureKind.POISON, "message_bytes", None)
         assert contents([small]) == [b"y" * 100]
         session.quit()
         assert server.commands["RETR"] == 1
@@ -389,7 +389,7 @@ def test_a_message_that_is_not_framed_as_promised_is_not_complete(
     [
         (Stall(), {"idle_seconds": 0.1}, FailureKind.TRANSIENT, "idle_seconds"),
         (Stall(), {"session_seconds": 0.3}, FailureKind.TRANSIENT, "session_seconds"),
-        (SendEndlessly(b"+"), {}, FailureKind.PROTOCOL, "status_line_octets"),
+        (SendEndlessly(b"+"), {}, FailureKind.PROTOCOL, "status_line_bytes"),
         (SendEndlessly(b"=1\r\n"), {}, FailureKind.PROTOCOL, None),
     ],
 )

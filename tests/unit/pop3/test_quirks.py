@@ -171,7 +171,7 @@ def test_y1_uidl_works_though_capa_has_none() -> None:
 
 
 def test_5_8_an_empty_listing_begins_with_its_end() -> None:
-    empty = Send(b"+OK\r\n.\r\n", split_octets=1)
+    empty = Send(b"+OK\r\n.\r\n", split_bytes=1)
     with server({"UIDL": empty, "LIST": empty}) as at, logged_in(at) as mailbox:
         assert mailbox.list().entries == ()
         mailbox.quit()
@@ -265,7 +265,7 @@ def test_a_message_is_kept_as_it_is(message: bytes) -> None:
 @pytest.mark.parametrize("octets", [1, 2, 3])
 def test_5_9_segments_fall_anywhere(octets: int) -> None:
     message = b"Subject: x\r\n\r\n.\r\n..x\r\nend\r\n"
-    reply = Send(b"+OK\r\n" + stuffed(message), split_octets=octets)
+    reply = Send(b"+OK\r\n" + stuffed(message), split_bytes=octets)
     with ScriptedPop3(MailboxPlay([(b"uid", message)], faults={"RETR 1": reply})) as at:
         assert contents(fetched(at)) == [message]
 
