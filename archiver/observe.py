@@ -23,7 +23,7 @@ POLL_SECONDS = Histogram(
 )
 POLLS_RUNNING = Gauge("archiver_polls_running", "Polls under way in this process.")
 CAPTURED = Counter("archiver_messages_captured", "Messages captured.")
-CAPTURED_BYTES = Counter("archiver_captured_bytes", "Octets read from mail servers and stored.")
+CAPTURED_BYTES = Counter("archiver_captured_bytes", "Bytes read from mail servers and stored.")
 DELETE_REQUESTED = Counter(
     "archiver_messages_delete_requested", "Messages that servers were asked to delete."
 )

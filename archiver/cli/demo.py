@@ -158,7 +158,8 @@ def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str],
     say("\n5. Verifying: every message is read from the archive and hashed again.")
     findings = _verify(story)
     say(
-        f"   {findings.checked} messages, {size(findings.hashed_bytes)}; {findings.segments} journal segments: "
+        f"   {findings.checked} messages, {size(findings.hashed_bytes)}; "
+        f"{findings.segments} journal segments: "
         f"{findings.missing} missing, {findings.damaged} damaged, {findings.chain_breaks} chain breaks, "
         f"{findings.unrecorded} unrecorded"
     )

@@ -49,8 +49,8 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
             )
         if row is not None:
             again = replace(new, id=row.id, epoch=row.epoch)
-            connection.execute(sa.update(account).where(account.c.id == again.id).values(removed_at=None))
             change(connection, again, at)
+            connection.execute(sa.update(account).where(account.c.id == again.id).values(removed_at=None))
             schedule.resume(connection, again.id)
             schedule.reconsider(connection, again.id, again.url, _first_due(again, at))
             return again

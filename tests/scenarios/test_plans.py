@@ -214,14 +214,14 @@ HOT = {
     ),
     "schedule.claim_due": Hot(
         lambda c: schedule.claim_due(c, owner="w", lease_seconds=45, limit=50),
-        "pk_lease uq_lease_host_slot ix_lease_due_well ix_lease_due_failing ix_lease_line_well "
-        "ix_lease_line_failing",
+        "pk_lease uq_lease_host_slot ix_lease_due_well ix_lease_due_failing ix_lease_queued_well "
+        "ix_lease_queued_failing",
     ),
     "schedule.count_due": Hot(
         lambda c: schedule.count_due(c, limit=50), "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing"
     ),
     "schedule.hosts_with_lines": Hot(
-        lambda c: schedule.hosts_with_lines(c, ["h7.example"]), "ix_lease_line_well ix_lease_line_failing"
+        lambda c: schedule.hosts_with_lines(c, ["h7.example"]), "ix_lease_queued_well ix_lease_queued_failing"
     ),
     "schedule.holder": Hot(lambda c: schedule.holder(c, ONE), "pk_lease"),
     "schedule.reconsider": Hot(lambda c: schedule.reconsider(c, ONE, "pop3s://u@h", None), "pk_lease"),

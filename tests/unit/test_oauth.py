@@ -320,7 +320,7 @@ def test_a_poll_that_goes_on_for_days_knows_every_replacement(rotating: World) -
         rotating.time += 3600
     assert len(rotating.kept) == 5
     assert len(rotating.tokens.cached) == 3
-    newest = replace(account, secret=rotating.kept[-1])
+    newest = replace(account, secret_reference=rotating.kept[-1])
     assert rotating.tokens.current(newest, USER) in rotating.provider.access_tokens
 
 
