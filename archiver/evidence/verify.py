@@ -50,7 +50,7 @@ class Findings:
 
     checked: int = 0
     """Messages that the journal names."""
-    octets: int = 0
+    hashed_bytes: int = 0
     """The total size of the messages that were read, in bytes."""
     segments: int = 0
     missing: int = 0
@@ -83,7 +83,7 @@ class Findings:
     def include(self, later: "Findings") -> None:
         """Add all that ``later`` has, after what is here."""
         self.checked += later.checked
-        self.octets += later.octets
+        self.hashed_bytes += later.hashed_bytes
         self.segments += later.segments
         self.missing += later.missing
         self.damaged += later.damaged
@@ -128,7 +128,7 @@ def verify(
         sound = check.compare_store()
         for found, finding in _rehashed(account, store, sound, readers) if rehash else _taken_as_is(sound):
             progress(found)
-            of_contents.octets += found.size
+            of_contents.hashed_bytes += found.size
             if finding is not None:
                 of_contents.add(finding)
         check.report_missing()
@@ -275,8 +275,8 @@ class _Check:
 
 def _captured(segment: Segment) -> Iterator[tuple[bytes, int]]:
     for line in segment.lines:
-        if line.what is What.CAPTURED and line.sha256 is not None and line.octets is not None:
-            yield line.sha256, line.octets
+        if line.what is What.CAPTURED and line.sha256 is not None and line.size is not None:
+            yield line.sha256, line.size
 
 
 def _side_by_side(

@@ -31,7 +31,7 @@ from archiver.pop3.sasl import (
     is_prepared,
 )
 from archiver.pop3.url import Tls
-from archiver.pop3.wire import COMMAND_LINE_OCTETS, Command, Reply, Shape, Status, command
+from archiver.pop3.wire import COMMAND_LINE_BYTES, Command, Reply, Shape, Status, command
 
 _CHALLENGES: Final = 8  # in one login; SCRAM needs two
 
@@ -196,7 +196,7 @@ class _Attempt:
         opening = label.encode()
         if at_once and initial is not None:
             whole = opening + b" " + (self._encoded(initial) or b"=")
-            if len(whole) + 2 <= COMMAND_LINE_OCTETS:
+            if len(whole) + 2 <= COMMAND_LINE_BYTES:
                 opening, initial = whole, None
         self._say(opening, label)
         was_challenged = False

@@ -43,7 +43,7 @@ class Pop3Conversation(Conversation[Receiver]):
     def __init__(self, terms: Terms, quirks: Quirks) -> None:
         """Connect."""
         receiver = partial(
-            Receiver, status_line_octets=terms.limits.status_line_octets, show=terms.secrets.show
+            Receiver, status_line_bytes=terms.limits.status_line_bytes, show=terms.secrets.show
         )
         super().__init__(terms, receiver, refusal=b"-ERR")
         self.quirks = quirks
@@ -162,7 +162,7 @@ class Pop3Conversation(Conversation[Receiver]):
             lines += chunk.count(b"\n")
             if size > most_bytes or lines > most_lines:
                 reason = f"the response is longer than {most_lines} lines or {most_bytes} bytes"
-                limit = "listing_octets" if size > most_bytes else "listing_lines"
+                limit = "listing_bytes" if size > most_bytes else "listing_lines"
                 with self.named(asked.label, fatal=True):
                     raise Pop3Error(
                         FailureKind.PROTOCOL, reason, limit=limit if asked.label in _LISTINGS else None

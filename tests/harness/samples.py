@@ -297,7 +297,7 @@ def _archive(story: Story) -> None:
     story.run("archiver account check sales")
     story.run("archiver account check sales --json")
     story.run("archiver sync anna --json")
-    story.environment["ARCHIVER_MESSAGE_OCTETS"] = "40000"
+    story.environment["ARCHIVER_MESSAGE_BYTES"] = "40000"
     story.run("archiver sync anna")
     story.run("archiver sync sales")
     story.run("archiver status")
