@@ -73,7 +73,7 @@ def authorize(
     mailbox's user. What comes of it is sealed in the database with
     ARCHIVER_SECRET_KEY, and renewed by itself from then on. With
     --client-credentials or --credential-file nobody needs to log in.
-    docs/oauth.md has the steps for Google and for Microsoft.
+    docs/how-to has the steps for Google and for Microsoft.
     """
     from archiver import oauth
     from archiver.bootstrap import Archiver
@@ -96,7 +96,7 @@ def authorize(
             _try(poster, credential, endpoint.user, name)
         else:
             if client_id is None:
-                raise UsageError("--client-id is needed", hint="docs/oauth.md tells how to register one")
+                raise UsageError("--client-id is needed", hint="docs/how-to/google.md and microsoft.md describe how to register one")
             archiver.secrets.seal(account.id, "")  # A missing key is said before anybody logs in.
             secret = None if client_secret_file is None else from_file(client_secret_file, "client secret")
             theirs = _provider(

@@ -127,7 +127,7 @@ class Credential:
         except (ValueError, UsageError) as error:
             raise OperatorNeeded(
                 f"the OAuth credential of {account} cannot be used: {error}",
-                hint=f"docs/oauth.md tells its form; archiver account authorize {account} makes one",
+                hint=f"docs/reference/oauth.md describes it; archiver account authorize {account} makes one",
             ) from None
 
     @classmethod
