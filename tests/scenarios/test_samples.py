@@ -32,7 +32,6 @@ def test_a_block_is_stale_when_anything_but_times_and_ids_differs() -> None:
     later = {command: printed.replace("2026-01-01", "2026-02-02")}
     lost = {command: printed.replace("0}", "1}")}
     assert samples.stale(page, later) == []
-    assert samples.rewritten(page, later) == page
     assert samples.stale(page, lost) == [command]
     assert '"lost": 1' in samples.rewritten(page, lost)
     assert samples.stale(samples.rewritten(page, lost), lost) == []

@@ -66,6 +66,15 @@ def test_a_file_that_makes_no_sense_is_wrong_use(tmp_path: Path, content: str) -
     assert "sesame" not in f"{caught.value} {caught.value.hint} {caught.value.__cause__}"
 
 
+def test_an_unknown_key_is_named_with_its_file_and_the_key_that_was_meant(tmp_path: Path) -> None:
+    file = tmp_path / "archiver.toml"
+    file.write_text('stor_url = "file:x"\n')
+    with environment(CONFIG=str(file)), pytest.raises(UsageError) as caught:
+        settings.load()
+    expected = f"invalid settings: unknown key stor_url in {file}; did you mean store_url?"
+    assert str(caught.value) == expected
+
+
 def test_a_file_that_is_not_there_is_wrong_use(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with environment(CONFIG=str(path)), pytest.raises(UsageError, match="no configuration file"):
