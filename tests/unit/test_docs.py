@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.core import TyperGroup, TyperOption
 
-from archiver import observe, settings
+from archiver import observe, settings, states
 from archiver.cli import app
 from tests.harness import layers, samples
 
@@ -254,3 +254,27 @@ def test_every_decision_has_a_status_a_date_and_its_sections(page: Path) -> None
 def test_the_diagram_of_the_layers_matches_the_import_contract() -> None:
     page = layers.PAGE.read_text()
     assert layers.written(page) == page, "run python -m tests.harness.layers"
+
+
+def test_the_layout_names_every_module() -> None:
+    listing = (REPOSITORY / "CONTRIBUTING.md").read_text().split("```\narchiver/\n")[1].split("```")[0]
+    named = set(re.findall(r"^  ([a-z0-9_]+)(?:/|\.py) ", listing, re.MULTILINE))
+    modules = {
+        path.stem
+        for path in (REPOSITORY / "archiver").iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").exists()) and not path.name.startswith("__")
+    }
+    assert named == modules
+
+
+def transitions(page: Path, machine: str) -> set[tuple[str, str]]:
+    """The arrows between states of one composite state of a Mermaid diagram, without the initial one."""
+    [body] = re.findall(
+        rf"^ +state \S+ as {machine} {{\n(.*?)^    }}$", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    return set(re.findall(r"^ +(\w+) --> (\w+):", body, re.MULTILINE))
+
+
+def test_the_diagram_of_an_accounts_states_has_the_lawful_transitions() -> None:
+    lawful = {(str(a), str(b)) for a, following in states.ACCOUNT_TRANSITIONS.items() for b in following}
+    assert transitions(DOCS / "concepts.md", "account") == lawful
