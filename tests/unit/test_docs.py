@@ -278,3 +278,17 @@ def transitions(page: Path, machine: str) -> set[tuple[str, str]]:
 def test_the_diagram_of_an_accounts_states_has_the_lawful_transitions() -> None:
     lawful = {(str(a), str(b)) for a, following in states.ACCOUNT_TRANSITIONS.items() for b in following}
     assert transitions(DOCS / "concepts.md", "account") == lawful
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
+    for span in CODE.findall(FENCE.sub("", page.read_text())):
+        if re.fullmatch(r"(archiver|alembic|helm|tests|tools|docs)(/[\w.-]+)+/?", path := span.strip("`")):
+            assert (REPOSITORY / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_checklists_name_tests_that_exist() -> None:
+    page = (DOCS / "contributing" / "patterns.md").read_text()
+    tests = "".join(file.read_text() for file in (REPOSITORY / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", page):
+        assert f"def {name}(" in tests, name
