@@ -20,7 +20,7 @@ from archiver.evidence import journal
 from archiver.model import (
     NO_DIGEST,
     Account,
-    MailServer,
+    ServerRecord,
     Resolved,
     Segment,
     SightingKey,
@@ -33,7 +33,7 @@ from archiver.model import (
 BATCH = 100
 
 _AT = datetime(2024, 2, 29, 12, tzinfo=UTC)
-_SERVER = MailServer("mail.example", 995, "+OK", "PLAIN", None, None, None)
+_SERVER = ServerRecord("mail.example", 995, "+OK", "PLAIN", None, None, None)
 
 
 def content(number: int) -> bytes:
@@ -61,14 +61,14 @@ def make_archive(database: Database, store: Path, captures: int) -> Account:
         (store / segment_key(identity, sequence)).write_bytes(encoded)
         rows = list(_rows(segment))
         database.transact(lambda connection, rows=rows: connection.execute(sa.insert(capture), rows))
-        total += sum(row["octets"] for row in rows)
+        total += sum(row["size"] for row in rows)
 
     def finish(connection: sa.Connection) -> None:
         head = {"sequence": sequence, "digest": previous}
         connection.execute(
             sa.update(journal_table).where(journal_table.c.account_id == identity).values(head)
         )
-        counted = {"captures": captures, "octets": total}
+        counted = {"captures": captures, "captured_bytes": total}
         connection.execute(sa.update(mailbox).where(mailbox.c.account_id == identity).values(counted))
 
     database.transact(finish)
@@ -81,7 +81,7 @@ def _captured(account: Account, store: Path, numbers: list[int]) -> Iterator[Res
         digest = hashlib.sha256(message).digest()
         (store / message_key(account.id, digest)).write_bytes(message)
         sighting = SightingKey(b"%d" % number, len(message))
-        yield Resolved(What.CAPTURED, sighting, _AT, sha256=digest, octets=len(message))
+        yield Resolved(What.CAPTURED, sighting, _AT, sha256=digest, size=len(message))
 
 
 def _segment(account: Account, sequence: int, previous: bytes, lines: list[Resolved]) -> Segment:
@@ -106,10 +106,10 @@ def _rows(segment: Segment) -> Iterator[dict[str, object]]:
         yield {
             "account_id": segment.account_id,
             "sha256": line.sha256,
-            "octets": line.octets,
+            "size": line.size,
             "epoch": segment.epoch,
             "uidl": line.sighting.uidl,
-            "captured_at": line.at,
+            "captured_at": line.resolved_at,
             "token": segment.token,
             "sequence": segment.sequence,
         }

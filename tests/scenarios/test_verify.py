@@ -350,7 +350,7 @@ def blocks_to_verify(archive: Archive, account: Account, *, captures: int, expec
         readers=archive.uploads,
     )
     assert findings.checked == captures
-    assert replace(findings, checked=0, octets=0, segments=0, named=[]) == expected
+    assert replace(findings, checked=0, hashed_bytes=0, segments=0, named=[]) == expected
     return store.most_blocks - before
 
 
