@@ -190,6 +190,16 @@ def test_what_a_page_has_people_type_exists(page: Path) -> None:
         assert told <= options(TREE[name]), f"{page.name}: {name} has no such option"
 
 
+@pytest.mark.parametrize("page", samples.pages(), ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_field_of_a_json_sample_is_described_on_its_page(page: Path) -> None:
+    text = page.read_text()
+    described = set(re.findall(r"`(?:\w+\.)?([a-z_0-9]+)`", samples.BLOCK.sub("", text)))
+    for block in samples.BLOCK.finditer(text):
+        if "```json" in block["body"]:
+            fields = set(re.findall(r'"([a-z_0-9]+)": ', block["body"]))
+            assert fields <= described, f"{page.name}: {block['command']}"
+
+
 def test_every_setting_is_told() -> None:
     told = set(re.findall(r"^\| `(ARCHIVER_\w+)` \|", SETTINGS, re.MULTILINE))
     assert told == SETTING_NAMES
