@@ -28,7 +28,7 @@ from tests.harness.cli import wait_for as look_for
 from tests.harness.postgres import Postgres
 from tests.harness.proxy import Proxy
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.slow, pytest.mark.postgres]
 
 wait_for = partial(look_for, every_seconds=0.1)
 """Many of the looks cost a connection to the database."""
@@ -171,7 +171,8 @@ def test_a_store_that_is_away_for_an_hour(
 
 
 def has_failed(service: Running, polls: int) -> bool:
-    return sum(line["outcome"] != "ok" for line in service.log("poll.ended")) >= polls
+    failed = [line for line in service.log("poll.ended") if line["outcome"] != "ok"]
+    return len(failed) >= polls
 
 
 def backed_off_seconds(archive: Archive) -> float:

@@ -17,6 +17,8 @@ from tests.harness.cli import cli
 from tests.harness.servers import Server, survey
 from tests.harness.servers.survey import MESSAGES, fetch, session
 
+pytestmark = pytest.mark.pop3_servers
+
 # What RETR gives beyond what is stored, for servers that do that: quirks S1 and GM1.
 ADDITIONS = {"solid-pop3d": {"one more empty line"}, "mailutils": {"one more field, X-UIDL"}}
 
@@ -25,9 +27,12 @@ ADDITIONS = {"solid-pop3d": {"one more empty line"}, "mailutils": {"one more fie
 SETTLING = {"mailutils": 2}
 
 
-@pytest.fixture(scope="module", params=servers.NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in servers.NAMES]
+)
 def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")

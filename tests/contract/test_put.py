@@ -16,7 +16,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -155,7 +155,7 @@ def server() -> Iterator[Scripted]:
 class Rotating(CredentialProvider):
     """Credentials that change, as those of a role do."""
 
-    keys: list[str] = field(default_factory=lambda: ["key", "a secret"])
+    keys: tuple[str, str] = ("key", "a secret")
     token: str | None = None
 
     def load(self) -> Credentials:
@@ -213,10 +213,10 @@ def test_a_real_server_accepts_the_signature_of_any_key(s3: SeaweedFS, bucket: s
 @pytest.mark.parametrize("token", [None, "a/token+of=a role"])
 @pytest.mark.parametrize("prefix", ["", "a+b/c=d", "50%/~x/it's(1)", "%41/&$,;@!*"])
 def test_the_signature_is_botocore_s(server: Scripted, prefix: str, token: str | None) -> None:
-    provider = Rotating(["key", "a secret"], token)
+    provider = Rotating(("key", "a secret"), token)
     store = S3Store("mail", prefix, endpoint_url=server.url, session=session(provider))
     put_all(store, 2)
-    provider.keys = ["key", "another secret"]
+    provider.keys = ("key", "another secret")
     put_all(store, 1)
     secrets = ["a secret", "a secret", "another secret"]
     for request, secret in zip(server.requests, secrets, strict=True):
@@ -265,10 +265,10 @@ def test_what_is_larger_asks_before_it_sends(server: Scripted) -> None:
 
 
 def test_credentials_that_were_renewed_are_used(server: Scripted) -> None:
-    provider = Rotating(["first", "a secret"], token="one")
+    provider = Rotating(("first", "a secret"), token="one")
     store = open_store(server, session(provider))
     put_all(store, 2)
-    provider.keys, provider.token = ["second", "another"], "two"
+    provider.keys, provider.token = ("second", "another"), "two"
     put_all(store, 1)
     assert [
         (request.scope.split("/")[0], request.headers["x-amz-security-token"]) for request in server.requests

@@ -96,7 +96,7 @@ def events(octets: bytes, places: tuple[int, ...]) -> tuple[list[Reply | bytes |
 
 def block(octets: bytes) -> bytes | None:
     """The content of a multi-line response, line by line (RFC 1939 section 3); None when it has no end."""
-    content = []
+    content: list[bytes] = []
     while True:
         line, end, octets = octets.partition(b"\r\n")
         if not end:

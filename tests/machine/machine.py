@@ -87,7 +87,7 @@ _turns = st.one_of(
     ),
     st.builds(Turn, fate=st.just("repeated"), name=st.sampled_from(_REPEATED), nth=st.integers(0, 3)),
 )
-_some_turns = st.one_of(st.just([]), st.lists(_turns, min_size=1, max_size=3))
+_some_turns: st.SearchStrategy[list[Turn]] = st.one_of(st.just([]), st.lists(_turns, min_size=1, max_size=3))
 _policies = st.sampled_from(["never", "after-archived", "after-days=3"])
 _change = st.sampled_from(
     ["comes", "comes before another", "goes", "is exchanged", "is exchanged at the end"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import sqlalchemy as sa
@@ -255,8 +256,10 @@ class GatedSession:
         self._session.__enter__()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        self._session.__exit__(*raised)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.__exit__(kind, error, trace)
 
     def close(self) -> None:
         # Of a killed process, the kernel does it.

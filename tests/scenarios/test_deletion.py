@@ -22,7 +22,7 @@ from tests.scenarios.story import Archive, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, DAY, mailbox
 
 
-def change(archive: Archive, account: Account, **settings: object) -> None:
+def change(archive: Archive, account: Account, **settings: Any) -> None:
     changed = replace(archive.fresh(account), **settings)
     archive.database.transact(lambda connection: accounts.change(connection, changed, archive.clock.now()))
 
@@ -189,7 +189,7 @@ def test_what_was_there_comes_whole_and_never_at_once(archive: Archive, count: i
 # An id that was given again to a message of the same size, when nobody looked.
 
 
-def given_again(archive: Archive, **settings: object) -> tuple[MailboxPlay, Account]:
+def given_again(archive: Archive, **settings: Any) -> tuple[MailboxPlay, Account]:
     """Under the id of a captured message, which had the same size, there is another one."""
     play = MailboxPlay([(b"1", message("a")), (b"2", message("c"))])
     account = archive.add(archive.serve(play))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from archiver import feed
-from archiver.db import record
+from archiver.db import Database, record
 from archiver.db.tables import event
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import Archive, message
@@ -29,17 +29,17 @@ def rows(writer: int, transaction: int) -> list[dict[str, Any]]:
     ]
 
 
+def publish(database: Database, events: list[dict[str, Any]]) -> None:
+    database.transact(lambda connection: record.publish(connection, events))
+
+
 def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:
     database = lone_archive.database
     done = threading.Event()
 
     def write(writer: int) -> None:
         for transaction in range(TRANSACTIONS):
-            database.transact(
-                lambda connection, transaction=transaction: record.publish(
-                    connection, rows(writer, transaction)
-                )
-            )
+            publish(database, rows(writer, transaction))
 
     def read() -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
@@ -95,9 +95,7 @@ def test_a_transaction_that_fails_tells_nothing(lone_archive: Archive) -> None:
 def test_pages_are_of_the_size_asked_for_and_go_on(lone_archive: Archive) -> None:
     database = lone_archive.database
     for transaction in range(4):
-        database.transact(
-            lambda connection, transaction=transaction: record.publish(connection, rows(1, transaction))
-        )
+        publish(database, rows(1, transaction))
     page = feed.page(database, after=0, limit=5)
     assert len(page) == 5
     rest = feed.page(database, after=page[-1]["position"], limit=100)

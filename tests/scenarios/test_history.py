@@ -113,22 +113,13 @@ def rounded(days: list[Day]) -> list[Day]:
 
 def test_a_days_listing_is_its_last_one_and_all_else_adds_up(log: Log) -> None:
     account = log.add()
-    for hour, what in enumerate(
-        (
-            {"listed": 5, "new": 3, "quarantined": 1, "lost": 2, "fetched_bytes": 30},
-            {"outcome": "try_later", "error": "no"},
-            {
-                "listed": 7,
-                "new": 2,
-                "known": 3,
-                "quarantined": 1,
-                "deleted": 1,
-                "gone": 1,
-                "fetched_bytes": 20,
-            },
-            {"outcome": "try_later", "error": "no"},
-        )
-    ):
+    polls: list[dict[str, Any]] = [
+        {"listed": 5, "new": 3, "quarantined": 1, "lost": 2, "fetched_bytes": 30},
+        {"outcome": "try_later", "error": "no"},
+        {"listed": 7, "new": 2, "known": 3, "quarantined": 1, "deleted": 1, "gone": 1, "fetched_bytes": 20},
+        {"outcome": "try_later", "error": "no"},
+    ]
+    for hour, what in enumerate(polls):
         log.poll(account, ADDED + timedelta(hours=hour), **what)
     (day,) = log.days(account, ADDED.date(), ADDED.date())
     assert (day.polls, day.failed, day.looks) == (4, 2, 2)

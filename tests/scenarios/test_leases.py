@@ -56,6 +56,7 @@ from tests.scenarios.story import (
     MortalStore,
     claimed,
     message,
+    rest,
 )
 
 THREADS = 8
@@ -532,11 +533,15 @@ def test_a_claim_that_waited_for_its_turn_until_the_stop_takes_nothing(
             assert schedule.take_turn(another, may_wait=False)
             worker._tick()
             worker._changeovers.submit(threading.Event).result()
-            assert worker._is_claiming
+            assert is_claiming(worker)
             worker.stopping.set()
         worker._pool.shutdown()
-        assert not worker._is_claiming
+        assert not is_claiming(worker)
         assert archive.lease(account).owner is None
+
+
+def is_claiming(worker: Worker) -> bool:
+    return worker._is_claiming
 
 
 def set_due(archive: Archive, account: Account, due_at: Any) -> None:
@@ -550,14 +555,16 @@ def test_an_end_that_cannot_be_written_takes_no_other_along(lone_archive: Archiv
     chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
     worker = archive.worker(stopping=threading.Event())
     worker.stopping.set()
+    unused: Any = None
     over = [
         Over(
-            Polling(account, worker._wait_for(account), worker._story(account, None)),
+            Polling(account, worker._wait_for(account), worker._story(account, unused)),
             PollReport(account.name, "ok"),
         )
         for account in chosen
     ]
-    mistaken = replace(over[1].report, quarantined=object())
+    what_no_column_takes: Any = object()
+    mistaken = replace(over[1].report, quarantined=what_no_column_takes)
     worker._end_and_begin([over[0], over[1]._replace(report=mistaken), over[2]], 0)
     assert [len(archive.polls(account)) for account in chosen] == [1, 0, 1]
     assert [archive.lease(account).owner for account in chosen] == [None, worker.owner, None]
@@ -735,8 +742,8 @@ def test_ctrl_c_finishes_what_is_under_way_and_begins_nothing(small_archive: Arc
 def test_a_service_that_is_told_to_stop_drains(small_archive: Archive) -> None:
     archive = small_archive
     account = archive.add(archive.serve(mailbox("a")))
-    stop, never = threading.Event(), threading.Event()
-    chance = Chance(uniform=lambda low, high: low, sleep=lambda _: bool(never.wait(0.01)) or None)
+    stop = threading.Event()
+    chance = Chance(uniform=lambda low, high: low, sleep=rest)
     worker: Worker = archive.worker(chance=chance)
     worker._tick()
     assert worker._changeovers.submit(lambda: len(worker._held)).result() == 1  # right after the tick's

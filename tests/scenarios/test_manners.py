@@ -2,7 +2,6 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,14 +22,14 @@ from archiver.poll.ports import Budget, Unwatched
 from archiver.states import AccountState
 from archiver.worker import ActiveLease, Chance, Worker
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message
+from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message, rest
 
 THREADS = 8
 NOW = datetime.now(UTC)
 
 
 @pytest.fixture
-def archive(lone_archive: Archive) -> Iterator[Archive]:
+def archive(lone_archive: Archive) -> Archive:
     """Claims see every account of the database, so each story has its own."""
     return lone_archive
 
@@ -69,9 +68,11 @@ def tidy(archive: Archive, cap: int = 20) -> int:
 
 def give_back(archive: Archive, *claims: Claim, after_seconds: float = 3600.0) -> None:
     for one in claims:
-        archive.database.transact(
-            lambda connection, one=one: schedule.put_off(connection, one, after_seconds)
-        )
+        put_off(archive.database, one, after_seconds)
+
+
+def put_off(database: Database, one: Claim, after_seconds: float) -> None:
+    database.transact(lambda connection: schedule.put_off(connection, one, after_seconds))
 
 
 def hosts(claims: list[Claim]) -> Counter[str]:
@@ -216,19 +217,18 @@ def test_a_poll_by_name_takes_a_slot_or_says_that_there_is_none(archive: Archive
     set_lease(archive, other.id, due_at=LONG_AGO)
     (held,) = claim(archive, 1, cap=1)
     worker = archive.worker(sessions=HostSessions(1))
-    (report,) = worker.poll_now([account], lambda _: None)
+    (report,) = worker.poll_now([account], lambda _: Unwatched())
     assert report.outcome == "try_later"
     assert "localhost has as many sessions as it may have at once, 1" in str(report.error)
     give_back(archive, held)
-    (report,) = worker.poll_now([archive.fresh(account)], lambda _: None)
+    (report,) = worker.poll_now([archive.fresh(account)], lambda _: Unwatched())
     assert report.outcome == "ok"
     assert slots(archive) == []
 
 
 def test_polls_by_name_of_one_process_wait_for_each_other_at_a_host(archive: Archive) -> None:
     chosen = [archive.add(archive.serve(MailboxPlay([(b"a", message("a"))]))) for _ in range(4)]
-    never = threading.Event()
-    chance = Chance(uniform=lambda low, high: low, sleep=lambda _: bool(never.wait(0.01)) or None)
+    chance = Chance(uniform=lambda low, high: low, sleep=rest)
     worker = archive.worker(workers=4, sessions=HostSessions(1), chance=chance)
     reports = worker.poll_now(chosen, lambda _: Unwatched())
     assert [report.outcome for report in reports] == ["ok"] * 4
@@ -266,7 +266,7 @@ def test_whatever_many_workers_do_no_cap_is_exceeded_and_no_host_starves(
                 for one in claims:
                     with lock:
                         held.discard(one.account_id)
-                    database.transact(lambda c, one=one: schedule.put_off(c, one, 0.0))
+                    put_off(database, one, 0.0)
             database.close()
 
         def watch() -> None:
@@ -336,7 +336,7 @@ def test_polls_find_out_that_a_host_is_down_and_that_it_is_up(archive: Archive) 
     nowhere = replace(account, url=f"pop3://{server.endpoint.user}@localhost:1")
     for _ in range(HOST_FAILURES):
         worker = archive.worker()
-        (report,) = worker.poll_now([nowhere], lambda _: None)
+        (report,) = worker.poll_now([nowhere], lambda _: Unwatched())
         assert (report.outcome, report.reached) == ("try_later", False)
     with archive.database.reading() as connection:
         (trouble,) = schedule.troubles(connection, "localhost")
@@ -479,8 +479,12 @@ def test_a_long_poll_makes_room_for_one_that_waits_and_a_short_one_does_not(arch
         assert worker._waiting.accounts == (1 if slice_seconds == 0.0 else 0)
         poll_due(worker, lease)
         assert archive.polls(account)[-1].new == fetched
-        archive.database.transact(lambda c, gone=waiting: accounts.remove(c, gone.id, NOW))
-        archive.database.transact(lambda c, gone=account: accounts.remove(c, gone.id, NOW))
+        remove(archive, waiting)
+        remove(archive, account)
+
+
+def remove(archive: Archive, account: Account) -> None:
+    archive.database.transact(lambda connection: accounts.remove(connection, account.id, NOW))
 
 
 def test_a_long_poll_makes_room_for_others_of_its_host(archive: Archive) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import sqlalchemy as sa
@@ -29,7 +29,7 @@ AFTER_ARCHIVED = DeletePolicy(0.0)
 DAY = 86400.0
 
 
-def mailbox(*names: str, **settings: object) -> MailboxPlay:
+def mailbox(*names: str, **settings: Any) -> MailboxPlay:
     """A mailbox with a message of each name, whose UIDL is the name."""
     return MailboxPlay([(name.encode(), message(name)) for name in names], **settings)
 
@@ -486,7 +486,7 @@ def test_what_keeps_a_batch_from_being_recorded_ends_the_poll(archive: Archive, 
 # Deletion, only when proved.
 
 
-def captured_before(archive: Archive, *names: str, **settings: object) -> tuple[MailboxPlay, Account]:
+def captured_before(archive: Archive, *names: str, **settings: Any) -> tuple[MailboxPlay, Account]:
     """A mailbox that was archived when the account said never to delete."""
     play = mailbox(*names)
     account = archive.add(archive.serve(play))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,11 @@ def account_of(archive: Archive, server: ScriptedPop3, play: Pop2Play, **setting
     return archive.add(server, url=f"pop2://{play.user}@localhost:{server.port}", **settings)
 
 
-def connection(**limits: float) -> Callable[[Account], pop3.Session]:
+def connection(**limits: Any) -> Callable[[Account], pop3.Session]:
     return lambda account: pop3.connect(parse_url(account.url, Tls(account.tls)), limits=Limits(**limits))
 
 
-def sync(archive: Archive, account: Account, **limits: float) -> PollReport:
+def sync(archive: Archive, account: Account, **limits: Any) -> PollReport:
     return archive.sync(account, archive.ports(connect=connection(**limits)))
 
 

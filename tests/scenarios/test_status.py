@@ -73,7 +73,9 @@ def assert_accounted_for(life: Life) -> None:
         ledger = view.ledger(connection, account.id, archive.clock.now(), days=30)
     for day in ledger.days:
         if day.listed is not None:
-            assert day.listed == day.archived + day.quarantined + day.to_come, day
+            parts = (day.archived, day.quarantined, day.to_come)
+            assert None not in parts, day
+            assert day.listed == sum(filter(None, parts)), day
     assert sum(day.new for day in ledger.days) == state.captures == len(archive.archived(account))
     assert sum(day.lost for day in ledger.days) == ledger.lost_ever
     assert len(life.ever) == state.captures + state.quarantined + state.to_come + ledger.lost_ever
@@ -86,7 +88,7 @@ def test_everything_ever_listed_is_in_exactly_one_place(archive: Archive) -> Non
     assert_accounted_for(life)
 
     life.put("no", "d")
-    life.play.faults["RETR 4"] = REFUSED
+    life.play.faults = {**life.play.faults, "RETR 4": REFUSED}
     assert life.poll().quarantined == 1
     assert_accounted_for(life)
 
@@ -206,6 +208,10 @@ def commands(tmp_path: Path, sqlite_url: str) -> Iterator[Commands]:
     database.close()
 
 
+def stop(database: Database, account: Account, state: AccountState) -> None:
+    database.transact(lambda connection: schedule.stop(connection, account.id, state, "a wrong password"))
+
+
 def test_the_worst_comes_first(commands: Commands) -> None:
     names = ("all well", "by hand", "late", "aside", "held", "failing", "waiting", "lossy")
     made = {name: commands.add(name) for name in names}
@@ -223,11 +229,7 @@ def test_the_worst_comes_first(commands: Commands) -> None:
         )
     )
     for name, state in (("by hand", AccountState.PAUSED), ("waiting", AccountState.WAITING)):
-        commands.database.transact(
-            lambda connection, name=name, state=state: schedule.stop(
-                connection, made[name].id, state, "a wrong password"
-            )
-        )
+        stop(commands.database, made[name], state)
     found = commands.json("status", code=1)
     assert [one["account"] for one in found["attention"]] == [
         *("lossy", "waiting", "failing", "held", "aside", "late", "by hand")

@@ -268,7 +268,8 @@ class Lane:
         moment = self._choose()
         before = self._seen()
         if self.is_service:
-            polled, command = self.boxes, ("run",)
+            polled = self.boxes
+            command: tuple[str, ...] = ("run",)
         else:
             polled = self.chance.sample(self.boxes, self.chance.choice([1, 1, 2]))
             command = ("sync", *(witness.account for witness in polled), "--json")

@@ -1,10 +1,12 @@
 """Decisions: identity, deletion, waiting."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
 from archiver import policy
+from archiver.errors import Outcome
 from archiver.model import DeletePolicy, PollReport
 from archiver.policy import NextPoll, Setbacks
 from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable, parse_blackout, parse_cron
@@ -20,7 +22,7 @@ def highest(_low: float, high: float) -> float:
     return high
 
 
-def report(outcome: str = "ok", **others: object) -> PollReport:
+def report(outcome: Outcome = "ok", **others: Any) -> PollReport:
     return PollReport("a", outcome, **others)
 
 
@@ -82,7 +84,8 @@ def test_an_interval_is_spread_by_a_tenth() -> None:
             now=NOW,
             uniform=uniform,
         )
-        assert following == NextPoll(pytest.approx(seconds), Setbacks())
+        assert following == NextPoll(following.after_seconds, Setbacks())
+        assert following.after_seconds == pytest.approx(seconds)
 
 
 def test_what_is_left_is_fetched_at_once() -> None:
@@ -118,7 +121,7 @@ def test_passing_trouble_is_backed_off_with_full_jitter_up_to_an_hour() -> None:
 
 
 @pytest.mark.parametrize("outcome", ["ok", "try_later", "operator_needed"])
-def test_what_the_server_asked_for_is_kept(outcome: str) -> None:
+def test_what_the_server_asked_for_is_kept(outcome: Outcome) -> None:
     following = policy.next_poll(
         report(outcome, wait_seconds=9000.0),
         setbacks=Setbacks(),
@@ -175,7 +178,7 @@ def test_an_operator_needed_for_the_service_pauses_no_account(others: dict[str, 
 
 
 @pytest.mark.parametrize("outcome", ["ok", "try_later", "lease_lost", "operator_needed"])
-def test_a_login_delay_is_a_lower_bound_whatever_happened(outcome: str) -> None:
+def test_a_login_delay_is_a_lower_bound_whatever_happened(outcome: Outcome) -> None:
     following = policy.next_poll(
         report(outcome, login_delay_seconds=9000.0, listed=3, new=1),
         setbacks=Setbacks(),
@@ -224,7 +227,7 @@ def test_a_cron_expression_goes_before_the_interval_and_is_not_spread() -> None:
 
 
 @pytest.mark.parametrize("outcome", ["ok", "try_later", "operator_needed"])
-def test_a_blackout_puts_off_whatever_is_decided(outcome: str) -> None:
+def test_a_blackout_puts_off_whatever_is_decided(outcome: Outcome) -> None:
     office = Timetable(300.0, blackout=parse_blackout("12:00-18:00"))
     following = policy.next_poll(
         report(outcome, error="no"), setbacks=Setbacks(), timetable=office, now=NOW, uniform=lowest

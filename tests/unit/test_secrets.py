@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.fernet import Fernet
+from pydantic import SecretStr
 
 from archiver.bootstrap import Archiver
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
@@ -157,8 +158,8 @@ def test_an_unusable_key_is_said_and_not_repeated(key: str | None) -> None:
 
 def test_no_value_shows_a_secret(tmp_path: Path) -> None:
     settings = Settings(
-        secret_key=KEY,
-        api_token="token of the api",
+        secret_key=SecretStr(KEY),
+        api_token=SecretStr("token of the api"),
         database_url=f"sqlite:///{tmp_path / 'x.db'}",
         store_url=f"file:{tmp_path / 'store'}",
     )

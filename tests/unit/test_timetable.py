@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ def at(text: str) -> datetime:
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
-def timetable(**settings: object) -> Timetable:
+def timetable(**settings: Any) -> Timetable:
     return Timetable.of(replace(ACCOUNT, **settings))
 
 

@@ -12,7 +12,7 @@ needs node, twisted.mail only Python.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +29,12 @@ NAMES: Final = ("dovecot", "courier", "cyrus", "popa3d", "solid-pop3d", "mailuti
 class Server(Protocol):
     """A running POP3 server. A context manager: it is stopped at the end."""
 
-    ports: dict[Tls, int]
-    """The port for each way to speak to it. A server without TLS has ``Tls.NONE`` alone."""
-    ca_file: Path
+    @property
+    def ports(self) -> dict[Tls, int]:
+        """The port for each way to speak to it. A server without TLS has ``Tls.NONE`` alone."""
+
+    @property
+    def ca_file(self) -> Path: ...
 
     def new_user(self, messages: Iterable[bytes]) -> tuple[str, str]:
         """A user whose mailbox holds ``messages`` (lines end in CRLF): name and password."""
@@ -82,8 +85,10 @@ def box(server: Server, messages: Iterable[bytes] = ()) -> Box:
 
 
 class _Family(Protocol):
-    unavailable: Callable[[str, Path], str | None]
-    start: Callable[[str, Path], Server]
+    """A module that starts some of the servers."""
+
+    def unavailable(self, name: str, directory: Path, /) -> str | None: ...
+    def start(self, name: str, directory: Path, /) -> Server: ...
 
 
 def _family(name: str) -> _Family:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from archiver.pop3 import FailureKind, Mailbox, Pop3Error, Retrieved, Tls, TlsSettings
 from tests.harness import servers
@@ -73,7 +73,7 @@ class Fetched:
         return "something else"
 
 
-def session(box: Box, tls: Tls | None = None, **options: object) -> Mailbox:
+def session(box: Box, tls: Tls | None = None, **options: Any) -> Mailbox:
     """Open a session and log in."""
     mailbox = Mailbox.connect(
         box.endpoint(tls), tls_settings=TlsSettings(ca_file=box.server.ca_file), **options
@@ -86,7 +86,7 @@ def session(box: Box, tls: Tls | None = None, **options: object) -> Mailbox:
     return mailbox
 
 
-def fetch(box: Box, tls: Tls | None = None, **options: object) -> list[Fetched]:
+def fetch(box: Box, tls: Tls | None = None, **options: Any) -> list[Fetched]:
     """Every message of a mailbox, in the order of the listing; the session ends by QUIT."""
     stored = box.stored()
     with session(box, tls, **options) as mailbox:

@@ -7,11 +7,16 @@ and ``key.pem`` of the directory.
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 from twisted.cred import checkers, credentials, error, portal
 from twisted.internet import endpoints, protocol, reactor
 from twisted.mail import pop3
 from zope.interface import implementer
+
+# Type checkers do not know which class implements an interface of zope; for them these are ``Any``.
+untyped_endpoints: Any = endpoints
+untyped_reactor: Any = reactor
 
 
 @implementer(pop3.IMailbox)
@@ -70,10 +75,12 @@ class OnePassword(checkers.InMemoryUsernamePasswordDatabaseDontUse):
 class Factory(protocol.ServerFactory):
     def __init__(self, directory: Path) -> None:
         password = (directory / "password").read_bytes()
-        self._portal = portal.Portal(Realm(directory / "mail"), [OnePassword(password)])
+        realm: Any = Realm(directory / "mail")
+        checker: Any = OnePassword(password)
+        self._portal = portal.Portal(realm, [checker])
 
-    def buildProtocol(self, _address: object) -> pop3.POP3:
-        session = pop3.POP3()
+    def buildProtocol(self, _address: object) -> Any:
+        session: Any = pop3.POP3()
         session.factory = self
         session.portal = self._portal
         return session
@@ -84,8 +91,8 @@ def main(directory: Path, port: str, tls_port: str) -> None:
     tls = f"ssl:{tls_port}:privateKey={directory / 'key.pem'}:certKey={directory / 'cert.pem'}"
     # The plain port last: whoever is greeted there finds both open.
     for endpoint in (tls, f"tcp:{port}"):
-        endpoints.serverFromString(reactor, f"{endpoint}:interface=127.0.0.1").listen(factory)
-    reactor.run()
+        untyped_endpoints.serverFromString(reactor, f"{endpoint}:interface=127.0.0.1").listen(factory)
+    untyped_reactor.run()
 
 
 if __name__ == "__main__":

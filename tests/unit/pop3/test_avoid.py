@@ -17,6 +17,7 @@ from tests.harness.scripted_pop3 import (
     ScriptedPop3,
     Send,
     Stall,
+    Step,
 )
 
 HASTY = Limits(capability_seconds=0.2, login_seconds=0.5, listing_seconds=0.2, idle_seconds=0.2)
@@ -127,8 +128,12 @@ def test_without_tls_nobody_on_the_way_talks_us_out_of_auth() -> None:
 
 def test_y8_a_server_that_hangs_up_between_two_ways_is_called_again() -> None:
     """free.fr refuses one way, and closes when the next is tried in the same connection."""
-    hello = [Send(b"+OK ready\r\n"), Expect(b"CAPA\r\n"), Send(b"+OK\r\nSASL PLAIN\r\nUSER\r\n.\r\n")]
-    refusing = [
+    hello: list[Step] = [
+        Send(b"+OK ready\r\n"),
+        Expect(b"CAPA\r\n"),
+        Send(b"+OK\r\nSASL PLAIN\r\nUSER\r\n.\r\n"),
+    ]
+    refusing: list[Step] = [
         *hello,
         Expect(b"AUTH PLAIN AHVzZXIAc2VjcmV0\r\n"),
         Send(b"-ERR unknown command\r\n"),
@@ -137,7 +142,7 @@ def test_y8_a_server_that_hangs_up_between_two_ways_is_called_again() -> None:
         Expect(b"USER user\r\n"),
         HangUp(),
     ]
-    taking = [
+    taking: list[Step] = [
         *hello,
         Expect(b"USER user\r\n"),
         Send(b"+OK\r\n"),
@@ -153,8 +158,12 @@ def test_y8_a_server_that_hangs_up_between_two_ways_is_called_again() -> None:
 
 
 def test_y8_it_is_called_again_once() -> None:
-    hello = [Send(b"+OK ready\r\n"), Expect(b"CAPA\r\n"), Send(b"+OK\r\nSASL PLAIN\r\nUSER\r\n.\r\n")]
-    refusing = [
+    hello: list[Step] = [
+        Send(b"+OK ready\r\n"),
+        Expect(b"CAPA\r\n"),
+        Send(b"+OK\r\nSASL PLAIN\r\nUSER\r\n.\r\n"),
+    ]
+    refusing: list[Step] = [
         *hello,
         Expect(b"AUTH PLAIN AHVzZXIAc2VjcmV0\r\n"),
         Send(b"-ERR unknown command\r\n"),

@@ -1,6 +1,7 @@
 """What CAPA announces and what follows from it (RFC 2449, RFC 6856); the small commands."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_it_is_never_asked_unoffered(capabilities: tuple[str, ...] | None) -> No
     assert server.commands["UTF8"] == 0
 
 
-FOREIGN = {"user": "jürgen", "password": "пароль"}
+FOREIGN: dict[str, Any] = {"user": "jürgen", "password": "пароль"}
 ACCEPTED = {"UTF8": Send(b"+OK\r\n")}
 
 

@@ -201,7 +201,7 @@ def test_what_comes_unasked_answers_no_command() -> None:
     ],
 )
 def test_tls_that_is_tampered_with_gets_no_password(reply: Send, certificate: tuple[Path, Path]) -> None:
-    script = [Send(b"+OK ready\r\n"), Expect(b"STLS\r\n"), reply, StartTls()]
+    script: list[Step] = [Send(b"+OK ready\r\n"), Expect(b"STLS\r\n"), reply, StartTls()]
     with ScriptedPop3([script], tls="starttls", certificate=certificate) as server:
         with pytest.raises(Pop3Error) as caught:
             Mailbox.connect(server.endpoint, tls_settings=TlsSettings(ca_file=certificate[0]))

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def session(mailbox: Mailbox) -> None:
     mailbox.quit()
 
 
-CASES: dict[str, tuple[MailboxPlay, dict[str, float], FailureKind]] = {
+CASES: dict[str, tuple[MailboxPlay, dict[str, Any], FailureKind]] = {
     "greeting_seconds": (play(), {}, FailureKind.TRANSIENT),
     "login_seconds": (play(AUTH=Stall()), {}, FailureKind.TRANSIENT),
     "listing_seconds": (play(UIDL=Stall()), {}, FailureKind.TRANSIENT),

@@ -13,7 +13,7 @@ import pytest
 
 from archiver.pop3 import Limits, Loop, Mailbox, Pop3Error, aside
 from archiver.pop3.loop import until_ready
-from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send, Stall, Talk
+from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3, Send, Stall, Step, Talk
 
 SESSIONS = 30
 SOON_SECONDS = 30.0
@@ -79,7 +79,7 @@ def wait_for(end: socket.socket, seconds: float = NEVER_SECONDS) -> bool:
 def test_sessions_wait_for_their_servers_together_in_one_thread(loop: Loop) -> None:
     """No server greets before each has been called: one after the other, that would never be."""
     all_have_called = threading.Barrier(SESSIONS)
-    scripts = [
+    scripts: list[list[Step]] = [
         [Talk(lambda channel: all_have_called.wait(SOON_SECONDS)), Send(b"+OK\r\n"), Stall()]
         for _ in range(SESSIONS)
     ]

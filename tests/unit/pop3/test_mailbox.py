@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,7 @@ from tests.harness.scripted_pop3 import (
     Stall,
     StartTls,
     Step,
+    TlsMode,
 )
 
 # Long enough for a busy machine where an answer is due, short where silence is what is tested.
@@ -76,11 +78,11 @@ PIPELINED: list[Step] = [
 ]
 
 
-def play(**changes: object) -> MailboxPlay:
+def play(**changes: Any) -> MailboxPlay:
     return replace(MailboxPlay(list(MESSAGES)), **changes)
 
 
-def logged_in(server: ScriptedPop3, limits: Limits = PATIENT, **options: object) -> Mailbox:
+def logged_in(server: ScriptedPop3, limits: Limits = PATIENT, **options: Any) -> Mailbox:
     mailbox = Mailbox.connect(server.endpoint, limits=limits, **options)
     try:
         mailbox.login("secret")
@@ -92,6 +94,11 @@ def logged_in(server: ScriptedPop3, limits: Limits = PATIENT, **options: object)
 
 def fetch(mailbox: Mailbox) -> list[Retrieved[io.BytesIO] | Refused[io.BytesIO]]:
     return list(mailbox.retrieve(mailbox.list().entries, lambda _: io.BytesIO()))
+
+
+def content(outcome: Retrieved[io.BytesIO] | Refused[io.BytesIO]) -> bytes:
+    assert isinstance(outcome, Retrieved)
+    return outcome.sink.getvalue()
 
 
 def failure_of(call: Callable[[], object]) -> Pop3Error:
@@ -109,7 +116,7 @@ def failure_of(call: Callable[[], object]) -> Pop3Error:
 )
 @pytest.mark.parametrize("tls", ["implicit", "starttls", "none"])
 def test_every_message_arrives_unchanged(
-    tls: str, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
+    tls: TlsMode, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
 ) -> None:
     with ScriptedPop3(play(capabilities=capabilities), tls=tls, certificate=certificate) as server:
         with logged_in(server, tls_settings=TlsSettings(ca_file=certificate[0])) as mailbox:
@@ -117,7 +124,7 @@ def test_every_message_arrives_unchanged(
             got = list(mailbox.retrieve(listing.entries, lambda _: io.BytesIO()))
             mailbox.quit()
             facts = mailbox.facts
-        assert [(each.entry.uidl, each.sink.getvalue()) for each in got] == MESSAGES
+        assert [(each.entry.uidl, content(each)) for each in got] == MESSAGES
         assert [entry.size for entry in listing.entries] == [len(content) for _, content in MESSAGES]
         assert listing.has_uidl
         assert facts.pipelining is (capabilities == CAPABILITIES)
@@ -271,7 +278,7 @@ def test_without_pipelining_one_message_is_asked_at_a_time() -> None:
     ]
     with ScriptedPop3([script]) as server, logged_in(server) as mailbox:
         entries = [Entry(1, None, None), Entry(2, None, None)]
-        got = [each.sink.getvalue() for each in mailbox.retrieve(entries, lambda _: io.BytesIO())]
+        got = [content(each) for each in mailbox.retrieve(entries, lambda _: io.BytesIO())]
         assert got == [b"a\r\n", b"b\r\n"]
 
 
@@ -294,15 +301,15 @@ def test_a_server_may_send_megabytes_before_it_reads_the_next_command() -> None:
     with ScriptedPop3([script]) as server, logged_in(server) as mailbox:
         entries = [Entry(n, None, None) for n in (1, 2, 3)]
         first, *others = mailbox.retrieve(entries, lambda _: io.BytesIO())
-        assert first.sink.getvalue() == big
+        assert content(first) == big
         assert [type(other) for other in others] == [Refused, Refused]
 
 
 def test_capa_is_asked_anew_along_with_the_first_look() -> None:
     """One round trip for all. What is announced from then on may be another thing, even nothing."""
     for capa in (b"+OK\r\nPIPELINING\r\nEXPIRE 0\r\n.\r\n", b"+OK\r\nEXPIRE 0\r\n.\r\n", b"-ERR\r\n"):
-        glance = [Expect(b"CAPA\r\nSTAT\r\nUIDL 2\r\n"), Send(capa + b"+OK 2 20\r\n+OK 2 b\r\n")]
-        listing = [
+        glance: list[Step] = [Expect(b"CAPA\r\nSTAT\r\nUIDL 2\r\n"), Send(capa + b"+OK 2 20\r\n+OK 2 b\r\n")]
+        listing: list[Step] = [
             Expect(b"CAPA\r\nUIDL\r\nLIST\r\n"),
             Send(capa + b"+OK\r\n1 a\r\n.\r\n+OK\r\n1 9\r\n.\r\n"),
         ]
@@ -345,6 +352,7 @@ def test_a_refused_message_does_not_stop_the_others() -> None:
         results = fetch(mailbox)
         mailbox.quit()
     assert [type(each) for each in results] == [Retrieved, Refused, Retrieved, Retrieved, Retrieved]
+    assert isinstance(results[1], Refused)
     assert results[1].error.kind is FailureKind.POISON
     assert "RETR 2" in str(results[1].error)
     assert "cannot be rendered" in str(results[1].error)
@@ -378,13 +386,14 @@ def test_a_message_over_the_limit_is_drained_and_refused() -> None:
     assert isinstance(refused, Refused)
     assert refused.error.kind is FailureKind.POISON
     assert "200002 bytes" in str(refused.error)
+    assert refused.sink is not None
     assert len(refused.sink.getvalue()) <= 100_000
     assert [type(each) for each in results].count(Retrieved) == 4
 
 
 def test_a_sink_that_fails_ends_the_session_without_quit() -> None:
-    class Full(io.BytesIO):
-        def write(self, data: bytes, /) -> int:
+    class Full:
+        def write(self, data: bytes, /) -> None:
             raise OSError("disk full")
 
     mail = play()
@@ -418,7 +427,7 @@ def test_a_message_that_was_whole_is_handed_over_though_the_connection_died_behi
     with ScriptedPop3([script]) as server, logged_in(server) as mailbox:
         entries = [Entry(1, None, None), Entry(2, None, None)]
         results = mailbox.retrieve(entries, lambda _: io.BytesIO())
-        assert next(results).sink.getvalue() == b"a\r\n"
+        assert content(next(results)) == b"a\r\n"
         assert mailbox.in_transit is None, "between two messages none is to blame"
         assert failure_of(lambda: next(results)).kind is FailureKind.TRANSIENT
 
@@ -543,7 +552,7 @@ def test_t1_the_tag_pipeline_is_not_pipelining() -> None:
 
 
 def test_a_server_that_speaks_bare_lf_is_understood_and_reported() -> None:
-    script = [
+    script: list[Step] = [
         Send(b"+OK ready\n"),
         Expect(b"CAPA\r\n"),
         Send(b"-ERR\n"),
@@ -558,7 +567,7 @@ def test_a_server_that_speaks_bare_lf_is_understood_and_reported() -> None:
     ]
     with ScriptedPop3([script]) as server, logged_in(server) as mailbox:
         (result,) = mailbox.retrieve([Entry(1, None, None)], lambda _: io.BytesIO())
-        assert result.sink.getvalue() == b"a\n.\nb\n"
+        assert content(result) == b"a\n.\nb\n"
         assert mailbox.facts.bare_lf
 
 
@@ -803,7 +812,7 @@ def test_capabilities_are_those_told_under_tls(certificate: tuple[Path, Path]) -
 @pytest.mark.parametrize("tls", ["implicit", "starttls"])
 @pytest.mark.parametrize("capabilities", [CAPABILITIES, None])
 def test_the_password_never_goes_in_clear(
-    tls: str, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
+    tls: TlsMode, capabilities: tuple[str, ...] | None, certificate: tuple[Path, Path]
 ) -> None:
     with ScriptedPop3(play(capabilities=capabilities), tls=tls, certificate=certificate) as server:
         logged_in(server, tls_settings=TlsSettings(ca_file=certificate[0])).close()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,13 +29,14 @@ from archiver.pop3 import (
     parse_url,
 )
 from archiver.pop3.pop2 import Mark, Receiver, Reply
+from archiver.pop3.session import Session
 from tests.harness.scripted_pop2 import Pop2Play, pop2_endpoint, pop2_server
 from tests.harness.scripted_pop3 import Expect, ScriptedPop3, Send, SendEndlessly, Stall, Step
 
 MESSAGES = [b"Subject: one\r\n\r\n.\r\n..\r\n", b"Subject: two\n\nbare\n.\nno end", b"\x00\xff=5\r\n-no\r\n"]
 
 
-def fetch(session: Pop2Mailbox, entries: list[Entry]) -> list[Retrieved[io.BytesIO] | Refused[io.BytesIO]]:
+def fetch(session: Session, entries: list[Entry]) -> list[Retrieved[io.BytesIO] | Refused[io.BytesIO]]:
     return list(session.retrieve(entries, lambda _: io.BytesIO()))
 
 
@@ -42,7 +44,7 @@ def contents(outcomes: list[Retrieved[io.BytesIO] | Refused[io.BytesIO]]) -> lis
     return [outcome.sink.getvalue() for outcome in outcomes if isinstance(outcome, Retrieved)]
 
 
-def opened(play: Pop2Play, server: ScriptedPop3, **limits: float) -> Pop2Mailbox:
+def opened(play: Pop2Play, server: ScriptedPop3, **limits: Any) -> Pop2Mailbox:
     return Pop2Mailbox(pop2_endpoint(server), limits=Limits(**limits))
 
 
@@ -394,7 +396,7 @@ def test_a_message_that_is_not_framed_as_promised_is_not_complete(
     ],
 )
 def test_time_and_memory_are_bounded(
-    step: Step, limits: dict[str, float], kind: FailureKind, named: str | None
+    step: Step, limits: dict[str, Any], kind: FailureKind, named: str | None
 ) -> None:
     script: list[Step] = [Send(b"+ POP2\r\n"), Expect(b"HELO user secret\r\n"), Send(b"#1\r\n")]
     script += [Expect(b"READ 1\r\n"), step]

@@ -7,6 +7,7 @@ so on. What other tests show already is not here.
 
 import io
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ WITHOUT_PIPELINING = tuple(each for each in CAPABILITIES if each != "PIPELINING"
 Result = Retrieved[io.BytesIO] | Refused[io.BytesIO]
 
 
-def server(faults: Mapping[str, Fault] | None = None, **changes: object) -> ScriptedPop3:
+def server(faults: Mapping[str, Fault] | None = None, **changes: Any) -> ScriptedPop3:
     return ScriptedPop3(MailboxPlay(list(MESSAGES), faults=faults or {}, **changes))
 
 

@@ -166,7 +166,7 @@ def test_plain_says_user_and_password_at_once() -> None:
 
 
 def test_login_answers_two_prompts_whatever_they_say() -> None:
-    mechanism = Login(Credentials("J\u00fcrgen", "gar\u00e7on"))
+    mechanism: Mechanism = Login(Credentials("J\u00fcrgen", "gar\u00e7on"))
     assert mechanism.start() is None
     assert mechanism.respond(b"Password:") == b"J\xc3\xbcrgen"
     assert not mechanism.complete
@@ -229,7 +229,7 @@ def test_m15_kerberos_is_never_taken_unasked() -> None:
 
 def test_cram_md5_as_in_its_rfc() -> None:
     """RFC 2195 section 2."""
-    mechanism = CramMd5(Credentials("tim", "tanstaaftanstaaf"))
+    mechanism: Mechanism = CramMd5(Credentials("tim", "tanstaaftanstaaf"))
     assert mechanism.start() is None
     answer = mechanism.respond(b"<1896.697170952@postoffice.reston.mci.net>")
     assert answer == b"tim b913a602c7eda7a495b4e6e7334d3890"
@@ -434,19 +434,21 @@ def test_whatever_a_server_says_it_is_answered_or_refused(name: str, challenges:
 
 # Channel binding.
 
+Signing = hashes.SHA256 | hashes.SHA384
+
 
 @pytest.mark.parametrize(
     ("signed_with", "expected"), [(hashes.SHA256(), "sha256"), (hashes.SHA384(), "sha384"), (None, None)]
 )
 def test_the_end_point_is_the_certificate_by_the_hash_of_its_signature(
-    signed_with: hashes.HashAlgorithm | None, expected: str | None
+    signed_with: Signing | None, expected: str | None
 ) -> None:
     """RFC 5929 section 4.1; Ed25519 has no hash of its own."""
     der = certificate(signed_with)
     assert end_point(der) == (hashlib.new(expected, der).digest() if expected else None)
 
 
-def certificate(signed_with: hashes.HashAlgorithm | None) -> bytes:
+def certificate(signed_with: Signing | None) -> bytes:
     key = ec.generate_private_key(ec.SECP256R1()) if signed_with else ed25519.Ed25519PrivateKey.generate()
     name = x509.Name([])
     now = datetime(2026, 1, 1, tzinfo=UTC)
@@ -493,7 +495,7 @@ def test_oauthbearer_writes_a_name_so_that_it_cannot_end_early() -> None:
 def test_xoauth2_waits_to_be_asked() -> None:
     """Google's example, in the two steps that Microsoft wants."""
     token = "ya29.vF9dft4qmTc2Nvb3RlckBhdHRhdmlzdGEuY29tCg"
-    mechanism = Xoauth2(Credentials("someuser@example.com", token))
+    mechanism: Mechanism = Xoauth2(Credentials("someuser@example.com", token))
     assert mechanism.start() is None
     assert base64.b64encode(mechanism.respond(b"")) == (
         b"dXNlcj1zb21ldXNlckBleGFtcGxlLmNvbQFhdXRoPUJlYXJlciB5YTI5LnZGOWRmdDRxbVRjMk52YjNSbGNrQmhkSFJoZG1semRHRXVZ"

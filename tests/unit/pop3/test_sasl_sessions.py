@@ -18,7 +18,7 @@ import pytest
 from archiver.pop3 import FailureKind, Loop, Mailbox, Pop3Error, TlsSettings
 from archiver.pop3.sasl import MOST_ITERATIONS, SCRAM_MECHANISMS
 from tests.harness.scram import ScramServer
-from tests.harness.scripted_pop3 import Channel, Expect, HangUp, ScriptedPop3, Send, Step, Talk
+from tests.harness.scripted_pop3 import Channel, Expect, HangUp, ScriptedPop3, Send, Step, Talk, TlsMode
 
 PASSWORD = "hunter2-hunter2"
 TOKEN = "ya29." + "t" * 300
@@ -46,7 +46,7 @@ def session(
     certificate: tuple[Path, Path] | None = None,
 ) -> Iterator[tuple[Mailbox, ScriptedPop3]]:
     """A session that is not logged in; by TLS where there is a certificate, else in clear, as allowed."""
-    tls = "implicit" if certificate else "none"
+    tls: TlsMode = "implicit" if certificate else "none"
     with ScriptedPop3([script], tls=tls, certificate=certificate) as server:
         endpoint = replace(server.endpoint, mechanism=mechanism)
         settings = TlsSettings(ca_file=certificate[0] if certificate else None)
@@ -54,13 +54,13 @@ def session(
             yield mailbox, server
 
 
-def logged_in_by(script: Sequence[Step], secret: str = PASSWORD, **options: object) -> str | None:
+def logged_in_by(script: Sequence[Step], secret: str = PASSWORD, **options: Any) -> str | None:
     with session(script, **options) as (mailbox, _):
         mailbox.login(secret)
         return mailbox.facts.mechanism
 
 
-def refusal_of(script: Sequence[Step], secret: str = PASSWORD, **options: object) -> Pop3Error:
+def refusal_of(script: Sequence[Step], secret: str = PASSWORD, **options: Any) -> Pop3Error:
     with session(script, **options) as (mailbox, _), pytest.raises(Pop3Error) as caught:
         mailbox.login(secret)
     shown = str(caught.value)
@@ -117,7 +117,7 @@ def test_a_server_that_does_not_prove_itself_is_not_believed(proof: str) -> None
     [{"iterations": 4095}, {"iterations": MOST_ITERATIONS + 1}, {"salt": b""}],
     ids=["few iterations", "many iterations", "no salt"],
 )
-def test_a_lie_cancels_the_exchange_and_nothing_weaker_is_tried(lie: dict[str, object]) -> None:
+def test_a_lie_cancels_the_exchange_and_nothing_weaker_is_tried(lie: dict[str, Any]) -> None:
     server = ScramServer("SCRAM-SHA-256", PASSWORD, **lie)
 
     def talk(channel: Channel) -> None:
@@ -208,7 +208,7 @@ def test_a_mechanism_that_is_fixed_is_never_replaced() -> None:
 def test_y13_scram_that_is_offered_and_unknown_gives_way_to_the_next() -> None:
     def unknown(name: bytes) -> list[Step]:
         """With and without an initial response."""
-        two_steps = [Expect(b"AUTH " + name + b"\r\n"), Send(b"-ERR unknown mechanism\r\n")]
+        two_steps: list[Step] = [Expect(b"AUTH " + name + b"\r\n"), Send(b"-ERR unknown mechanism\r\n")]
         return [refuse_auth(name, b"-ERR unknown mechanism\r\n"), *two_steps]
 
     script = [
@@ -424,8 +424,9 @@ def test_oauthbearer_and_its_error() -> None:
 
     script = [*offering("OAUTHBEARER"), Talk(opening)]
     assert logged_in_by([*script, OK, *NO_CAPA], TOKEN, mechanism="OAUTHBEARER") == "OAUTHBEARER"
-    told = [Send(b"+ " + b64(b'{"status":"invalid_token"}') + b"\r\n"), Expect(b"AQ==\r\n"), REFUSED]
-    assert refusal_of([*script, *told], TOKEN, mechanism="OAUTHBEARER").kind is FailureKind.AUTH
+    told = Send(b"+ " + b64(b'{"status":"invalid_token"}') + b"\r\n")
+    refused = [*script, told, Expect(b"AQ==\r\n"), REFUSED]
+    assert refusal_of(refused, TOKEN, mechanism="OAUTHBEARER").kind is FailureKind.AUTH
 
 
 def test_a_password_is_not_taken_for_a_token() -> None:

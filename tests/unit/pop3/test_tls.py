@@ -6,7 +6,9 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,8 @@ Certificate = tuple[Path, Path]
 
 @pytest.fixture(params=["implicit", "starttls"])
 def mode(request: pytest.FixtureRequest) -> TlsMode:
-    return request.param
+    mode: TlsMode = request.param
+    return mode
 
 
 def server_context(certificate: Certificate) -> ssl.SSLContext:
@@ -152,7 +155,7 @@ def test_what_is_no_pin(text: str) -> None:
         {"server_name": "x" * 64},
     ],
 )
-def test_choices_that_cannot_be(choices: dict[str, object]) -> None:
+def test_choices_that_cannot_be(choices: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         TlsSettings(**choices)
 
@@ -249,7 +252,7 @@ def test_a_server_sees_the_clients_certificate(
             trusting,
             replace(trusting, client_certificate=stranger, client_key=strangers_key),
         ):
-            error = refusal(lambda settings=settings: log_in(server, settings))
+            error = refusal(partial(log_in, server, settings))
             assert error.kind is FailureKind.OPERATOR, str(error)
         assert len(said(server)) == told
 
@@ -257,7 +260,7 @@ def test_a_server_sees_the_clients_certificate(
 def test_a_client_certificate_that_cannot_be_used(certificate: Certificate, tmp_path: Path) -> None:
     client, _ = client_certificate(tmp_path)
     locked, locked_key = client_certificate(tmp_path, "locked", passphrase=b"open sesame")
-    choices = [
+    choices: list[dict[str, Any]] = [
         {"client_certificate": tmp_path / "none.pem"},
         {"client_certificate": client, "client_key": tmp_path / "none.key"},
         {"client_certificate": client},
@@ -266,9 +269,8 @@ def test_a_client_certificate_that_cannot_be_used(certificate: Certificate, tmp_
     ]
     with serving(server_context(certificate)) as server:
         for choice in choices:
-            error = refusal(
-                lambda choice=choice: log_in(server, TlsSettings(ca_file=certificate[0], **choice))
-            )
+            settings = TlsSettings(ca_file=certificate[0], **choice)
+            error = refusal(partial(log_in, server, settings))
             assert error.kind is FailureKind.OPERATOR, str(error)
             assert "client" in str(error)
         assert said(server) == []
