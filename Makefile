@@ -6,6 +6,16 @@ MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 
+# Without its cache of compiled files every run of pytest and of the command compiles all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Tests that need no server and little time. Their databases are small enough for memory.
+QUICK := -m "not server and not slow" --numprocesses=logical --dist=loadgroup --no-header -q
+QUICK_TMPDIR := $(firstword $(wildcard /dev/shm) $(TMPDIR) /tmp)
+
+# All tests, on more processes than there are cores: many of them wait for a clock or a disk.
+ALL := --numprocesses=auto --dist=loadgroup
+
 ##@ Try it
 .PHONY: demo
 demo: setup ## The whole thing on this machine: a mail server, sample mailboxes, an archive. ARGS="--help" for more
@@ -16,10 +26,17 @@ demo: setup ## The whole thing on this machine: a mail server, sample mailboxes,
 setup: ## Make .venv what requirements.lock says. PYTHON=python3.12 chooses the interpreter
 	@tools/setup
 
+.PHONY: quick quick-tests
+quick: setup ## In under a minute: style, types, layers, and the tests that need no server
+	@$(MAKE) --jobs=2 --keep-going quick-tests lint-code lint-format lint-imports lint-types
+
+quick-tests: setup
+	@TMPDIR=$(QUICK_TMPDIR) $(BIN)/python -m pytest $(QUICK)
+
 .PHONY: test
 test: setup ## Run the tests against real servers, where there are any. ARGS="tests/unit -k listing" for fewer
 	@tools/servers
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),$(ALL)) $(REPORT)
 
 .PHONY: bench
 bench: setup ## Measure beside mpop, getmail6, fetchmail, s5cmd into docs/performance. WHAT="a e" for some rows

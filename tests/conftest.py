@@ -1,16 +1,19 @@
-"""Fixtures: real servers, started once for all tests; a mailbox, a database and a bucket for each test.
+"""Fixtures: real servers, started once per process; a mailbox, a database and a bucket for each test.
 
-A server that cannot be had fails the test where the environment says CI, and skips it elsewhere.
+If a server is missing, the test fails where the environment says CI, and is skipped elsewhere.
+Each test carries a marker for each server that it needs. The markers of the fixtures below are
+added here. A module that starts a server by itself marks its tests itself.
 """
 
 import itertools
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -27,9 +30,62 @@ if TYPE_CHECKING:
 
 _CORPUS_COUNT, _CORPUS_SEED = 200, 20240108
 
+SERVERS = ("dovecot", "postgres", "pgbouncer", "s3", "pop3_servers", "kerberos")
+"""The markers of tests that need a server. `server` stands for any of them."""
+
+_STARTED_HERE = ("dovecot", "postgres", "s3")
+"""Fixtures of this file that start a server, each named as its marker."""
+
+_current_item = pytest.StashKey[pytest.Item]()
+
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Half as many processes again as there are cores: many tests wait for a clock or a disk."""
+    if config.getoption("numprocesses") != "auto":
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + (cores + 1) // 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the servers that its fixtures start, before pytest applies ``-m``."""
+    for item in items:
+        names = item.fixturenames if isinstance(item, pytest.Function) else ()
+        for server in _STARTED_HERE:
+            if server in names:
+                item.add_marker(server)
+        if any(item.get_closest_marker(server) for server in SERVERS):
+            item.add_marker("server")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped and why, one line for each reason."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.stash[_current_item] = item
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
+    """Fail a test that starts a server without its marker: ``make quick`` would run it."""
+    item = request.config.stash[_current_item]
+    if fixturedef.argname in _STARTED_HERE and not item.get_closest_marker(fixturedef.argname):
+        pytest.fail(f"{item.nodeid} needs the marker {fixturedef.argname}")
 
 
 def require(reason: str | None, environment: Mapping[str, str] = os.environ) -> None:
@@ -130,7 +186,7 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'archiver.db'}"
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def database_url(request: pytest.FixtureRequest) -> str:
     """Each of the databases in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")

@@ -35,7 +35,9 @@ def in_bucket(tmp_path: Path, postgres_url: str, s3: SeaweedFS, bucket: str) -> 
         yield Archive(cli, Bucket(client, bucket), postgres_url)
 
 
-@pytest.fixture(params=["in_directory", "in_bucket"])
+@pytest.fixture(
+    params=["in_directory", pytest.param("in_bucket", marks=[pytest.mark.postgres, pytest.mark.s3])]
+)
 def archive(request: pytest.FixtureRequest) -> Archive:
     """Each kind of archive in turn."""
     made: Archive = request.getfixturevalue(request.param)

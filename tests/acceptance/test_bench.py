@@ -14,7 +14,7 @@ from archiver.demo import dovecot
 from tests.conftest import require
 from tests.harness import postgres, seaweedfs
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.slow, pytest.mark.dovecot, pytest.mark.postgres, pytest.mark.s3]
 
 REPOSITORY = Path(__file__).parents[2]
 BENCH_SECONDS = 600.0

@@ -12,7 +12,7 @@ from tests.harness.cli import wait_for
 from tests.harness.proxy import Proxy
 from tests.harness.seaweedfs import SeaweedFS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 MESSAGES, SEED = 2_000, 19_390_501
 HEAVY_BYTES = 300_000_000

@@ -11,7 +11,7 @@ from tests.conftest import Mailbox
 from tests.harness.archive import Archive
 from tests.harness.cli import wait_for
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 REFUSALS = 4
 """After so many refused logins in a row an account is paused."""

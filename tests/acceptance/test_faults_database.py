@@ -20,7 +20,7 @@ from tests.harness.cli import wait_for as look_for
 from tests.harness.postgres import Postgres
 from tests.harness.proxy import Proxy
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.slow, pytest.mark.postgres]
 
 wait_for = partial(look_for, every_seconds=0.1)
 """Many of the looks cost a connection to the database."""
@@ -222,6 +222,7 @@ def test_a_failover_to_a_standby_that_lagged_behind(
             archive.expect_each_once(corpus[:10])
 
 
+@pytest.mark.pgbouncer
 def test_two_processes_behind_pgbouncer_share_fifty_accounts(
     archive: Archive,
     server: Postgres,

@@ -15,7 +15,7 @@ from tests.harness.archive import Archive, Directory
 from tests.harness.cli import cli as start_cli
 from tests.harness.small_disk import SmallDisk
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 DISK_BYTES = 6 * 1024 * 1024
 SIZES = [40_000, 60_000, 900_000, 30_000, 50_000, 20_000]

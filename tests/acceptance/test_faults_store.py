@@ -32,7 +32,7 @@ from tests.harness.moody_s3 import (
 )
 from tests.harness.seaweedfs import SeaweedFS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 MESSAGES, BATCH, GOOD_PUTS = 24, 8, 10
 """Messages in the mailbox, in a batch; requests to write one that work before the mood comes."""

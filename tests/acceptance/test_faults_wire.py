@@ -21,7 +21,7 @@ from tests.conftest import Mailbox
 from tests.harness.archive import Archive
 from tests.harness.proxy import Break, Direction, Proxy
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 PASSWORD = "the same for all"
 MESSAGES = 3

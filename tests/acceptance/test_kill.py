@@ -22,7 +22,7 @@ from tests.harness.proxy import Proxy
 from tests.harness.seaweedfs import SeaweedFS
 from tests.soak.kill import Siege
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 KILLS, SEED = 12, 41
 

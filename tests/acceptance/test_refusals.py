@@ -13,7 +13,7 @@ from tests.harness.archive import Archive, Bucket
 from tests.harness.cli import Ended, wait_for
 from tests.harness.seaweedfs import SeaweedFS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 COMPLAINT = re.compile(r"archiver: \S[^\n]*\n(  hint: \S[^\n]*\n)?")
 URL = "pop3s://alice@127.0.0.1:995"

@@ -23,7 +23,7 @@ from tests.harness.archive import Archive, sha256
 from tests.harness.cli import Running, wait_for
 from tests.harness.proxy import Proxy
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 ACCOUNTS = 50
 LEASE_SECONDS = 6.0

@@ -15,7 +15,7 @@ from tests.harness.cli import cli as start_cli
 from tests.harness.cli import wait_for
 from tests.soak.holders import Trial, trial
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.slow
 
 SEED = 7
 ROUNDS = 1

@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 from archiver import __version__
 from archiver.demo import start_mail_server
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
 
 REPOSITORY = Path(__file__).parents[2]
 INSTALL_SECONDS = 300.0

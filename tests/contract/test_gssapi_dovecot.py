@@ -22,6 +22,8 @@ from archiver.pop3 import Endpoint, FailureKind, Loop, Mailbox, Pop3Error, Tls, 
 from tests.conftest import require
 from tests.harness.servers import CACHE
 
+pytestmark = [pytest.mark.kerberos, pytest.mark.xdist_group("kerberos")]
+
 # Where tools/servers builds it: it must be compiled, so that no lock has it.
 _BUILT = CACHE / "gssapi"
 if _BUILT.is_dir():

@@ -91,7 +91,7 @@ class Client:
         self.connection.close()
 
 
-@pytest.fixture(params=[Dovecot, Pop3Server])
+@pytest.fixture(params=[pytest.param(Dovecot, marks=pytest.mark.dovecot), Pop3Server])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MailServer]:
     if request.param is Dovecot:
         yield request.getfixturevalue("dovecot")
@@ -218,6 +218,7 @@ class TestMailServers:
             assert list(threads.map(session, users)) == [f"To: {user}\r\n".encode() for user in users]
 
 
+@pytest.mark.dovecot
 def test_dovecot_locks_a_mailbox_when_told_to(server_directory: Path) -> None:
     require(demo_dovecot.unavailable(server_directory))
     # Its own wait for the lock, ten seconds, is not configurable; a session that ends lets the next one in.
@@ -235,6 +236,7 @@ def test_dovecot_locks_a_mailbox_when_told_to(server_directory: Path) -> None:
         second.close()
 
 
+@pytest.mark.dovecot
 def test_dovecot_keeps_its_mail_over_a_restart_and_is_gone_when_closed(server_directory: Path) -> None:
     require(demo_dovecot.unavailable(server_directory))
     directory = server_directory / "a path with spaces, 100 % awkward" / "restarted"
@@ -252,6 +254,7 @@ def test_dovecot_keeps_its_mail_over_a_restart_and_is_gone_when_closed(server_di
         assert server.messages("ann") == [b"1\r\n", b"2\r\n", b"3\r\n"]
 
 
+@pytest.mark.dovecot
 def test_dovecot_says_why_it_does_not_start(server_directory: Path) -> None:
     require(demo_dovecot.unavailable(server_directory))
     with pytest.raises(OperatorNeeded, match="no_such_setting"):
@@ -283,6 +286,7 @@ def test_a_missing_server_fails_in_ci_and_skips_elsewhere() -> None:
         require("no such server", {})
 
 
+@pytest.mark.postgres
 def test_postgres_keeps_what_was_committed_over_crashes(server_directory: Path) -> None:
     require(harness_postgres.unavailable())
     with harness_postgres.postgres(server_directory / "crashing") as server:

@@ -18,6 +18,8 @@ from archiver.pop3 import Endpoint, FailureKind, Mailbox, Pop3Error, Tls, TlsSet
 from tests.conftest import require
 from tests.harness.certificates import client_certificate
 
+pytestmark = [pytest.mark.dovecot, pytest.mark.xdist_group("sasl")]
+
 USER, PASSWORD = "anna", "correct horse, battery=staple"
 TOKEN = "an.access.token-" + "t" * 400
 MECHANISMS = "plain login cram-md5 apop scram-sha-1 scram-sha-256 oauthbearer xoauth2 external"

@@ -98,7 +98,7 @@ def in_bucket(s3: SeaweedFS, bucket: str) -> Bucket:
     return Bucket(s3.endpoint_url, bucket, s3.access_key, s3.secret_key)
 
 
-@pytest.fixture(params=["in_directory", "in_bucket"])
+@pytest.fixture(params=["in_directory", pytest.param("in_bucket", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest) -> Directory | Bucket:
     found: Directory | Bucket = request.getfixturevalue(request.param)
     return found
@@ -419,9 +419,9 @@ def _put_and_stall(
     [
         pytest.param("in_directory", MIB, MIB // 2, 1, id="directory"),
         # The first pass is for the signature, the second is the sending.
-        pytest.param("in_bucket", MIB, MIB // 2, 2, id="s3"),
+        pytest.param("in_bucket", MIB, MIB // 2, 2, id="s3", marks=pytest.mark.s3),
         # The first part has been sent, the second is being read.
-        pytest.param("in_bucket", 2 * PART, PART + MIB, 1, id="s3 in parts"),
+        pytest.param("in_bucket", 2 * PART, PART + MIB, 1, id="s3 in parts", marks=pytest.mark.s3),
     ],
 )
 def test_a_process_killed_in_the_midst_leaves_nothing_to_be_seen(

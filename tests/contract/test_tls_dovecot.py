@@ -13,6 +13,8 @@ from tests.conftest import Mailbox as Box
 from tests.conftest import require
 from tests.harness.certificates import certificate_sha256, client_certificate, key_sha256
 
+pytestmark = [pytest.mark.dovecot, pytest.mark.xdist_group("tls")]
+
 USER, PASSWORD = "ann", "secret of ann"
 MESSAGE = b"Subject: tls\r\n\r\nprivate\r\n"
 

@@ -15,7 +15,12 @@ def shared_postgres_url(postgres: Postgres, _numbers: Iterator[int]) -> str:
     return postgres.create_database(f"shared{next(_numbers)}")
 
 
-@pytest.fixture(params=["sqlite_url", "shared_postgres_url"], ids=["sqlite", "postgres"])
+@pytest.fixture(
+    params=[
+        pytest.param("sqlite_url", id="sqlite"),
+        pytest.param("shared_postgres_url", id="postgres", marks=pytest.mark.postgres),
+    ]
+)
 def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Archive]:
     """An archive whose database may hold the accounts of other stories."""
     with Archive(request.getfixturevalue(request.param), tmp_path) as archive:

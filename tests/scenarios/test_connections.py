@@ -81,6 +81,7 @@ def test_a_connection_that_died_just_now_costs_no_transaction(
         assert read(database, ASKED, n=1) == 2
 
 
+@pytest.mark.pgbouncer
 def test_behind_pgbouncer_nothing_is_prepared(
     postgres: Postgres, postgres_url: str, server_directory: Path
 ) -> None:

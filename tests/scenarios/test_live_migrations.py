@@ -355,6 +355,7 @@ def test_the_only_connection_there_may_be_is_enough(database: Database, fresh: D
     _assert_whole(database, fresh)
 
 
+@pytest.mark.pgbouncer
 def test_the_way_up_leads_through_pgbouncer(
     database: Database, fresh: Database, postgres: Postgres, server_directory: Path
 ) -> None:

@@ -27,6 +27,8 @@ from tests.harness.oauth_provider import CLIENT, SCOPE, SECRET, OauthProvider
 from tests.scenarios.story import Archive, message
 from tests.scenarios.test_commands import KEY, Commands
 
+pytestmark = [pytest.mark.dovecot, pytest.mark.xdist_group("oauth")]
+
 USER = "anna"
 OTHER_KEY = base64.b64encode(bytes(range(32))).decode()
 

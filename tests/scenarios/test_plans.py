@@ -24,6 +24,8 @@ from archiver.model import Claim, LastLook, PollReport, Resolved, Segment, Serve
 from archiver.policy import NextPoll, Setbacks
 from tests.scenarios.plans import Plans, explained, nodes
 
+pytestmark = pytest.mark.xdist_group("plans")
+
 ACCOUNTS = 100_000
 OF_FULL_HOST = 50_000
 CAP = 20
