@@ -20,9 +20,9 @@ from archiver.evidence import journal
 from archiver.model import (
     NO_DIGEST,
     Account,
-    ServerRecord,
     Resolved,
     Segment,
+    ServerRecord,
     SightingKey,
     What,
     message_key,
@@ -59,9 +59,8 @@ def make_archive(database: Database, store: Path, captures: int) -> Account:
         encoded = journal.encode(segment)
         previous = hashlib.sha256(encoded).digest()
         (store / segment_key(identity, sequence)).write_bytes(encoded)
-        rows = list(_rows(segment))
-        database.transact(lambda connection, rows=rows: connection.execute(sa.insert(capture), rows))
-        total += sum(row["size"] for row in rows)
+        _insert(database, list(_rows(segment)))
+        total += sum(line.size or 0 for line in segment.lines)
 
     def finish(connection: sa.Connection) -> None:
         head = {"sequence": sequence, "digest": previous}
@@ -99,6 +98,10 @@ def _segment(account: Account, sequence: int, previous: bytes, lines: list[Resol
         listing_digest=NO_DIGEST,
         lines=tuple(lines),
     )
+
+
+def _insert(database: Database, rows: list[dict[str, object]]) -> None:
+    database.transact(lambda connection: connection.execute(sa.insert(capture), rows))
 
 
 def _rows(segment: Segment) -> Iterator[dict[str, object]]:
