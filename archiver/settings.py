@@ -234,7 +234,7 @@ class Settings(BaseSettings):
     )
     login_seconds: Positive = Field(
         default=180.0,
-        description="Time for the whole login. A server may wait for another session to release its lock.",
+        description="Time for the whole login. Servers wait up to two minutes for another session's lock.",
     )
     listing_seconds: Positive = Field(
         default=300.0,

@@ -1,4 +1,4 @@
-"""The documents against the code: what exists is told, what is told exists, links lead somewhere."""
+"""The documentation against the code: everything is documented, nothing else is, and links are valid."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ HEADING = re.compile(r"^#{1,6} +(.+?)\s*$", re.MULTILINE)
 
 
 def commands(command: Any, words: tuple[str, ...] = ("archiver",)) -> Iterator[tuple[str, Any]]:
-    """Every command that can be called, groups as well, by its whole name."""
+    """All commands and groups, by their full names."""
     yield " ".join(words), command
     if isinstance(command, TyperGroup):
         for name, inner in command.commands.items():
@@ -52,7 +52,7 @@ TREE = dict(commands(typer.main.get_command(app)))
 
 
 def options(command: Any) -> set[str]:
-    """The long options of a command, as they are typed."""
+    """The long options of a command."""
     return {
         name
         for parameter in command.params
@@ -63,7 +63,7 @@ def options(command: Any) -> set[str]:
 
 
 def sections(text: str) -> dict[str, str]:
-    """The text below each heading, up to the next one of any level."""
+    """The text below each heading, up to the next heading of any level."""
     parts = re.split(r"^#+ +(.+?)\s*$", FENCE.sub("", text), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -72,7 +72,7 @@ SECTIONS = sections(COMMANDS)
 
 
 def anchors(page: Path) -> set[str]:
-    """What may follow a # in a link to a page: its headings, as GitHub writes them."""
+    """The anchors of a page's headings, as GitHub forms them."""
     found: set[str] = set()
     for heading in HEADING.findall(FENCE.sub("", page.read_text())):
         text = re.sub(r"[^\w\- ]", "", re.sub(LINK, "", heading).lower())
@@ -86,24 +86,24 @@ def anchors(page: Path) -> set[str]:
 
 
 def prose(page: Path) -> str:
-    """A page without its code, where brackets and parentheses are no links."""
+    """A page without its code, in which brackets and parentheses are not links."""
     return CODE.sub("", FENCE.sub("", page.read_text()))
 
 
 def called(page: Path) -> Iterator[str]:
-    """What pages tell people to type behind the word archiver: in code spans, and behind a prompt."""
+    """The words after ``archiver`` in the commands of a page: in code spans, and after a prompt."""
     text = page.read_text()
     for span in CODE.findall(FENCE.sub("", text)):
         yield from re.findall(r"(?:^|/|python -m )archiver( .+)$", span.strip("`"))
     for block in FENCE.finditer(text):
         lines = re.sub(r"\\\n\s*", "", block[0]).splitlines()
         for line in lines:
-            # Behind a prompt, or the command that another one runs (kubectl exec ... -- archiver).
+            # After a prompt, or as the command that another one runs (kubectl exec ... -- archiver).
             yield from re.findall(r"(?:^\$ (?:time )?(?:\S*/)?|-- )archiver( [^|#]+)", line)
 
 
 def resolved(words: list[str]) -> tuple[str, list[str]]:
-    """The command that these words name, and those left over."""
+    """The command that these words name, and the remaining words."""
     name = "archiver"
     while words and isinstance(TREE[name], TyperGroup) and not words[0].startswith("-"):
         name = f"{name} {words[0]}"
@@ -114,7 +114,7 @@ def resolved(words: list[str]) -> tuple[str, list[str]]:
 
 
 def log_events() -> set[str]:
-    """The first argument of every call that logs, as the source has it."""
+    """The first argument of every logging call in the source."""
     found: set[str] = set()
     for path in sorted((REPOSITORY / "archiver").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -136,7 +136,7 @@ def log_events() -> set[str]:
 
 
 def metrics() -> set[str]:
-    """The metrics of observe.py by the names that Prometheus sees."""
+    """The metrics of observe.py, by the names that Prometheus sees."""
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for metric in vars(observe).values()
@@ -162,17 +162,19 @@ def test_every_command_has_its_section(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in TREE if options(TREE[name]) and name != "archiver"))
 def test_every_option_is_in_its_commands_section(name: str) -> None:
-    told = set(re.findall(r"--[a-z][a-z-]*", SECTIONS[name]))
-    assert options(TREE[name]) <= told, f"docs/reference/commands.md does not tell of these below {name!r}"
+    documented = set(re.findall(r"--[a-z][a-z-]*", SECTIONS[name]))
+    assert options(TREE[name]) <= documented, (
+        f"docs/reference/commands.md does not list all options of {name!r}"
+    )
 
 
-def test_the_options_of_the_program_itself_are_told() -> None:
+def test_the_options_of_the_program_itself_are_documented() -> None:
     assert options(TREE["archiver"]) <= set(re.findall(r"--[a-z][a-z-]*", COMMANDS))
 
 
-def test_every_section_of_a_command_is_of_one_that_exists() -> None:
-    told = {heading for heading in SECTIONS if heading.startswith("archiver ")}
-    assert told <= set(TREE)
+def test_every_section_is_about_a_command_that_exists() -> None:
+    documented = {heading for heading in SECTIONS if heading.startswith("archiver ")}
+    assert documented <= set(TREE)
 
 
 @pytest.mark.parametrize("page", samples.pages(), ids=lambda page: str(page.relative_to(DOCS)))
@@ -182,12 +184,12 @@ def test_no_generated_table_is_stale(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_what_a_page_has_people_type_exists(page: Path) -> None:
+def test_every_command_on_a_page_exists(page: Path) -> None:
     for line in called(page):
         name, left = resolved(line.split())
         assert name in TREE, f"{page.name}: there is no command {name!r}"
-        told = {word.partition("=")[0] for word in left if word.startswith("--") and word != "--help"}
-        assert told <= options(TREE[name]), f"{page.name}: {name} has no such option"
+        documented = {word.partition("=")[0] for word in left if word.startswith("--") and word != "--help"}
+        assert documented <= options(TREE[name]), f"{page.name}: {name} has no such option"
 
 
 @pytest.mark.parametrize("page", samples.pages(), ids=lambda page: str(page.relative_to(DOCS)))
@@ -200,18 +202,20 @@ def test_every_field_of_a_json_sample_is_described_on_its_page(page: Path) -> No
             assert fields <= described, f"{page.name}: {block['command']}"
 
 
-def test_every_setting_is_told() -> None:
-    told = set(re.findall(r"^\| `(ARCHIVER_\w+)` \|", SETTINGS, re.MULTILINE))
-    assert told == SETTING_NAMES
+def test_every_setting_is_documented() -> None:
+    documented = set(re.findall(r"^\| `(ARCHIVER_\w+)` \|", SETTINGS, re.MULTILINE))
+    assert documented == SETTING_NAMES
 
 
-def test_every_default_is_told_as_it_is() -> None:
+def test_every_default_is_documented_correctly() -> None:
     rows = re.findall(r"^\| `ARCHIVER_(\w+)` \| (?:`([^`]+)`|(unset)) \|", SETTINGS, re.MULTILINE)
-    told = {name.lower(): value or None for name, value, _ in rows if f"ARCHIVER_{name}" != settings.CONFIG}
+    documented = {
+        name.lower(): value or None for name, value, _ in rows if f"ARCHIVER_{name}" != settings.CONFIG
+    }
     fields = settings.Settings.model_fields
     actual = {name: fields[name].default for name in fields}
     shown = {name: None if value is None else str(value).removesuffix(".0") for name, value in actual.items()}
-    assert told == shown
+    assert documented == shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -219,7 +223,7 @@ def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     assert set(re.findall(r"\bARCHIVER_[A-Z0-9_]*[A-Z0-9]", page.read_text())) <= SETTING_NAMES
 
 
-def test_every_metric_is_told_and_every_metric_told_exists() -> None:
+def test_exactly_the_metrics_that_exist_are_documented() -> None:
     assert documented_metrics() == metrics()
 
 
@@ -228,12 +232,12 @@ def test_every_metric_that_a_page_names_exists(page: Path) -> None:
     assert set(re.findall(r"\barchiver_[a-z]\w*", page.read_text())) <= metrics()
 
 
-def test_every_log_event_is_told_and_every_event_told_exists() -> None:
+def test_exactly_the_log_events_that_exist_are_documented() -> None:
     assert documented_events() == log_events()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_every_relative_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_is_valid(page: Path) -> None:
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
