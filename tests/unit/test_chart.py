@@ -655,7 +655,7 @@ def test_the_settings_that_have_values_are_the_archivers() -> None:
     [
         ("minimal", ["The migration ran before", "archiver account add", "archiver status"]),
         ("iam", ["The migration runs beside", "There is no API token"]),
-        ("full", ["2 account(s) are applied", "archiver account check 'sales'"]),
+        ("full", ["4 account(s) are applied", "archiver account check 'sales'"]),
         ("bare", ['migrations.mode is "none"', "archiver db upgrade", "There is no sealing key"]),
         ("one-machine", ["SQLite is brought up to date", "accounts of your file"]),
     ],

@@ -85,42 +85,24 @@ configMap:
 {{- end -}}
 {{- end -}}
 
-{{/* The accounts file. A JSON string is a TOML basic string, so nothing in a value can end it early. */}}
+{{/*
+The accounts file: every field that an account has, by its own name. The schema
+refuses unknown fields, so a new one needs no line here. A JSON string or array
+is also a TOML one, so a value cannot end its string early. Whole numbers are
+printed as integers, since Helm reads them as floats and would print 1e+06.
+*/}}
 {{- define "archiver.accountsFile" -}}
-{{- range .Values.accounts }}
+{{- range $account := .Values.accounts }}
 [[account]]
 name = {{ .name | toJson }}
-url = {{ .url | toJson }}
-password = {{ .password | toJson }}
-{{- with .tls }}
-tls = {{ . | toJson }}
+{{- range $key, $value := omit $account "name" }}
+{{- if not (kindIs "float64" $value) }}
+{{ $key }} = {{ $value | toJson }}
+{{- else if eq $value (floor $value) }}
+{{ $key }} = {{ $value | int64 }}
+{{- else }}
+{{ $key }} = {{ $value }}
 {{- end }}
-{{- with .ca_file }}
-ca_file = {{ . | toJson }}
-{{- end }}
-{{- with .delete }}
-delete = {{ . | toJson }}
-{{- end }}
-{{- with .interval_seconds }}
-interval_seconds = {{ . | int64 }}
-{{- end }}
-{{- with .timeout_seconds }}
-timeout_seconds = {{ . | int64 }}
-{{- end }}
-{{- with .tls_pins }}
-tls_pins = {{ . | toJson }}
-{{- end }}
-{{- with .tls_minimum }}
-tls_minimum = {{ . | toJson }}
-{{- end }}
-{{- with .tls_server_name }}
-tls_server_name = {{ . | toJson }}
-{{- end }}
-{{- with .client_certificate }}
-client_certificate = {{ . | toJson }}
-{{- end }}
-{{- with .client_key }}
-client_key = {{ . | toJson }}
 {{- end }}
 {{ end }}
 {{- end -}}

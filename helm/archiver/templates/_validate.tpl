@@ -63,13 +63,13 @@ once, a line each.
 {{- $wrong = append $wrong (printf "accounts: %q is there twice" .name) -}}
 {{- end -}}
 {{- $_ := set $names .name true -}}
-{{- if not (regexMatch "^(pop3s|pop3|pop2|pop)://[^/@:\\s]+@[^/@\\s]+/?$" .url) -}}
-{{- $wrong = append $wrong (printf "accounts: the url of %q is not like pop3s://user@host; it holds no password, and an @ in the user's name is %%40" .name) -}}
+{{- if not (regexMatch "^(?i:(pop3s?|pops?)://[^/@:\\s]+@[^/@\\s]+/?|pop2://[^/@:\\s]+@[^/@\\s]+(/[^/@:\\s]*)?)$" .url) -}}
+{{- $wrong = append $wrong (printf "accounts: the url of %q is not like pop3s://user@host; leave out the password, and write an @ in the user name as %%40" .name) -}}
 {{- end -}}
-{{- if not (regexMatch "^(file:/\\S.*|env:[A-Za-z_][A-Za-z0-9_]*)$" .password) -}}
-{{- $wrong = append $wrong (printf "accounts: the password of %q is not a reference: file:/path or env:NAME" .name) -}}
+{{- if not (regexMatch "^(oauth:)?(file:/\\S.*|env:[A-Za-z_][A-Za-z0-9_]*)$" .password) -}}
+{{- $wrong = append $wrong (printf "accounts: the password of %q is not a reference: use file:/path or env:NAME, with oauth: in front for an OAuth credential" .name) -}}
 {{- end -}}
-{{- if and (hasPrefix "file:/etc/archiver/passwords/" .password) (not $.Values.mailboxSecret) -}}
+{{- if and (regexMatch "^(oauth:)?file:/etc/archiver/passwords/" .password) (not $.Values.mailboxSecret) -}}
 {{- $wrong = append $wrong (printf "accounts: the password of %q is a file under /etc/archiver/passwords, but mailboxSecret is not set" .name) -}}
 {{- end -}}
 {{- range $key := list "client_certificate" "client_key" -}}
