@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -123,6 +126,35 @@ def test_what_an_auditor_reads() -> None:
         "size": 7,
         "version_id": "v1",
     }
+
+
+def audit(store: Path) -> tuple[int, str]:
+    """What the script for auditors in docs/compliance.md exits with and prints."""
+    page = (Path(__file__).parents[2] / "docs" / "compliance.md").read_text()
+    [script] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    command = [sys.executable, "-c", script, str(store)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not ended.stderr
+    return ended.returncode, ended.stdout
+
+
+def test_an_auditors_script_accepts_a_sound_archive_and_finds_what_is_wrong(tmp_path: Path) -> None:
+    first = journal.encode(SEGMENT)
+    digest = hashlib.sha256(first).digest()
+    second = journal.encode(replace(SEGMENT, sequence=2, previous=digest, lines=()))
+    message = tmp_path / message_key(ACCOUNT, DIGEST)
+    segments = [tmp_path / segment_key(ACCOUNT, number) for number in (1, 2)]
+    for path, content in zip((message, *segments), (b"content", first, second), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    sound = f"{ACCOUNT} 1 captured; chain ends in {hashlib.sha256(second).hexdigest()}\n"
+    assert audit(tmp_path) == (0, sound)
+
+    message.write_bytes(b"altered")
+    assert audit(tmp_path) == (1, f"missing or altered: {message}\n{sound}")
+    message.write_bytes(b"content")
+    segments[0].write_bytes(first.replace(b"PLAIN", b"LOGIN"))
+    assert audit(tmp_path) == (1, f"chain broken at {segments[1]}\n{sound}")
 
 
 def changed(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> bytes:
