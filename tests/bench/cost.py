@@ -1,10 +1,10 @@
-"""What a fleet of mailboxes needs, derived from what was measured.
+"""What a fleet of mailboxes needs, derived from measured costs.
 
-Owns the assumptions about mail and machines, the prices, and the arithmetic;
-and the measured costs (``MEASURED``), which ``make bench`` keeps in
-docs/performance/costs.json for as many as its rows measure. It writes the
-tables of docs/performance/cost.md with them; ``python -m tests.bench.cost``
-does so without measuring.
+Owns the assumptions about mail and machines, the prices, the arithmetic, and
+the measured costs (``MEASURED``). ``make bench`` keeps those that its rows
+measure in docs/performance/costs.json, and writes the tables of
+docs/performance/cost.md. ``python -m tests.bench.cost`` writes them without
+measuring.
 """
 
 import json
@@ -25,7 +25,7 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What one thing costs on one core of the machine that ``make bench`` ran on."""
+    """Costs on one core of the machine on which ``make bench`` ran."""
 
     poll_worker_ms: float
     """CPU of the worker's process for a poll over TLS with nothing new (row d)."""
@@ -47,7 +47,7 @@ _KEPT = "costs.json"
 
 
 def kept(docs: Path = DOCS) -> Costs:
-    """What was measured last."""
+    """The costs of the last run."""
     return Costs(**json.loads((docs / _KEPT).read_text()))
 
 
@@ -55,17 +55,17 @@ MEASURED: Final = kept()
 
 POLLS_A_DAY: Final = 24 * 60 // 5
 MESSAGES_A_DAY: Final = 20
-BUSIEST_HOUR: Final = 3.0  # times the mean: mail comes in working hours; polls come evenly
+BUSIEST_HOUR: Final = 3.0  # times the mean: mail arrives in working hours, polls are spread evenly
 MESSAGE_BYTES: Final = 80_000
 ROW_BYTES: Final = 900  # capture, sighting, event and their indexes
 DAYS_A_MONTH: Final = 30.4
 
 WORKERS: Final = 256  # ARCHIVER_WORKERS in each pod
-CORE_SHARE: Final = 0.7  # of a core: Python's threads take turns, and queues grow beyond
-DATABASE_SHARE: Final = 0.5  # of PostgreSQL's cores: vacuum, checkpoints and the feed's readers want the rest
+CORE_SHARE: Final = 0.7  # of a core: Python's threads take turns, and above this share queues grow
+DATABASE_SHARE: Final = 0.5  # of its cores: vacuum, checkpoints and readers of the feed need the rest
 CONNECTIONS: Final = 10  # ARCHIVER_DATABASE_CONNECTIONS in each pod
 LEAST_PODS: Final = 2  # one may die
-DATABASE_CONNECTIONS: Final = 400  # beyond, PostgreSQL's own processes cost more than they bring
+DATABASE_CONNECTIONS: Final = 400  # with more, PostgreSQL's own processes cost more than they gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ PRICES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What so many mailboxes need, in the busiest hour where that matters."""
+    """The needs of ``mailboxes`` mailboxes, in the busiest hour where that matters."""
 
     mailboxes: int
     polls_a_second: float
@@ -113,7 +113,7 @@ class Need:
 
 
 def need(mailboxes: int, costs: Costs = MEASURED) -> Need:
-    """The arithmetic. Mail arrives at random, so a poll finds something with 1 - e^-m, m being its mean."""
+    """The arithmetic. Mail arrives at random: with a mean of m, a poll finds something with 1 - e^-m."""
     polls = mailboxes * POLLS_A_DAY / 86_400
     messages = mailboxes * MESSAGES_A_DAY / 86_400
     batches_a_day = mailboxes * POLLS_A_DAY * (1 - math.exp(-MESSAGES_A_DAY / POLLS_A_DAY))
@@ -141,7 +141,7 @@ def need(mailboxes: int, costs: Costs = MEASURED) -> Need:
 
 
 def tables(costs: Costs = MEASURED) -> str:
-    """What cost.md shows."""
+    """The tables of cost.md."""
     needs = [need(size, costs) for size in SIZES]
     head = (
         "| | " + " | ".join(f"{each.mailboxes:,}" for each in needs) + " |\n| --- |" + " ---: |" * len(needs)
@@ -150,14 +150,14 @@ def tables(costs: Costs = MEASURED) -> str:
         _line("polls a second", [f"{each.polls_a_second:,.1f}" for each in needs]),
         _line("messages a second, busiest hour", [f"{each.messages_a_second:,.1f}" for each in needs]),
         _line("polls at once", [f"{each.at_once:,.0f}" for each in needs]),
-        _line("worker cores at work", [f"{each.worker_cores:,.2f}" for each in needs]),
-        _line(f"**pods** of a core, {WORKERS} workers each", [f"**{each.pods:,}**" for each in needs]),
-        _line("what decides their number", [_deciding(each) for each in needs]),
+        _line("busy worker cores", [f"{each.worker_cores:,.2f}" for each in needs]),
+        _line(f"**pods** of one core, {WORKERS} workers each", [f"**{each.pods:,}**" for each in needs]),
+        _line("their number is set by", [_deciding(each) for each in needs]),
         _line(
-            "**PostgreSQL cores**, half of them free", [f"**{each.database_cores:,.1f}**" for each in needs]
+            "**PostgreSQL cores**, half of them idle", [f"**{each.database_cores:,.1f}**" for each in needs]
         ),
         _line("**connections** at most", [f"**{each.connections:,}**" for each in needs]),
-        _line("of them more than PostgreSQL likes", [_pooler(each) for each in needs]),
+        _line("too many without a pooler", [_pooler(each) for each in needs]),
         _line("PUTs a day", [f"{each.puts_a_day:,.0f}" for each in needs]),
         _line("rows a month, GiB", [f"{each.rows_gib_a_month:,.1f}" for each in needs]),
         _line("mail a month, GB", [f"{each.mail_gb_a_month:,.0f}" for each in needs]),
@@ -169,7 +169,7 @@ def tables(costs: Costs = MEASURED) -> str:
         ),
         *(
             _line(
-                f"keeping one month's mail for a month, {price.name}",
+                f"storing one month's mail for a month, {price.name}",
                 [f"${each.mail_gb_a_month * price.gb:,.0f}" for each in needs],
             )
             for price in PRICES
@@ -183,7 +183,7 @@ def tables(costs: Costs = MEASURED) -> str:
         f"| a message, worker | {costs.message_worker_ms:g} ms of CPU |\n"
         f"| a batch, worker | {costs.batch_worker_ms:g} ms of CPU |\n"
         f"| a batch of one message, PostgreSQL | {costs.batch_database_ms:g} ms of CPU |\n"
-        f"| a worker's process that may have {WORKERS} polls at once | {costs.worker_mib:g} MiB |"
+        f"| a worker process with up to {WORKERS} polls at once | {costs.worker_mib:g} MiB |"
     )
     return f"{measured}\n\n{head}\n" + "\n".join(lines)
 
@@ -193,7 +193,7 @@ def _line(name: str, cells: list[str]) -> str:
 
 
 def _deciding(each: Need) -> str:
-    return "one may die" if each.pods == LEAST_PODS else each.short_of
+    return "redundancy" if each.pods == LEAST_PODS else each.short_of
 
 
 def _pooler(each: Need) -> str:
@@ -201,7 +201,7 @@ def _pooler(each: Need) -> str:
 
 
 def measured_by(rows: Path, costs: Costs) -> Costs:
-    """These costs, anew where the rows a, c and d are there; the simulation's are kept."""
+    """These costs, updated if the rows a, c and d exist. The simulation's costs stay."""
     if not all((rows / f"{letter}.json").exists() for letter in "acd"):
         return costs
     [backfill] = _contests(rows, "a")
@@ -214,7 +214,7 @@ def measured_by(rows: Path, costs: Costs) -> Costs:
         costs,
         poll_worker_ms=_rounded(poll_ms),
         poll_database_ms=_rounded(_median(near, IN_BUCKET, "server_cpu_ms")),
-        # By Little's law: how many were under way, by how many ended in a second.
+        # Little's law: polls running at once, divided by polls finished in a second.
         poll_seconds=_rounded(min(FAR_POLLS, FULL.mailboxes) / _median(far, IN_BUCKET, "rate")),
         message_worker_ms=_rounded(message_ms),
         batch_worker_ms=_rounded(max(0.0, mailbox_ms - FULL.in_each * message_ms - poll_ms)),
@@ -235,12 +235,12 @@ def _median(contest: dict[str, list[Sample]], name: str, figure: Figure) -> floa
 
 
 def _rounded(value: float) -> float:
-    """Two digits that count: more is not known."""
+    """Two significant digits: the measurement is not more precise."""
     return float(f"{value:.2g}")
 
 
 def write(rows: Path | None = None, docs: Path = DOCS) -> None:
-    """The tables, into the page, with the costs that these rows measured, which are kept."""
+    """Write the tables into the page. With ``rows``, first update and keep the measured costs."""
     costs = kept(docs)
     if rows is not None:
         costs = measured_by(rows, costs)
