@@ -1,5 +1,6 @@
 """The checker of the project's English: what it finds, where, and how its to-do list shrinks."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,14 @@ def test_a_path_on_the_list_that_is_gone_counts_as_clean(tree: Path) -> None:
     assert run(tree) == 1
     assert run(tree, "--shrink") == 0
     assert run(tree) == 0
+
+
+def test_the_rules_of_the_project_can_be_applied() -> None:
+    rules = tomllib.loads(prose.CONFIG.read_text())
+    assert [what for _, what, _ in prose.check("a.md", "Nobody is told anew. There is none.", rules)] == [
+        '"Nobody"',
+        '"anew"',
+        '"is told"',
+    ]
+    long = " ".join(["word"] * (rules["limits"]["sentence_words"] + 1))
+    assert [what for _, what, _ in prose.check("a.md", f"{long}.", rules)] == ["a sentence of 41 words"]
