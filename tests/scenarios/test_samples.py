@@ -1,28 +1,18 @@
 """The samples in the documentation are what the program prints."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.harness import samples
 
-PAGES = samples.pages()
 
-
-@pytest.fixture(scope="module")
-def outputs() -> dict[str, str]:
-    return samples.play()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(samples.DOCS)))
-def test_no_sample_of_a_page_is_stale(page: Path, outputs: dict[str, str]) -> None:
-    text = page.read_text()
-    assert samples.samples(text) <= outputs.keys(), (
-        f"{page.name}: the story in samples.py runs no such command"
-    )
-    assert not samples.stale(text, outputs), (
-        f"{page.name} is stale; python -m tests.harness.samples rewrites it"
-    )
+@pytest.mark.slow
+def test_every_sample_is_what_the_program_prints() -> None:
+    outputs = samples.play()
+    pages = {str(page.relative_to(samples.DOCS)): page.read_text() for page in samples.pages()}
+    unknown = {name: samples.samples(text) - outputs.keys() for name, text in pages.items()}
+    assert not any(unknown.values()), f"the story in samples.py does not run these commands: {unknown}"
+    stale = {name: found for name, text in pages.items() if (found := samples.stale(text, outputs))}
+    assert not stale, f"python -m tests.harness.samples rewrites these: {stale}"
 
 
 def test_a_block_is_stale_when_anything_but_times_and_ids_differs() -> None:
