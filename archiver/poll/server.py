@@ -26,8 +26,10 @@ def translated() -> Iterator[None]:
                 ) from error
             case pop3.FailureKind.POISON:
                 raise MessageRefused(str(error), hint=_how_to_raise(error.limit)) from error
+            case pop3.FailureKind.AUTH:
+                raise OperatorNeeded(str(error), hint=_NEW_CREDENTIALS) from error
             case _:
-                raise OperatorNeeded(str(error)) from error
+                raise OperatorNeeded(str(error), hint=_how_to_pin(error.certificate_sha256)) from error
 
 
 def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
@@ -48,6 +50,11 @@ def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
 
 _SAFE_TLS_NAMES = {f"TLSv{version}" for version in pop3.SAFE_TLS_VERSIONS}
 
+_NEW_CREDENTIALS = (
+    "set a new password: archiver account edit NAME --password-file FILE "
+    "(with OAuth: archiver account authorize NAME)"
+)
+
 _OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"})
 """Limits in whose place an account's own timeout stands, where it has one."""
 
@@ -58,6 +65,15 @@ def _how_to_raise(limit: str | None) -> str | None:
         return None
     own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""
     return f"if that is right for this server, raise ARCHIVER_{limit.upper()}{own}"
+
+
+def _how_to_pin(certificate_sha256: str | None) -> str | None:
+    if certificate_sha256 is None:
+        return None
+    return (
+        "compare the SHA-256 with the one that the server's operator gives you; if they are equal, pin it: "
+        f"archiver account edit NAME --tls-pin {certificate_sha256}"
+    )
 
 
 def of_facts(facts: pop3.ServerFacts) -> ServerRecord:

@@ -1,9 +1,9 @@
 """What a server says it can do (CAPA, RFC 2449 section 5).
 
-Owns the reading of a capability list. Promises to take any list: unknown tags,
+Owns the parsing of a capability list. Promises to accept any list: unknown tags,
 empty lines, repetitions, and the word CAPA that some servers put first. Servers
-both under- and over-report, so this is advice; only what would be harmful to
-try unasked (PIPELINING) depends on it.
+list too much and too little, so a list is advice. Only PIPELINING, which would
+do harm on a server without it, depends on it.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,12 @@ from archiver.pop3.failures import printable
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """A capability list. ``lines`` are for people; parameters of a repeated tag add up."""
+    """A capability list."""
 
     lines: tuple[str, ...]
+    """For people."""
     parameters: Mapping[str, tuple[str, ...]]
+    """By tag in upper case. Parameters of a repeated tag are joined."""
 
     def __contains__(self, tag: str) -> bool:
         return tag in self.parameters
@@ -30,7 +32,7 @@ class Capabilities:
 
     @property
     def login_delay_seconds(self) -> float | None:
-        """The least time between two logins (RFC 2449 section 6.5)."""
+        """The shortest time between two logins (RFC 2449 section 6.5)."""
         for parameter in self.parameters.get("LOGIN-DELAY", ()):
             if parameter.isdecimal():
                 return min(float(parameter), _LONGEST_DELAY_SECONDS)
@@ -40,7 +42,7 @@ class Capabilities:
     def expire_days(self) -> int | None:
         """After how many days the server may remove messages (RFC 2449 section 6.7).
 
-        0: as soon as they were read. None: never, or it does not say.
+        0: as soon as they are read. None: never, or it does not say.
         """
         for parameter in self.parameters.get("EXPIRE", ()):
             if parameter.isdecimal():
@@ -49,7 +51,7 @@ class Capabilities:
 
     @property
     def utf8_logins(self) -> bool:
-        """Whether USER and PASS take UTF-8 (``UTF8 USER``, RFC 6856 section 2.2)."""
+        """Whether USER and PASS accept UTF-8 (``UTF8 USER``, RFC 6856 section 2.2)."""
         return "USER" in {word.upper() for word in self.parameters.get("UTF8", ())}
 
     @property
@@ -64,7 +66,7 @@ _LONGEST_EXPIRE_DAYS = 36500
 
 @lru_cache(maxsize=64)
 def parse_capabilities(block: bytes) -> Capabilities:
-    """Read the multi-line response to CAPA. A server gives the same one at each session."""
+    """Parse the multi-line response to CAPA. A server sends the same one in each session, so it is cached."""
     lines: list[str] = []
     parameters: dict[str, tuple[str, ...]] = {}
     for octets in block.splitlines():

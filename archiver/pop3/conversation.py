@@ -16,7 +16,14 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from archiver.pop3.failures import FailureKind, Meaning, Pop3Error, printable
 from archiver.pop3.order import Order
-from archiver.pop3.transport import TimedOut, TlsSettings, Transport
+from archiver.pop3.transport import (
+    Distrusted,
+    PlainText,
+    ShownCertificate,
+    TimedOut,
+    TlsSettings,
+    Transport,
+)
 from archiver.pop3.url import Endpoint
 from archiver.pop3.values import Limits, ServerFacts
 from archiver.pop3.wire import Command
@@ -35,7 +42,7 @@ class Secrets:
         self._hidden = (*hidden, *self._hidden)
 
     def show(self, octets: bytes) -> str:
-        """The server's octets for people, with every secret masked."""
+        """The server's bytes for people, with every secret masked."""
         for hidden in self._hidden:
             octets = octets.replace(hidden, _MASK)
         return printable(octets)
@@ -79,14 +86,14 @@ class Terms:
 
 
 class Framing(Protocol):
-    """A receiver: it turns octets into replies."""
+    """A receiver: it turns bytes into replies."""
 
     def feed(self, data: bytes, /) -> None:
-        """Take octets from the wire."""
+        """Take bytes from the wire."""
 
     @property
     def surplus(self) -> bytes:
-        """What came without being asked for."""
+        """Bytes that came without being asked for."""
 
     @property
     def in_reply(self) -> bool:
@@ -107,6 +114,8 @@ class Conversation(Generic[FramingT]):
         """Commands whose reply is not complete, the oldest first."""
         self.greeting = b""
         """The text of the greeting, as the server sent it."""
+        self.is_distrusted = False
+        """Whether TLS failed because the certificate did not pass verification."""
         self.receiver = new_receiver()
         self._new_receiver = new_receiver
         self._refusal = refusal
@@ -118,12 +127,27 @@ class Conversation(Generic[FramingT]):
                 monotonic=terms.monotonic,
             )
 
-    def start_tls(self) -> None:
-        """Make the channel private, as the terms ask. What came before, in clear text, is forgotten."""
+    def start_tls(self, *, if_plain: str = "") -> None:
+        """Make the channel private, as the terms demand. Data from before, in clear text, is dropped.
+
+        ``if_plain`` is the hint for a server that does not speak TLS.
+        """
         self.receiver = self._new_receiver()
         _, deadline = self.step("connect_seconds")
         with self.named("TLS", limit=deadline.limit):
-            self._transport.start_tls(self.terms.tls_settings, deadline=deadline.seconds)
+            try:
+                self._transport.start_tls(self.terms.tls_settings, deadline=deadline.seconds)
+            except Distrusted:
+                self.is_distrusted = True
+                raise
+            except PlainText as error:
+                raise Pop3Error(error.kind, f"{error}{if_plain}") from error
+
+    def look_at_certificate(self) -> ShownCertificate:
+        """The certificate that the server shows, unverified. After it only ``close`` is allowed."""
+        _, deadline = self.step("connect_seconds")
+        with self.named("TLS", limit=deadline.limit):
+            return self._transport.look_at_certificate(self.terms.tls_settings, deadline=deadline.seconds)
 
     def close(self) -> None:
         """Drop the connection. May be called again."""
@@ -142,7 +166,7 @@ class Conversation(Generic[FramingT]):
 
     @property
     def facts(self) -> ServerFacts:
-        """What is known of the server from the connection alone."""
+        """The facts known from the connection alone."""
         tls = self._transport.tls
         return ServerFacts(
             host=self.terms.endpoint.host,
@@ -251,7 +275,7 @@ class Conversation(Generic[FramingT]):
         self.close()
 
     def show(self, octets: bytes) -> str:
-        """The server's octets for people, with every secret masked."""
+        """The server's bytes for people, with every secret masked."""
         return self.terms.secrets.show(octets)
 
     def error(
@@ -266,8 +290,15 @@ class Conversation(Generic[FramingT]):
         message = f"{doing} at {self.terms.endpoint.address}: {reason}"
         return Pop3Error(kind, message, wait_seconds=wait_seconds, limit=limit)
 
-    def refused(self, doing: str, text: bytes, meaning: Meaning, *, hint: str = "") -> Pop3Error:
-        """An error for a refusal by the server, which said ``text``."""
+    def refused(
+        self, doing: str, text: bytes, meaning: Meaning, *, proof: str = "", hint: str = ""
+    ) -> Pop3Error:
+        """An error for a refusal by the server, which said ``text``.
+
+        ``proof`` is what the server refused along with the user name, at a login.
+        """
         said = f"the server said {self.show(text)!r}" if text else "the server refused and gave no reason"
+        if meaning.kind is FailureKind.AUTH and proof:
+            said = f"user name or {proof} refused; {said}" if text else f"user name or {proof} refused"
         reason = f"{said}; {hint}" if hint else said
         return self.error(meaning.kind, doing, reason, meaning.wait_seconds)

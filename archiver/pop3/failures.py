@@ -1,21 +1,21 @@
 """What can go wrong between a POP3 client and a server, grouped by what the caller does next.
 
-Owns the one error of this package, the reading of a server's ``-ERR`` text, and
-the escaping of foreign octets for people. Promises that a message is one line,
-that it is short, and that control characters of the server never reach a
-terminal. Leaves retrying and remembering to the caller.
+Owns the one error of this package, the meaning of a server's ``-ERR`` text, and
+the escaping of foreign bytes for people. Promises that a message is one short
+line, and that control characters of the server never reach a terminal. Leaves
+retrying and remembering to the caller.
 
 Servers rarely say what they mean. Response codes (RFC 2449 section 8, RFC 3206)
-are trusted first; then words that real servers use decide.
+decide first, and then the words that real servers use.
 """
 
 import re
 from dataclasses import dataclass
 from enum import Enum
 
-_SHOWN_OCTETS = 200  # of a server's text in an error: enough for any honest sentence
-_DEFAULT_LOGIN_DELAY_SECONDS = 900.0  # [LOGIN-DELAY] from a server that announced no figure
-_LONGEST_WAIT_SECONDS = 86400.0  # the longest ban known is Gmail's, of a day; more is a misreading
+_SHOWN_BYTES = 200  # of a server's text in an error: enough for any honest sentence
+_DEFAULT_LOGIN_DELAY_SECONDS = 900.0  # for [LOGIN-DELAY], if the server announced no figure
+_LONGEST_WAIT_SECONDS = 86400.0  # the longest known ban is Gmail's, one day; more would be a misreading
 
 
 class FailureKind(Enum):
@@ -24,24 +24,22 @@ class FailureKind(Enum):
     TRANSIENT = "transient"
     """Network or server busy, a lock, throttling: back off and try the session again."""
     POISON = "poison"
-    """This message cannot be had; the mailbox is fine."""
+    """This message cannot be fetched; the mailbox is fine."""
     AUTH = "auth"
-    """The credentials were refused. May be throttling in disguise: ask again, ever more rarely."""
+    """The credentials were refused. It may be throttling in disguise: retry, with growing back-off."""
     PROTOCOL = "protocol"
-    """Octets that the grammar does not allow: nothing of this session can be trusted any more."""
+    """Bytes that the grammar does not allow: nothing in this session can be trusted from here on."""
     SECURITY = "security"
-    """Evidence of tampering, or TLS refused where it was demanded: never fall back."""
+    """Evidence of tampering, or a refusal of the TLS that was demanded: never fall back."""
     OPERATOR = "operator"
-    """Only a person can mend it: configuration, certificate, POP3 switched off."""
+    """Only a person can fix it: configuration, certificate, POP3 switched off."""
 
 
 class Pop3Error(Exception):
     """A POP3 session, or one message of it, failed.
 
-    The message is one line: what was tried, on which host, what the server
-    said. ``wait_seconds`` is how long the server asked to be left alone, where
-    it said so. ``limit`` names the field of ``mailbox.Limits`` that was exceeded,
-    where that was the reason.
+    The message is one line: what was tried, on which host, and what the server
+    said.
     """
 
     def __init__(
@@ -51,11 +49,16 @@ class Pop3Error(Exception):
         *,
         wait_seconds: float | None = None,
         limit: str | None = None,
+        certificate_sha256: str | None = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
         self.wait_seconds = wait_seconds
+        """How long the server asked us to wait, if it did."""
         self.limit = limit
+        """The field of ``values.Limits`` that was exceeded, if that was the reason."""
+        self.certificate_sha256 = certificate_sha256
+        """The certificate that did not pass verification, if that was the reason."""
 
 
 class Stage(Enum):
@@ -70,14 +73,15 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What an ``-ERR`` means: the kind, and the wait that the server asked for."""
+    """What an ``-ERR`` means."""
 
     kind: FailureKind
     wait_seconds: float | None = None
+    """How long the server asked us to wait."""
 
 
-def printable(text: bytes, limit: int = _SHOWN_OCTETS) -> str:
-    """Foreign octets for people: one line, controls and 8-bit escaped, cut after ``limit`` octets."""
+def printable(text: bytes, limit: int = _SHOWN_BYTES) -> str:
+    """Foreign bytes for people: one line, control characters and 8-bit escaped, cut after ``limit`` bytes."""
     shown = text[:limit].decode("ascii", "backslashreplace")
     escaped = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
     return escaped + "..." if len(text) > limit else escaped
@@ -85,7 +89,7 @@ def printable(text: bytes, limit: int = _SHOWN_OCTETS) -> str:
 
 _CODE = re.compile(rb"\s*\[([A-Za-z0-9/._-]+)\]")
 
-# An account that a person must unlock; "mailbox locked" is another session's lock and passes by itself.
+# An account that a person must unlock. "Mailbox locked" is another session's lock, which ends by itself.
 _ACCOUNT_LOCKED = re.compile(rb"account\b.{0,40}\block(ed|out)\b|\blocked\b.{0,20}\baccount")
 _OPERATOR_WORDS = re.compile(
     rb"disabled|not enabled|web login|log ?in via (your|the) web|application-specific|app password"
@@ -100,8 +104,8 @@ _CREDENTIAL_WORDS = re.compile(
     rb"password|credential|authenticat|authoriz|log[io]n fail|logon|invalid (user|login)|unknown user"
     rb"|no such user|denied|user ?name"
 )
-# While a message is asked for, "try again later" and "unavailable" are said of single messages, for ever
-# (Yahoo, NetEase): only words about the session or the account's quota end the session.
+# In answer to RETR, "try again later" and "unavailable" may mean that one message, permanently (Yahoo,
+# NetEase). Only words about the session or the account's quota end the session.
 _MESSAGE_SIZE_WORDS = re.compile(
     rb"too (large|big|long)|(size|length) (limit|exceed)|exceed\w* .{0,30}\bsize"
 )
@@ -109,7 +113,7 @@ _SESSION_WORDS = re.compile(
     rb"quota|rate.?limit|throttl|bandwidth|exceed|too many|\block(ed)?\b|in use"
     rb"|inactiv|disconnect|time-?out|timed out|auto-?logout|session|connection"
 )
-# Another client took the message away meanwhile (Dovecot, Courier): the listing is stale, no message is bad.
+# Another client deleted the message meanwhile (Dovecot, Courier): the listing is stale, no message is bad.
 _VANISHED_WORDS = re.compile(rb"expunged|it's gone")
 
 _DURATION = re.compile(rb"(\d{1,5})[ -]?(s|secs?|seconds?|m|mins?|minutes?|h|hours?)\b")
@@ -130,9 +134,9 @@ def response_code(text: bytes) -> str | None:
 
 
 def says_unknown_command(text: bytes) -> bool:
-    """Whether an ``-ERR`` refuses the form of a command rather than what it asked for.
+    """Whether an ``-ERR`` refuses the form of a command and not its content.
 
-    Such a refusal at login says nothing of the credentials, so another form or
+    Such a refusal at login says nothing about the credentials, so another form or
     mechanism may be tried.
     """
     if response_code(text) in _CODES:
@@ -150,12 +154,12 @@ def classify(
 ) -> Meaning:
     """What the text after ``-ERR`` means at ``stage``. A pure function.
 
-    ``auth_resp_code``: the server promised by AUTH-RESP-CODE (RFC 3206 section
-    6) that it marks refused credentials with ``[AUTH]``, so that anything else
-    at login is no credential problem. ``login_delay_seconds`` is the LOGIN-DELAY
-    that CAPA announced. At RETRIEVE, POISON concerns this message alone; every
-    other kind ends the session. At LISTING, PROTOCOL means that the server gave
-    no reason: it does not know the command.
+    ``auth_resp_code``: the server lists AUTH-RESP-CODE (RFC 3206 section 6). So
+    it marks refused credentials with ``[AUTH]``, and any other refusal at login
+    has another reason. ``login_delay_seconds`` is the LOGIN-DELAY that CAPA
+    announced. At RETRIEVE, POISON concerns this message alone; every other kind
+    ends the session. At LISTING, PROTOCOL means that the server gave no reason:
+    it does not know the command.
     """
     words = text.lower()
     code = response_code(text)
@@ -186,7 +190,7 @@ def _by_code(
         case "SYS/PERM":
             return Meaning(FailureKind.POISON if stage is Stage.RETRIEVE else FailureKind.OPERATOR)
         case "AUTH":
-            # Gmail: "[AUTH] Application-specific password required"; no retry will ever help.
+            # Gmail: "[AUTH] Application-specific password required"; a retry does not help.
             return Meaning(FailureKind.OPERATOR if _OPERATOR_WORDS.search(words) else FailureKind.AUTH)
         case "UTF8" if stage is Stage.RETRIEVE:
             return Meaning(FailureKind.POISON)
@@ -223,7 +227,7 @@ def _by_words(words: bytes, stage: Stage, *, auth_resp_code: bool) -> Meaning:
 
 
 def _wait_in(words: bytes) -> float | None:
-    """The first span of time that a text names, in seconds: ``try again in 15 minutes`` is 900."""
+    """The first time span in a text, in seconds: ``try again in 15 minutes`` is 900."""
     found = _DURATION.search(words)
     if found is None:
         return None

@@ -1,15 +1,14 @@
-"""What a mailbox holds, as UIDL and LIST tell it (RFC 1939 sections 5 and 7).
+"""The messages of a mailbox, by UIDL and LIST (RFC 1939 sections 5 and 7).
 
-Owns the reading of both listings and their join by message number. Promises to
-read whatever a server sends without failing: a line that makes no sense is
-skipped and counted, never guessed at. Promises little memory: octets become
-arrays while they arrive, and a message costs some twenty octets beside its uid,
-as long as nobody asks for its ``Entry``. Leaves identity over sessions to the
-caller.
+Owns the parsing of both listings and their join by message number. Promises to
+parse anything that a server sends without failing: a line that makes no sense is
+skipped and counted, never guessed at. Promises little memory: bytes become
+arrays while they arrive. A message costs some twenty bytes beside its uid, until
+its ``Entry`` is asked for. Leaves identity over sessions to the caller.
 
-A message number is good for one session only. A uid is opaque octets: servers
-send 8-bit, inner spaces, more than the 70 octets of RFC 1939, and the same uid
-for two messages, which section 7 allows.
+A message number is good for one session only. A uid is opaque bytes. Servers
+send 8-bit, inner spaces, and more than the 70 octets of RFC 1939. They also send
+the same uid for two messages, which section 7 allows.
 """
 
 import hashlib
@@ -24,45 +23,42 @@ from itertools import accumulate, islice, pairwise, starmap
 from operator import lt
 from typing import Final, Generic, NamedTuple, TypeVar, overload
 
-LARGEST_NUMBER: Final = 2**31 - 1  # larger ones are attacks on clients that count in 32 bits
+LARGEST_NUMBER: Final = 2**31 - 1  # larger ones attack clients that count in 32 bits
 LARGEST_SIZE: Final = 2**63 - 1
-UIDL_BYTES: Final = 1024  # RFC 1939 says 70; near 300 was met in the wild
+UIDL_BYTES: Final = 1024  # RFC 1939 says 70; real servers send up to 300
 
-_LINE_OCTETS: Final = 2048  # that are looked at; what matters of a line is in them
-_CHUNK_OCTETS: Final = 32 * 1024  # read at once: enough for C loops to pay, little enough to forget
-_RUN: Final = 16 * 1024  # entries that are sorted as objects; more are merged from such runs
-_DIGITS: Final = 40  # of a number with its leading zeros
-_NOWHERE: Final = 2**32 - 1  # for the place of a value that there is not
-_UNKNOWN: Final = -1  # for a size
+_LINE_BYTES: Final = 2048  # the parsed beginning of a line; the rest does not matter
+_CHUNK_BYTES: Final = 32 * 1024  # parsed at once: enough to be fast, and little memory
+_RUN: Final = 16 * 1024  # entries sorted as objects at a time; such runs are then merged
+_DIGITS: Final = 40  # in a number, leading zeros included
+_NOWHERE: Final = 2**32 - 1  # the index of a missing value
+_UNKNOWN: Final = -1  # as a size
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 ValueT = TypeVar("ValueT", bytes, int)
 
 
 class Entry(NamedTuple):
-    """One message of this session's listing.
-
-    ``uidl`` is None when the server gave none, or gave two that differ.
-    ``size`` is what the server claims, in octets, or None; a hint (many servers
-    count otherwise) that frames nothing.
-    """
+    """One message of this session's listing."""
 
     number: int
     uidl: bytes | None
+    """None if the server gave no uid, or two that differ."""
     size: int | None
+    """In bytes, as the server claims, if it does: a hint, since many servers count differently."""
 
 
 class Entries(Sequence[Entry]):
-    """The messages of a listing by ascending number. Each Entry is made when it is asked for."""
+    """The messages of a listing by ascending number. An Entry is made when it is asked for."""
 
     def __init__(
-        self, numbers: "array[int]", sizes: "array[int]", uids: "UidlColumn", places: "array[int] | None"
+        self, numbers: "array[int]", sizes: "array[int]", uids: "UidlColumn", uid_indices: "array[int] | None"
     ) -> None:
-        """Use ``join``. ``places`` are those of the uids, None where they stand in the same order."""
+        """Use ``join``. ``uid_indices`` say where each uid is; None if they are in the same order."""
         self._numbers = numbers
         self._sizes = sizes
         self._uids = uids
-        self._places = places
+        self._uid_indices = uid_indices
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -74,16 +70,16 @@ class Entries(Sequence[Entry]):
     def __getitem__(self, index: int | slice) -> Entry | tuple[Entry, ...]:
         if isinstance(index, slice):
             return tuple(self[each] for each in range(*index.indices(len(self))))
-        place = range(len(self))[index]
-        size = self._sizes[place]
+        index = range(len(self))[index]
+        size = self._sizes[index]
         return Entry(
-            self._numbers[place],
-            self._uids.at(place if self._places is None else self._places[place]) or None,
+            self._numbers[index],
+            self._uids.at(index if self._uid_indices is None else self._uid_indices[index]) or None,
             None if size == _UNKNOWN else size,
         )
 
     def __iter__(self) -> Iterator[Entry]:
-        uids = self._uids.all() if self._places is None else map(self._uids.at, self._places)
+        uids = self._uids.all() if self._uid_indices is None else map(self._uids.at, self._uid_indices)
         for number, uid, size in zip(self._numbers, uids, self._sizes, strict=True):
             yield Entry(number, uid or None, None if size == _UNKNOWN else size)
 
@@ -91,7 +87,7 @@ class Entries(Sequence[Entry]):
         """Equal to any sequence of equal entries."""
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
 
-    __hash__ = None  # type: ignore[assignment]  # as of a list
+    __hash__ = None  # type: ignore[assignment]  # not hashable, as a list
 
     def __repr__(self) -> str:
         return f"<{len(self)} entries>"
@@ -103,45 +99,43 @@ def _same(one: object, other: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A mailbox at one moment, by ascending number.
-
-    ``skipped_lines`` counts lines of UIDL and LIST that gave nothing usable.
-    ``has_uidl`` and ``has_sizes`` are false where the server refused UIDL and
-    LIST; of what has no uid, LIST alone would have told. ``digest`` is the
-    SHA-256 over the canonical entries, one line each: ``number SP size SP uidl
-    LF``, with -1 for an unknown size, and without the last field where there is
-    no uid.
-    ``first`` is the number from which on messages were asked for, one by one;
-    of those before it there are no entries.
-    """
+    """A mailbox at one moment, by ascending number."""
 
     entries: Entries
     skipped_lines: int
+    """Lines of UIDL and LIST without anything usable."""
     has_uidl: bool
+    """Whether the server knows UIDL."""
     has_sizes: bool
+    """Whether the server knows LIST, which alone shows messages without a uid."""
     digest: bytes
+    """SHA-256 over the canonical entries, one line each: ``number SP size SP uidl LF``.
+
+    An unknown size is -1. Without a uid, the last field is missing.
+    """
     first: int = 1
+    """The number of the first message that was asked for; there are no entries before it."""
 
     @property
     def count(self) -> int:
-        """How many messages the mailbox holds, those before ``first`` included."""
+        """How many messages the mailbox has, those before ``first`` included."""
         return self.first - 1 + len(self.entries)
 
     @property
     def is_legible(self) -> bool:
-        """Whether nothing that the server said of the messages was lost on us."""
+        """Whether everything that the server said about the messages was understood."""
         return self.has_sizes and not self.skipped_lines
 
     @property
     def is_whole(self) -> bool:
-        """Whether a message that it does not show is not there."""
+        """Whether a message that is missing here is missing from the mailbox."""
         return self.first == 1 and self.is_legible
 
     def by_uidl(self) -> "array[int]":
-        """The indices of ``entries`` in the order of their uid, octet by octet, then of their size.
+        """The indices of ``entries`` in the order of their uid, byte by byte, then of their size.
 
-        As a database sorts them: no uid is b"", an unknown size is -1. Takes
-        four octets an entry, and some megabytes while it sorts.
+        A database sorts them in the same way: no uid is b"", an unknown size is
+        -1. Takes four bytes an entry, and some megabytes while it sorts.
         """
         runs: list[array[int]] = []
         last: _Key | None = None
@@ -153,7 +147,7 @@ class Listing:
             last = run[-1]
         if len(runs) == 1:
             return runs[0]
-        # From here on one entry of each run is in memory.
+        # The merge has one entry of each run in memory.
         merged = merge(*(self._keys(run) for run in runs))
         return array("I", (index for _, _, index in merged))
 
@@ -169,16 +163,17 @@ def _key(index: int, entry: Entry) -> _Key:
 
 
 class _Column(ABC, Generic[ValueT]):
-    """What one of the two commands told, number by number.
+    """The response to one of the two commands, number by number.
 
-    ``feed`` it the response as it arrives, then ``finish``. ``numbers`` ascend
-    from then on, each once. ``skipped_lines`` counts what gave nothing usable.
+    Call ``feed`` with the response as it arrives, then ``finish``. From then on
+    ``numbers`` ascend, each once. ``skipped_lines`` counts lines without anything
+    usable.
     """
 
     _lawful: re.Pattern[bytes]
-    """Lines of which nothing need be looked at singly."""
+    """Lines that may be parsed together."""
     _skipped_as: ValueT | None
-    """The value of a line that was counted as skipped when it was read."""
+    """The value of a line that was already counted as skipped."""
 
     def __init__(self) -> None:
         self.numbers: array[int] = array("I")
@@ -186,16 +181,16 @@ class _Column(ABC, Generic[ValueT]):
         self._pending = bytearray()
 
     def feed(self, octets: bytes) -> None:
-        """Take octets of the response."""
+        """Take bytes of the response."""
         self._pending += octets
-        if len(self._pending) < _CHUNK_OCTETS:
+        if len(self._pending) < _CHUNK_BYTES:
             return
         end = self._pending.rfind(b"\n") + 1
         if end:
             self._take(bytes(self._pending[:end]))
             del self._pending[:end]
         else:
-            del self._pending[_LINE_OCTETS:]
+            del self._pending[_LINE_BYTES:]
 
     def finish(self) -> None:
         """The response is complete."""
@@ -215,10 +210,10 @@ class _Column(ABC, Generic[ValueT]):
     def _take_singly(self, lines: bytes) -> None:
         values: list[ValueT] = []
         for whole in lines.split(b"\n"):
-            line = whole[:_LINE_OCTETS]
+            line = whole[:_LINE_BYTES]
             fields = line.split(None, 1)
             if not fields:
-                self.skipped_lines += line not in {b"", b"\r"}  # spaces alone; an empty line is no line
+                self.skipped_lines += line not in {b"", b"\r"}  # spaces alone count; an empty line does not
                 continue
             number = _number(fields[0])
             if number is None:
@@ -231,79 +226,79 @@ class _Column(ABC, Generic[ValueT]):
         self._keep(values)
 
     def _ascending(self) -> "array[int]":
-        """The place of each number's value, once ``numbers`` are in order, and each stands there once.
+        """Sort ``numbers`` so that each occurs once, and return the index of each number's value.
 
-        Of a number that was told twice, the second line is skipped; and if the
-        two differ, neither can be believed.
+        If a number came twice, the second line is skipped. If the two lines
+        differ, the number has no value.
         """
-        packed = array("Q", (number << 32 | place for place, number in enumerate(self.numbers)))
+        packed = array("Q", (number << 32 | index for index, number in enumerate(self.numbers)))
         self.numbers = array("I")
         for start in range(0, len(packed), _RUN):
             packed[start : start + _RUN] = array("Q", sorted(packed[start : start + _RUN]))
         view = memoryview(packed)
-        places: array[int] = array("I")
+        indices: array[int] = array("I")
         for each in merge(*(view[start : start + _RUN] for start in range(0, len(packed), _RUN))):
-            number, place = each >> 32, each & _NOWHERE
+            number, index = each >> 32, each & _NOWHERE
             if not self.numbers or number != self.numbers[-1]:
                 self.numbers.append(number)
-                places.append(place)
+                indices.append(index)
                 continue
-            self.skipped_lines += self._at(place) != self._skipped_as
-            if places[-1] == _NOWHERE or self._at(places[-1]) != self._at(place):
-                places[-1] = _NOWHERE
-        return places
+            self.skipped_lines += self._at(index) != self._skipped_as
+            if indices[-1] == _NOWHERE or self._at(indices[-1]) != self._at(index):
+                indices[-1] = _NOWHERE
+        return indices
 
     @abstractmethod
     def _convert(self, fields: list[bytes]) -> Iterable[ValueT]:
-        """The values of lawful lines."""
+        """The values of such lines."""
 
     @abstractmethod
     def _value(self, rest: bytes) -> tuple[ValueT, bool]:
-        """The value of any line, and whether the line is to be counted as a good one."""
+        """The value of any line, and whether the line was usable."""
 
     @abstractmethod
     def _keep(self, values: Iterable[ValueT]) -> None:
         """Append values."""
 
     @abstractmethod
-    def _at(self, place: int) -> ValueT:
-        """The value that was kept as the ``place``-th."""
+    def _at(self, index: int) -> ValueT:
+        """The kept value with this index."""
 
     @abstractmethod
-    def _arrange(self, places: "array[int]") -> None:
-        """The values belong to ``numbers`` in this order of places."""
+    def _arrange(self, indices: "array[int]") -> None:
+        """Note that the values belong to ``numbers`` in this order of indices."""
 
 
 class UidlColumn(_Column[bytes]):
     """The lines ``number uid`` of UIDL.
 
-    A line without a uid, or with one that holds control characters or is longer
-    than 1 KiB, still shows that the message exists: it has no uid, and the line
-    counts as skipped.
+    A uid with control characters, or of more than 1 KiB, is not usable. Such a
+    line, or one without a uid, still shows that the message exists. Then it has no
+    uid, and the line counts as skipped.
     """
 
-    # Uids lie end to end in a block for each chunk: one object for hundreds of them, none of which moves.
+    # The uids of a chunk are joined in one block: one object for hundreds of uids, and none is ever moved.
     _lawful = re.compile(rb"(?:[1-9][0-9]{0,8} [!-~]{1,512}\r?\n)*")
     _skipped_as = b""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: array[int] | None = None
-        """Where the uid of each of ``numbers`` is, by ``at``; None when they stand in the same order."""
+        self.indices: array[int] | None = None
+        """The index for ``at`` of each number's uid; None if the uids are in the order of the numbers."""
         self._blocks: list[bytes] = []
         self._firsts: array[int] = array("I")
         self._ends: array[int] = array("I")
 
-    def at(self, place: int) -> bytes:
-        """The uid at a place; b"" where there is none."""
-        if place == _NOWHERE:
+    def at(self, index: int) -> bytes:
+        """The uid with this index; b"" for a missing one."""
+        if index == _NOWHERE:
             return b""
-        block = bisect_right(self._firsts, place) - 1
-        start = self._ends[place - 1] if place > self._firsts[block] else 0
-        return self._blocks[block][start : self._ends[place]]
+        block = bisect_right(self._firsts, index) - 1
+        start = self._ends[index - 1] if index > self._firsts[block] else 0
+        return self._blocks[block][start : self._ends[index]]
 
     def all(self) -> Iterator[bytes]:
-        """The uids of all places, in order."""
+        """All uids, in the order of their indices."""
         for block, (first, end) in zip(self._blocks, pairwise([*self._firsts, len(self._ends)]), strict=True):
             for start, stop in pairwise([0, *self._ends[first:end]]):
                 yield block[start:stop]
@@ -322,15 +317,15 @@ class UidlColumn(_Column[bytes]):
             self._blocks.append(b"".join(uids))
             self._ends.extend(accumulate(map(len, uids)))
 
-    def _at(self, place: int) -> bytes:
-        return self.at(place)
+    def _at(self, index: int) -> bytes:
+        return self.at(index)
 
-    def _arrange(self, places: "array[int]") -> None:
-        self.places = places
+    def _arrange(self, indices: "array[int]") -> None:
+        self.indices = indices
 
 
 class SizeColumn(_Column[int]):
-    """The lines ``number size [anything]`` of LIST; a size that is no decimal up to 2^63-1 is unknown."""
+    """The lines ``number size [anything]`` of LIST. A size that is not a decimal up to 2^63-1 is unknown."""
 
     _lawful = re.compile(rb"(?:[1-9][0-9]{0,8} [0-9]{1,18}\r?\n)*")
     _skipped_as = None
@@ -338,11 +333,11 @@ class SizeColumn(_Column[int]):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: array[int] = array("q")
-        """The size of each of ``numbers``; -1 where it is unknown."""
+        """The size of each of ``numbers``; -1 if it is unknown."""
 
     @classmethod
     def of(cls, sizes: Iterable[tuple[int, int]]) -> "SizeColumn":
-        """Numbers, which ascend, and sizes that were told in another way than by LIST."""
+        """A column of ascending numbers and sizes that do not come from LIST."""
         column = cls()
         for number, size in sizes:
             column.numbers.append(number)
@@ -359,19 +354,19 @@ class SizeColumn(_Column[int]):
     def _keep(self, values: Iterable[int]) -> None:
         self.sizes.extend(values)
 
-    def _at(self, place: int) -> int:
-        return self.sizes[place]
+    def _at(self, index: int) -> int:
+        return self.sizes[index]
 
-    def _arrange(self, places: "array[int]") -> None:
-        self.sizes = array("q", (_UNKNOWN if place == _NOWHERE else self.sizes[place] for place in places))
+    def _arrange(self, indices: "array[int]") -> None:
+        self.sizes = array("q", (_UNKNOWN if index == _NOWHERE else self.sizes[index] for index in indices))
 
 
 def join(uidl: UidlColumn | None, sizes: SizeColumn | None, *, first: int = 1) -> Listing:
-    """One listing from both, finished; None stands for a command that the server does not know.
+    """One listing from both columns, which are finished. None: the server does not know the command.
 
-    A number that UIDL did not tell is a message without a uid. Beyond all that
-    UIDL told it may be one that arrived in between, as UIDL was asked first; but
-    of one that never gets a uid nobody would ever hear if it were left out.
+    A number without a UIDL line is a message without a uid. It may have arrived
+    between UIDL and LIST. It is listed all the same, since some messages never
+    get a uid, and they must not go unnoticed.
     """
     entries = _joined(uidl, sizes)
     return Listing(
@@ -390,38 +385,38 @@ def _joined(uidl: UidlColumn | None, sizes: SizeColumn | None) -> Entries:
         nowhere = array("I", [_NOWHERE]) * len(sizes.numbers)
         return Entries(sizes.numbers, sizes.sizes, UidlColumn(), nowhere)
     if sizes is None:
-        return Entries(uidl.numbers, array("q", [_UNKNOWN]) * len(uidl.numbers), uidl, uidl.places)
+        return Entries(uidl.numbers, array("q", [_UNKNOWN]) * len(uidl.numbers), uidl, uidl.indices)
     if uidl.numbers == sizes.numbers:
-        return Entries(uidl.numbers, sizes.sizes, uidl, uidl.places)
+        return Entries(uidl.numbers, sizes.sizes, uidl, uidl.indices)
     return _joined_by_number(uidl, sizes)
 
 
 def _joined_by_number(uidl: UidlColumn, sizes: SizeColumn) -> Entries:
-    told: array[int] = array("I")
+    numbers: array[int] = array("I")
     sized: array[int] = array("q")
-    placed: array[int] = array("I")
+    indexed: array[int] = array("I")
     end = len(sizes.numbers)
     at = 0
     for index, number in enumerate(uidl.numbers):
         while at < end and sizes.numbers[at] < number:
-            told.append(sizes.numbers[at])
+            numbers.append(sizes.numbers[at])
             sized.append(sizes.sizes[at])
-            placed.append(_NOWHERE)
+            indexed.append(_NOWHERE)
             at += 1
-        told.append(number)
-        placed.append(index if uidl.places is None else uidl.places[index])
+        numbers.append(number)
+        indexed.append(index if uidl.indices is None else uidl.indices[index])
         found = at < end and sizes.numbers[at] == number
         sized.append(sizes.sizes[at] if found else _UNKNOWN)
         at += found
-    told.extend(sizes.numbers[at:])
+    numbers.extend(sizes.numbers[at:])
     sized.extend(sizes.sizes[at:])
-    placed.extend(array("I", [_NOWHERE]) * (end - at))
-    return Entries(told, sized, uidl, placed)
+    indexed.extend(array("I", [_NOWHERE]) * (end - at))
+    return Entries(numbers, sized, uidl, indexed)
 
 
 def _digest(entries: Entries) -> bytes:
     canonical = hashlib.sha256()
-    # Unambiguous: a uid is never empty and holds no control character.
+    # The lines are unambiguous: a uid is never empty and has no control character.
     lines = (
         b"%d %d%b\n" % (number, _UNKNOWN if size is None else size, b"" if uid is None else b" " + uid)
         for number, uid, size in entries
@@ -437,5 +432,5 @@ def _number(text: bytes) -> int | None:
 
 
 def decimal(text: bytes) -> int | None:
-    """A number as POP3 writes it, leading zeros allowed; None for anything else."""
+    """A decimal number, leading zeros allowed; None for anything else."""
     return int(text) if len(text) <= _DIGITS and text.isdigit() else None

@@ -40,8 +40,8 @@ def log_in(talk: Pop3Conversation, password: str, call_again: Callable[[], Pop3C
     """Log in by the first way that works, and return its name. Raises Pop3Error.
 
     A later way is tried only if the server refused the earlier one without
-    looking at the password. ``call_again`` opens a new connection, for a server
-    that hangs up between two ways; it is called at most once for each refusal.
+    looking at the password. ``call_again`` connects again, to a server that
+    disconnects between two ways (free.fr, popa3d), once for each refusal.
     """
     with talk.named("login"):
         talk.terms.secrets.add(*_secrets(talk.terms.endpoint.user, password))
@@ -67,7 +67,9 @@ def log_in(talk: Pop3Conversation, password: str, call_again: Callable[[], Pop3C
         elif not refusal.is_unknown:
             ways.clear()
         if not ways:
-            raise talk.refused_at(Stage.LOGIN, refusal.label, refusal.reply, hint=refusal.hint)
+            raise talk.refused_at(
+                Stage.LOGIN, refusal.label, refusal.reply, proof=refusal.proof, hint=refusal.hint
+            )
 
 
 def _ways(talk: Pop3Conversation, password: str) -> tuple[str, ...]:
@@ -106,6 +108,8 @@ class _Refusal:
     label: str
     """The command that was refused."""
     reply: Reply
+    proof: str = "password"
+    """What the client proved its identity with."""
     hint: str = ""
     was_challenged: bool = False
     """Whether the server sent a challenge before it refused, so that it knows the mechanism."""
@@ -207,7 +211,7 @@ class _Attempt:
                     mechanism.conclude(reply.text)
                 return None
             if reply.status is not Status.CHALLENGE:
-                return _Refusal(label, reply, mechanism.hint, was_challenged)
+                return _Refusal(label, reply, mechanism.proof, mechanism.hint, was_challenged)
             if initial is None:
                 was_challenged = True
                 answer = self._answer(mechanism, reply)

@@ -1,14 +1,14 @@
 """How sessions wait: each in a thread of its own, or many together in one.
 
-A session waits in two ways: for its socket (``until_ready``), and for what can
-only be waited for by blocking, as the look-up of a name, or what a server wants
-computed (``aside``). In any thread that is what happens. In a task of a ``Loop``
-the thread goes on with other tasks meanwhile, so that the code of a session
-reads the same in both, and hundreds that wait for their servers cost one
-thread, which the kernel need not wake for each answer.
+A session waits in two ways. ``until_ready`` waits for its socket. ``aside`` runs
+something that blocks: the look-up of a name, or a computation that the server
+demands. In an ordinary thread both simply block. In a task of a ``Loop``, the
+thread meanwhile goes on with other tasks. So the code of a session reads the
+same in both cases. Hundreds of sessions that wait for their servers need one
+thread, and the kernel need not wake a thread for each answer.
 
-A task holds up all others from one wait to the next. It is for what is soon
-done once an answer is there: a handshake, a login, a look at a mailbox.
+From one wait to the next, a task delays all others. So a task is for short work
+between answers: a handshake, a login, a look at a mailbox.
 """
 
 import math
@@ -29,28 +29,33 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
-_WAKE_OCTETS: Final = 4096
+_WAKE_BYTES: Final = 4096
 _MOST_SECONDS: Final = (2**31 - 1) // 1000
-"""The system calls take no longer time, in milliseconds; the loop looks again."""
+"""The longest wait that the system calls accept, in milliseconds. The loop then waits again."""
 
-_of_thread = threading.local()
-"""``loop``: the one whose tasks run in this thread."""
+
+class _OfThread(threading.local):
+    loop: "Loop | None" = None
+    """The loop whose tasks run in this thread."""
+
+
+_of_thread: Final = _OfThread()
 
 
 def until_ready(descriptor: int, events: int, seconds: float) -> bool:
-    """Wait until one of these events of ``selectors``, or an error, is there: false after so many seconds."""
-    loop: Loop | None = getattr(_of_thread, "loop", None)
+    """Wait for one of these events of ``selectors``, or an error. False if ``seconds`` passed first."""
+    loop = _of_thread.loop
     if loop is not None:
-        return loop._until_ready(descriptor, events, seconds)
-    with selectors.PollSelector() as waiting:  # it takes no descriptor, and any number of one
+        return loop.suspend_until_ready(descriptor, events, seconds)
+    with selectors.PollSelector() as waiting:  # it needs no descriptor of its own, and accepts any number
         waiting.register(descriptor, events)
         return bool(waiting.select(_bounded(seconds)))
 
 
 def aside(block: Callable[[], ResultT]) -> ResultT:
-    """What ``block`` returns or raises; a task has it run by another thread."""
-    loop: Loop | None = getattr(_of_thread, "loop", None)
-    return block() if loop is None else loop._aside(block)
+    """Call ``block``, which may block. A task has another thread call it."""
+    loop = _of_thread.loop
+    return block() if loop is None else loop.suspend_for(block)
 
 
 class _Wait(NamedTuple):
@@ -59,16 +64,18 @@ class _Wait(NamedTuple):
 
 
 class _Busy(NamedTuple):
-    """Since when a task has gone on, and which descriptor it waited for last."""
+    """A task that is running now."""
 
     descriptor: int | None
+    """What it waited for last."""
     since: float
 
 
 class Loop:
-    """One thread, begun with the first task, in which tasks wait together. ``threads`` run what blocks.
+    """One thread in which tasks wait together. It starts with the first task.
 
-    ``begin``, ``cut_short`` and ``close`` are for any thread.
+    ``threads`` run what blocks. Any thread may call ``begin``, ``cut_short`` and
+    ``close``; only a task may call ``suspend_until_ready`` and ``suspend_for``.
     """
 
     def __init__(self, threads: Executor, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -85,14 +92,14 @@ class Loop:
         self._look_at = math.inf
 
     def begin(self, task: Callable[[], object]) -> None:
-        """Have a task run. What it raises is told as an exception of a thread is (threading.excepthook)."""
-        self._tell(partial(self._start, task))
+        """Run a task. What it raises goes to ``threading.excepthook``, as from a thread."""
+        self._hand_over(partial(self._start, task))
 
     def cut_short(self, seconds: float) -> bool:
-        """Shut down the connection of a task that has held up all others for so long; whether there was one.
+        """Shut down the connection of a task that delays all others for this long; whether there was one.
 
-        One call of OpenSSL reads on for as long as a server sends what is not
-        for us to see, such as session tickets (RFC 8446 section 4.6.1).
+        A call of OpenSSL goes on reading as long as a server sends messages that
+        OpenSSL handles itself, such as session tickets (RFC 8446 section 4.6.1).
         """
         busy = self._busy
         if busy is None or busy.descriptor is None or self._monotonic() - busy.since < seconds:
@@ -102,7 +109,7 @@ class Loop:
         return True
 
     def close(self) -> None:
-        """Have the thread end, and each task with a GreenletExit where it waits. Returns at once."""
+        """End the thread, and each task by a GreenletExit where it waits. Returns at once."""
         with self._lock:
             was_closed, self._is_closed = self._is_closed, True
             if self._thread is not None and not was_closed:
@@ -110,7 +117,7 @@ class Loop:
 
     # From any thread.
 
-    def _tell(self, what: Callable[[], object]) -> None:
+    def _hand_over(self, what: Callable[[], object]) -> None:
         with self._lock:
             if self._is_closed:
                 return
@@ -127,7 +134,7 @@ class Loop:
             self._is_called = True
             os.write(self._call, b"!")
 
-    # In the thread. Its own greenlet, the hub, runs what comes next; a task that waits switches to it.
+    # In the thread. Its own greenlet, the hub, chooses what runs next; a task that waits switches to it.
 
     def _run(self) -> None:
         from greenlet import getcurrent
@@ -139,7 +146,7 @@ class Loop:
             looked_at = self._monotonic()
             for (_, descriptor, _, _), _ in self._selector.select(self._patience(looked_at)):
                 if descriptor == self._called:
-                    os.read(self._called, _WAKE_OCTETS)
+                    os.read(self._called, _WAKE_BYTES)
                     continue
                 self._selector.unregister(descriptor)
                 self._switch_to(self._waiting.pop(descriptor).task, True)
@@ -152,8 +159,8 @@ class Loop:
             os.close(self._call)
 
     def _goes_on(self) -> bool:
-        """Do what was told, if it was not to end."""
-        self._is_called = False  # whoever tells something from here on wakes this thread again
+        """Run what other threads handed over; False if the loop is closed."""
+        self._is_called = False  # what is handed over from here on wakes this thread again
         while self._inbox and not self._is_closed:
             self._inbox.popleft()()
         return not self._is_closed
@@ -162,9 +169,10 @@ class Loop:
         return _bounded(self._look_at - now)
 
     def _end_late_waits(self, looked_at: float) -> None:
-        """Those that had come to their end before the look which found nothing for them.
+        """End the waits whose time had passed before the last look, which found nothing for them.
 
-        Whoever's time ran out while another held up the thread may have its answer by now.
+        If the time passed later, while a task delayed the thread, the answer may
+        have arrived meanwhile: the next look decides.
         """
         if looked_at < self._look_at:
             return
@@ -190,7 +198,7 @@ class Loop:
         self._busy = _Busy(self._tasks.get(task), self._monotonic())
         try:
             switch()
-        except BaseException as error:  # noqa: BLE001 - one task's must not end the others
+        except BaseException as error:  # noqa: BLE001 - an error of one task must not end the others
             threading.excepthook(
                 threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread))
             )
@@ -200,7 +208,7 @@ class Loop:
 
     # In a task.
 
-    def _until_ready(self, descriptor: int, events: int, seconds: float) -> bool:
+    def suspend_until_ready(self, descriptor: int, events: int, seconds: float) -> bool:
         from greenlet import getcurrent
 
         ends_at = self._monotonic() + seconds
@@ -211,12 +219,12 @@ class Loop:
         self._look_at = min(self._look_at, ends_at)
         return bool(self._hub.switch())
 
-    def _aside(self, block: Callable[[], ResultT]) -> ResultT:
+    def suspend_for(self, block: Callable[[], ResultT]) -> ResultT:
         from greenlet import getcurrent
 
         task = getcurrent()
         done = self._threads.submit(block)
-        done.add_done_callback(lambda _: self._tell(partial(self._switch_to, task)))
+        done.add_done_callback(lambda _: self._hand_over(partial(self._switch_to, task)))
         self._hub.switch()
         return done.result()
 

@@ -66,8 +66,8 @@ class Mailbox:
     ) -> Self:
         """Connect, start TLS as the endpoint demands, read the greeting, ask for CAPA.
 
-        A server that stalls or hangs up at CAPA or UTF8 is called again without
-        it. ``avoid`` has names of ``AVOIDABLE``, as ``facts`` gave them in an
+        If the server stalls or disconnects at CAPA or UTF8, the session connects
+        again and leaves that command out. ``avoid`` has names of ``AVOIDABLE``, as ``facts`` gave them in an
         earlier session; other names are ignored. Raises Pop3Error.
         """
         return cls(Terms.begin(endpoint, tls_settings, limits, monotonic), Quirks(frozenset(avoid)))
@@ -82,7 +82,7 @@ class Mailbox:
 
     @property
     def facts(self) -> ServerFacts:
-        """What is known of the server by now."""
+        """The facts known about the server so far."""
         return replace(self._talk.facts, mechanism=self._mechanism)
 
     @property
@@ -114,8 +114,8 @@ class Mailbox:
     def glance(self, number: int | None = None) -> Glance:
         """What STAT says of the mailbox and, with a number, ``UIDL number`` of that message.
 
-        What the server does not answer, or answers in another form, is None. Some
-        servers count wrongly in STAT, so it is a hint.
+        A field is None if the server does not answer, or answers in another form.
+        Some servers count wrongly in STAT, so it is a hint.
         """
         self._begin(Verb.GLANCE)
         if self._quirks.avoids("STAT"):

@@ -41,7 +41,7 @@ _GREETING: Final = Command(b"", "the greeting")
 
 
 class Mark(Enum):
-    """The first octet of a reply, which says what it is."""
+    """The first byte of a reply, which says what it is."""
 
     READY = "+"
     """The greeting, and the answer to QUIT."""
@@ -50,7 +50,7 @@ class Mark(Enum):
     COUNT = "#"
     """How many messages the mailbox holds."""
     LENGTH = "="
-    """How many octets the current message has; 0 where there is none."""
+    """How many bytes the current message has; 0 if there is no message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,11 @@ class Reply:
 
 
 class Receiver:
-    """Turns the octets that a server sends into reply lines and content, in the order they are asked for.
+    """Turns the bytes that a server sends into reply lines and content, in the order they are asked for.
 
-    ``feed`` it what was read, then call ``next_reply``, or ``next_content`` for
-    at most so many octets; None asks for more. Memory is bounded by one read
-    plus one line. A Pop3Error means that the framing is lost.
+    Call ``feed`` with what was read, then ``next_reply`` or ``next_content``.
+    None asks for more bytes. Memory is bounded by one read plus one line. After a
+    Pop3Error the framing is lost.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Receiver:
 
     @property
     def surplus(self) -> bytes:
-        """What has arrived and was not taken yet."""
+        """The bytes that have arrived and were not taken yet."""
         return self._buffer[self._position :]
 
     @property
@@ -89,13 +89,13 @@ class Receiver:
         return self._position < len(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Take octets from the wire."""
+        """Take bytes from the wire."""
         rest = self.surplus
         self._buffer = rest + data if rest else data
         self._position = 0
 
     def next_content(self, most: int) -> bytes | None:
-        """Octets of a message, ``most`` of them or fewer, as they are; None when there is none yet."""
+        """Content of a message, unchanged, ``most`` bytes or fewer; None if nothing has arrived yet."""
         content = self._buffer[self._position : self._position + most]
         self._position += len(content)
         return content or None
@@ -107,12 +107,12 @@ class Receiver:
         if (len(self._buffer) if end < 0 else end + 1) - start > self._line_bytes:
             raise Pop3Error(
                 FailureKind.PROTOCOL,
-                f"a reply is longer than {self._line_bytes} octets",
+                f"a reply is longer than {self._line_bytes} bytes",
                 limit="status_line_bytes",
             )
         if end < 0:
             first = self._buffer[start : start + 1]
-            if first and first not in _MARKS:  # no need to wait for a line end that may never come
+            if first and first not in _MARKS:  # an error now; the line end may never come
                 raise self._not_a_reply(first)
             return None
         self._position = end + 1
@@ -129,10 +129,10 @@ class Receiver:
 
     def _not_a_reply(self, octets: bytes) -> Pop3Error:
         if octets.startswith(_TLS_RECORD_TYPES):
-            return Pop3Error(
-                FailureKind.OPERATOR, "the server speaks TLS where clear text was due; use tls implicit"
-            )
-        return Pop3Error(FailureKind.PROTOCOL, f"not a POP2 reply: {self._show(octets)!r}")
+            return Pop3Error(FailureKind.OPERATOR, "the server speaks TLS from the start: use tls implicit")
+        return Pop3Error(
+            FailureKind.PROTOCOL, f"the server sent {self._show(octets)!r}, which is not a POP2 reply"
+        )
 
 
 _MARKS: Final = {mark.value.encode(): mark for mark in Mark}
@@ -188,7 +188,7 @@ class Pop2Mailbox:
 
     @property
     def facts(self) -> ServerFacts:
-        """What is known of the server by now. POP2 has no capabilities, and HELO is the one way to log in."""
+        """The facts known so far. POP2 has no capabilities, and HELO is the one way to log in."""
         return replace(self._talk.facts, mechanism=None if self._count is None else "HELO")
 
     @property
@@ -355,7 +355,7 @@ class Pop2Mailbox:
                 said = talk.show(reply.mark.value.encode() + reply.text)
                 raise Pop3Error(FailureKind.PROTOCOL, f"the server said {said!r} instead of {mark.value!r}")
         if reply.mark is Mark.REFUSED:
-            error = talk.refused(due.label, reply.text, self._meaning(reply, stage))
+            error = talk.refused(due.label, reply.text, self._meaning(reply, stage), proof="password")
             talk.fail(error)
             raise error
         talk.outstanding.popleft()

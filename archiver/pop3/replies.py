@@ -30,7 +30,7 @@ class Quirks:
     found: frozenset[str] = frozenset()
     """The server tripped over it, beyond doubt."""
     suspect: frozenset[str] = frozenset()
-    """The server stalled or hung up there, which may be chance."""
+    """The server stalled or disconnected there, which may be chance."""
 
     def avoids(self, *names: str) -> bool:
         """Whether any of these must not be used."""
@@ -57,7 +57,7 @@ class Pop3Conversation(Conversation[Receiver]):
 
     @property
     def facts(self) -> ServerFacts:
-        """What is known of the server by now."""
+        """The facts known about the server so far."""
         known = self.capabilities
         return replace(
             super().facts,
@@ -138,7 +138,7 @@ class Pop3Conversation(Conversation[Receiver]):
     # Replies.
 
     def reply(self, wait: Wait | None = None) -> Reply:
-        """The next status line; waits ``idle_seconds`` unless told otherwise."""
+        """The next status line. The default wait is ``idle_seconds``."""
         event = self._next(wait or self.waiting("idle_seconds"))
         if isinstance(event, Reply):
             return event
@@ -218,6 +218,8 @@ class Pop3Conversation(Conversation[Receiver]):
             login_delay_seconds=known.login_delay_seconds if known else None,
         )
 
-    def refused_at(self, stage: Stage, doing: str, reply: Reply, *, hint: str = "") -> Pop3Error:
-        """An error for an -ERR."""
-        return self.refused(doing, reply.text, self.meaning(reply, stage), hint=hint)
+    def refused_at(
+        self, stage: Stage, doing: str, reply: Reply, *, proof: str = "", hint: str = ""
+    ) -> Pop3Error:
+        """An error for an -ERR; the rest is as in ``refused``."""
+        return self.refused(doing, reply.text, self.meaning(reply, stage), proof=proof, hint=hint)

@@ -1,7 +1,7 @@
-"""What a caller may ask of a mailbox, whichever version of the protocol its server speaks.
+"""What a caller may ask of a mailbox, by POP2 or POP3.
 
-Owns the verbs that POP2 and POP3 have in common, and the choice between the
-two. Leaves the meaning of each verb on the wire to ``mailbox`` and ``pop2``.
+Owns the verbs that both protocols share, and the choice between the two. Leaves
+the meaning of each verb on the wire to ``mailbox`` and ``pop2``.
 """
 
 import builtins
@@ -21,9 +21,9 @@ from archiver.pop3.values import DEFAULT_LIMITS, Glance, Limits, Refused, Retrie
 class Session(Protocol):
     """A session with one mailbox, made by ``connect``; a context manager, for one thread at a time.
 
-    The order is ``login``, ``list``, then ``retrieve`` and ``delete`` as wanted,
+    The order is ``login``, ``list``, then ``retrieve`` and ``delete`` as needed,
     then ``quit``. Leaving the block in any other way deletes nothing. Every
-    method may raise Pop3Error; ``Mailbox`` tells of which kinds.
+    method may raise Pop3Error; ``Mailbox`` says of which kinds.
     """
 
     def __enter__(self) -> Self: ...
@@ -32,23 +32,23 @@ class Session(Protocol):
     ) -> None: ...
     @property
     def facts(self) -> ServerFacts:
-        """What is known of the server by now."""
+        """The facts known about the server so far."""
 
     @property
     def in_transit(self) -> Entry | None:
-        """The entry whose message is awaited or being received; stays set when the connection dies there."""
+        """The entry whose message is being received; stays set if the connection fails there."""
 
     def login(self, password: str) -> None:
         """Log in as the endpoint's user."""
 
     def glance(self, number: int | None = None) -> Glance:
-        """How many messages there are, and of how many octets; with a number, that message's uid too."""
+        """How many messages there are and their total size; with a number, that message's uid too."""
 
     def list(self) -> Listing:
         """The one listing of this session."""
 
     def list_from(self, first: int, last: int) -> Listing | None:
-        """The messages of these numbers alone, in place of the listing; None where they cannot be had so."""
+        """Only the messages with these numbers; None if the server cannot list them singly."""
 
     def retrieve(
         self, entries: Iterable[Entry], open_sink: Callable[[Entry], SinkT]
@@ -56,13 +56,13 @@ class Session(Protocol):
         """Fetch messages, in the order of ``entries``, each into the sink that is opened for it."""
 
     def delete(self, entries: Iterable[Entry]) -> builtins.list[Entry]:
-        """Mark messages for deletion at ``quit``; returns those that the server did mark."""
+        """Mark messages for deletion at ``quit``; return those that the server marked."""
 
     def round_trip(self) -> float:
-        """Seconds that a command takes which does nothing."""
+        """Seconds that a command without effect takes."""
 
     def quit(self) -> None:
-        """End the session so that what was marked is deleted, and close."""
+        """End the session so that the server deletes what was marked, and close."""
 
     def close(self) -> None:
         """Drop the connection, so that nothing is deleted. May be called again."""
@@ -76,10 +76,10 @@ def connect(
     avoid: Iterable[str] = (),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> Session:
-    """A session with the endpoint's server, in the version of the protocol that the endpoint names.
+    """A session with the endpoint's server, by the protocol that the endpoint names, before its login.
 
-    Not yet logged in. ``avoid`` names what the server was seen to trip over, as
-    ``facts`` told in an earlier session. Raises Pop3Error.
+    ``avoid`` names what the server trips over, as ``facts`` gave it in an earlier
+    session. Raises Pop3Error.
     """
     if endpoint.version is Version.POP2:
         return Pop2Mailbox(endpoint, tls_settings=tls_settings, limits=limits, monotonic=monotonic)

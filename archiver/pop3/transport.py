@@ -1,14 +1,17 @@
-"""Octets to and from a server: TCP, TLS, and time.
+"""Bytes to and from a server: TCP, TLS, and time.
 
-Owns the socket. Promises that nothing waits longer than it was told, that both
-directions are served at once (so that a client which sends commands and a
-server which sends messages never wait for each other), and that a TLS channel
-is what its ``TlsSettings`` ask for before anything is said through it: the
-chain and the host name verified, or the certificate pinned; version 1.2 or
-later, or an older one that was allowed in words. Leaves the meaning of the
-octets, and the name of the host in errors, to the mailbox.
+Owns the socket. Promises:
 
-Time is a monotonic clock given by the caller; a deadline is a point on it.
+- no wait is longer than the caller allows;
+- both directions are served at once, so that a client which sends commands and
+  a server which sends messages never wait for each other;
+- before anything is sent through a TLS channel, it is as its ``TlsSettings``
+  demand: chain and host name are verified, or the certificate is pinned. The
+  version is 1.2 or later, or an older one that the settings allow.
+
+Leaves the meaning of the bytes, and the host's name in errors, to
+``conversation``. Time is a monotonic clock given by the caller; a deadline is a
+point on it.
 """
 
 import base64
@@ -21,24 +24,24 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from archiver.pop3.failures import FailureKind, Pop3Error
+from archiver.pop3.failures import FailureKind, Pop3Error, printable
 from archiver.pop3.loop import aside, until_ready
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 RECEIVE_BYTES: Final = 65536
-"""Asked of each read. A TLS record holds 16 KiB; from 128 KiB on, malloc would map memory for each read."""
+"""The size of each read. A TLS record has 16 KiB. From 128 KiB on, malloc would map memory each time."""
 
-_LARGE_RECORD_OCTETS: Final = 1024
-"""A smaller one is an answer that is complete, most likely: to look for more would be for nothing."""
+_LARGE_RECORD_BYTES: Final = 1024
+"""A smaller record is probably a complete answer, so that another read would find nothing."""
 
 _TIME_IS_OVER: Final = "the time for this step is over"
 
@@ -47,34 +50,34 @@ TLS_VERSIONS: Final = ("1.0", "1.1", "1.2", "1.3")
 """What ``TlsSettings.minimum_version`` may be, in ascending order."""
 
 SAFE_TLS_VERSIONS: Final = TLS_VERSIONS[2:]
-"""Those that RFC 8996 left: 1.0 and 1.1 are for a server that nobody can replace."""
+"""Those that RFC 8996 allows. 1.0 and 1.1 are for a server that cannot be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
-    """Whom to trust, how old a TLS may be, and as whom to appear. Raises ValueError for what cannot be.
-
-    ``ca_file`` is trusted in place of the system's authorities. ``pins`` are
-    SHA-256 digests in hex, of the server's certificate (DER) or of the public
-    key in it (SubjectPublicKeyInfo, as RFC 7469 section 2.4 pins it): where
-    there are any, one of them must match, and neither chain nor name nor
-    validity is looked at; ``parse_pin`` reads them. ``server_name`` is expected
-    in the certificate, and sent (SNI), in place of the host that is called.
-    ``client_key`` is without a passphrase; None where it stands in
-    ``client_certificate``.
-    """
+    """Which servers to trust, by which TLS, and as which client to appear. Raises ValueError."""
 
     ca_file: Path | None = None
+    """Trusted in place of the system's authorities."""
     pins: frozenset[str] = frozenset()
+    """SHA-256 digests in hex, as ``parse_pin`` returns them.
+
+    Each is of the server's certificate (DER), or of the public key in it
+    (SubjectPublicKeyInfo, RFC 7469 section 2.4). If there are any, one must
+    match, and chain, name and dates do not matter.
+    """
     minimum_version: str = "1.2"
+    """One of ``TLS_VERSIONS``."""
     client_certificate: Path | None = None
     client_key: Path | None = None
+    """Without a passphrase. None if ``client_certificate`` contains it."""
     server_name: str | None = None
+    """Expected in the certificate, and sent (SNI), in place of the host that is called."""
 
     def __post_init__(self) -> None:
         if self.minimum_version not in TLS_VERSIONS:
             raise ValueError(
-                f"there is no TLS version {self.minimum_version!r}: use {', '.join(TLS_VERSIONS)}"
+                f"TLS version {self.minimum_version!r} does not exist: use {', '.join(TLS_VERSIONS)}"
             )
         if self.client_key is not None and self.client_certificate is None:
             raise ValueError("a client key needs a client certificate")
@@ -85,7 +88,7 @@ class TlsSettings:
 
 
 def _can_be_a_name(name: str) -> bool:
-    """Whether ``ssl`` can encode it, which it would find out only with the socket in its hands."""
+    """Whether ``ssl`` can encode it. ``ssl`` itself would notice only after it has taken the socket."""
     try:
         return bool(name.rstrip(".").encode("idna"))
     except UnicodeError:
@@ -96,9 +99,10 @@ DEFAULT_TLS: Final = TlsSettings()
 
 
 def parse_pin(text: str) -> str:
-    """A pin as people have it, in hex: hex digits, with or without colons, or ``sha256//`` and base64.
+    """A pin in lower-case hex, from what people have.
 
-    The second form is that of curl's ``--pinnedpubkey``. Raises ValueError.
+    That is 64 hex digits, with or without colons, or ``sha256//`` and base64, as
+    curl's ``--pinnedpubkey`` takes it. Raises ValueError.
     """
     if text.startswith(_BASE64_PIN):
         with suppress(binascii.Error, ValueError):
@@ -118,7 +122,7 @@ _HEX_PIN: Final = re.compile(r"([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class TlsFacts:
-    """What was agreed with the server: for the record, since the certificate proves whom we spoke to."""
+    """The TLS of a channel, for the record: the certificate proves which server it was."""
 
     version: str
     cipher: str
@@ -126,17 +130,26 @@ class TlsFacts:
     certificate_not_after: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class ShownCertificate:
+    """A certificate that the server showed, trusted or not."""
+
+    sha256: str
+    text: str
+    """For people, on one line: subject, end and digest."""
+
+
 class _Stamp(NamedTuple):
-    """What tells one state of a file, or of a folder of certificates, from the next."""
+    """Changes whenever a file, or a folder of certificates, changes."""
 
     path: str
     changed_ns: int
-    octets: int
+    size: int
     inode: int
 
 
 class _Material(NamedTuple):
-    """What a context is made of. Pins and names are not: accounts that differ in those share one."""
+    """All that a context depends on. Accounts that differ only in pins or names share a context."""
 
     verifies: bool
     ca_file: Path | None
@@ -146,10 +159,10 @@ class _Material(NamedTuple):
 
 
 def tls_context(settings: TlsSettings) -> ssl.SSLContext:
-    """A context for ``settings``. Shared by value, since loading the system's store takes some 20 ms.
+    """A context for ``settings``. Equal settings share one: loading the system's store takes some 20 ms.
 
-    Raises Pop3Error of kind OPERATOR when a file cannot be used. Files that
-    changed are read anew, those of the system too.
+    Files that changed are read again, those of the system too. Raises Pop3Error
+    (OPERATOR) if a file cannot be used.
     """
     material = _Material(
         verifies=not settings.pins,
@@ -158,13 +171,13 @@ def tls_context(settings: TlsSettings) -> ssl.SSLContext:
         client_certificate=settings.client_certificate,
         client_key=settings.client_key,
     )
-    # The files are looked at before they are read: a change in between makes one reading too many, never
-    # a context that is out of date. What cannot be made is not kept.
+    # The stamps are taken before the files are read. So a change in between costs one more reading, and
+    # never leaves a context that is out of date. A context that cannot be made is not cached.
     return _context(material, tuple(map(_stamp, _files(material))))
 
 
 def _files(material: _Material) -> list[tuple[str, Path]]:
-    """What the context is read from, each with what it is for people."""
+    """The files that the context is read from, each with its name for people."""
     found: list[tuple[str, Path | str | None]] = [
         ("client certificate", material.client_certificate),
         ("client key", material.client_key),
@@ -199,8 +212,8 @@ def _context(material: _Material, _stamps: tuple[_Stamp, ...]) -> ssl.SSLContext
     if material.minimum_version in SAFE_TLS_VERSIONS:
         context.minimum_version = _MINIMUM_VERSIONS[material.minimum_version]
     else:
-        # TLS before 1.2 signs its handshake with SHA-1, which OpenSSL 3 takes at security level 0 alone.
-        # What was agreed on is compared with the minimum after the handshake.
+        # TLS before 1.2 signs its handshake with SHA-1, which OpenSSL 3 accepts only at security level 0.
+        # After the handshake the agreed version is compared with the minimum.
         context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         context.set_ciphers("DEFAULT:!aNULL:@SECLEVEL=0")
         context.options |= _LEGACY_SERVER_CONNECT
@@ -217,8 +230,8 @@ def _context(material: _Material, _stamps: tuple[_Stamp, ...]) -> ssl.SSLContext
 
 
 _LEGACY_SERVER_CONNECT: Final = 0x4
-"""SSL_OP_LEGACY_SERVER_CONNECT: servers of that age know no secure renegotiation (RFC 5746), without which
-OpenSSL 3 ends the handshake. The ssl module has a name for it from Python 3.12 on."""
+"""SSL_OP_LEGACY_SERVER_CONNECT. Servers of that age lack secure renegotiation (RFC 5746), and OpenSSL 3
+would end the handshake. The ssl module has a name for it from Python 3.12 on."""
 
 _MINIMUM_VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -228,15 +241,27 @@ def _unusable(what: str, path: Path | None, error: OSError) -> Pop3Error:
 
 
 class TimedOut(Pop3Error):
-    """What was waited for did not come. ``at_deadline``: by the deadline; else within the idle time."""
+    """A wait ended without result."""
 
     def __init__(self, reason: str, *, at_deadline: bool) -> None:
         super().__init__(FailureKind.TRANSIENT, f"timed out: {reason}")
         self.at_deadline = at_deadline
+        """Whether the deadline passed; otherwise it was the idle time."""
+
+
+class PlainText(Pop3Error):
+    """The server answered a TLS handshake in clear text."""
+
+    def __init__(self) -> None:
+        super().__init__(FailureKind.OPERATOR, "the server does not speak TLS on this port")
+
+
+class Distrusted(Pop3Error):
+    """The server's certificate does not pass the verification that the settings demand."""
 
 
 class Transport:
-    """One connection. Every method raises Pop3Error with the reason alone; the caller adds what was tried."""
+    """One connection. Every Pop3Error holds the reason alone; the caller adds what was tried."""
 
     def __init__(self, connected: socket.socket, host: str, monotonic: Callable[[], float]) -> None:
         self._socket = connected
@@ -251,14 +276,12 @@ class Transport:
     def connect(cls, host: str, port: int, *, timeout_seconds: float, monotonic: Callable[[], float]) -> Self:
         """Connect to the first address of ``host`` that answers; all of them share ``timeout_seconds``.
 
-        The look-up of the name has no limit but the resolver's own.
+        Only the resolver itself limits how long it looks up the name.
         """
         try:
             addresses = _addresses(host, port)
-        except (OSError, ValueError) as error:  # a name that is no name
-            raise Pop3Error(
-                FailureKind.TRANSIENT, f"the name cannot be resolved: {_reason(error)}"
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: the name cannot be encoded
+            raise Pop3Error(FailureKind.TRANSIENT, _unresolved(host, error)) from error
         deadline = monotonic() + timeout_seconds
         refusal: OSError | None = None
         for left, (family, kind, protocol, _, address) in zip(
@@ -282,19 +305,32 @@ class Transport:
 
     @property
     def tls(self) -> TlsFacts | None:
-        """What TLS agreed on; None while the channel is in clear."""
+        """The TLS of the channel; None while it is in clear text."""
         return self._tls
 
     @property
     def server_end_point(self) -> bytes | None:
-        """What a login can be bound to: ``tls-server-end-point`` (RFC 5929 section 4.1), or None."""
+        """The ``tls-server-end-point`` that a login can be bound to (RFC 5929 section 4.1), or None."""
         wrapped = self._socket
         if self._tls is None or not isinstance(wrapped, ssl.SSLSocket):
             return None
         return end_point(wrapped.getpeercert(binary_form=True) or b"")
 
     def start_tls(self, settings: TlsSettings, *, deadline: float) -> None:
-        """Handshake, and see that the channel is what ``settings`` ask for before anything is said in it."""
+        """Handshake, and check that the channel is as ``settings`` demand."""
+        wrapped = self._handshake(settings, deadline)
+        facts = _tls_facts(wrapped)
+        _check_version(facts.version, settings.minimum_version)
+        if settings.pins:
+            _check_pins(wrapped.getpeercert(binary_form=True) or b"", settings.pins)
+        self._tls = facts
+
+    def look_at_certificate(self, settings: TlsSettings, *, deadline: float) -> ShownCertificate:
+        """The certificate that the server shows, unverified. After it only ``close`` is allowed."""
+        wrapped = self._handshake(replace(settings, pins=_NO_PIN), deadline)
+        return _shown(wrapped.getpeercert(binary_form=True) or b"")
+
+    def _handshake(self, settings: TlsSettings, deadline: float) -> ssl.SSLSocket:
         context = tls_context(settings)
         name = (settings.server_name or self._host).rstrip(".")
         try:
@@ -307,36 +343,32 @@ class Transport:
         while True:
             try:
                 wrapped.do_handshake()
-                break
             except ssl.SSLWantReadError:
-                self._wait(EVENT_READ, deadline, "the TLS handshake did not end")
+                self._wait(EVENT_READ, deadline, "the TLS handshake did not finish")
             except ssl.SSLWantWriteError:
-                self._wait(EVENT_WRITE, deadline, "the TLS handshake did not end")
+                self._wait(EVENT_WRITE, deadline, "the TLS handshake did not finish")
             except OSError as error:
                 raise _handshake_failure(error, settings) from error
-        facts = _tls_facts(wrapped)
-        _check_version(facts.version, settings.minimum_version)
-        if settings.pins:
-            _check_pins(wrapped.getpeercert(binary_form=True) or b"", settings.pins)
-        self._tls = facts
+            else:
+                return wrapped
 
     def send(self, octets: bytes) -> None:
         """Send what the connection takes now; ``receive`` sends the rest.
 
-        A connection that is broken says so at the next ``receive``, after the
-        last words of the server.
+        If the connection is broken, the next ``receive`` raises the error, after
+        everything that the server sent before.
         """
         self._outgoing += octets
         self._flush()
 
     def receive(self, *, idle_seconds: float, deadline: float) -> bytes:
-        """The next octets, b"" at the end of the stream; waits ``idle_seconds``, never past ``deadline``."""
+        """The next bytes, b"" at the end of the stream; waits ``idle_seconds``, never past ``deadline``."""
         started = self._monotonic()
         if started >= deadline:
             raise TimedOut(_TIME_IS_OVER, at_deadline=True)
         limit = min(started + idle_seconds, deadline)
         while True:
-            # After a look that found nothing, the next one is for when something came.
+            # The last read found nothing, so wait before the next one.
             octets = None if self._is_drained else self.receive_now()
             if octets is not None:
                 return octets
@@ -351,20 +383,20 @@ class Transport:
             self._is_drained = False
 
     def receive_now(self) -> bytes | None:
-        """What has arrived, b"" at the end of the stream, None when there is nothing yet.
+        """The bytes that have arrived, b"" at the end of the stream, None if nothing has arrived yet.
 
-        TLS gives one record at a time, and servers make small ones: of a large
-        message, those that are there are taken together.
+        A TLS read returns one record, and servers make small records. So while
+        records are large, those that have arrived are returned together.
         """
         octets = self._receive_some()
-        if octets is None or len(octets) < _LARGE_RECORD_OCTETS:
+        if octets is None or len(octets) < _LARGE_RECORD_BYTES:
             return octets
         taken, size = [octets], len(octets)
         while size < RECEIVE_BYTES:
             try:
                 more = self._receive_some()
             except Pop3Error:
-                break  # it breaks again at the next call, after what came before
+                break  # the next call raises it again, after these bytes were returned
             if not more:
                 break
             taken.append(more)
@@ -381,26 +413,26 @@ class Transport:
         except ssl.SSLWantWriteError:
             return None
         except OSError as error:
-            # In TLS 1.3 a client learns only now what the server thinks of its certificate.
+            # In TLS 1.3 a client learns only now whether the server accepts its certificate.
             kind = FailureKind.OPERATOR if _refuses_us(error) else FailureKind.TRANSIENT
             raise Pop3Error(kind, f"the connection broke: {_reason(error)}") from error
 
     def close(self) -> None:
         """Drop the connection. May be called again."""
         if isinstance(self._socket, ssl.SSLSocket):
-            with suppress(OSError, ValueError):  # a farewell that nobody waits for
+            with suppress(OSError, ValueError):  # a farewell, which need not arrive
                 self._socket.unwrap()
         self._socket.close()
 
     def _flush(self) -> bool:
-        """Send what the connection takes. True when something is left."""
+        """Send what the connection takes. True if something is left."""
         while self._outgoing:
             try:
                 sent = self._socket.send(self._outgoing)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return True
             except OSError:
-                self._outgoing.clear()  # reading tells what happened, and what the server said before it
+                self._outgoing.clear()  # the next read raises the error, after the last bytes of the server
             else:
                 del self._outgoing[:sent]
         return False
@@ -412,7 +444,7 @@ class Transport:
 
 
 def _addresses(host: str, port: int) -> Sequence[tuple[Any, ...]]:
-    """What getaddrinfo(3) gives; it blocks while it asks for a name. Raises OSError, ValueError."""
+    """Addresses as from getaddrinfo(3), which blocks to look up a name. Raises OSError, ValueError."""
     look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
         return look_up(flags=socket.AI_NUMERICHOST)
@@ -420,8 +452,17 @@ def _addresses(host: str, port: int) -> Sequence[tuple[Any, ...]]:
         return aside(look_up)
 
 
+def _unresolved(host: str, error: Exception) -> str:
+    if isinstance(error, socket.gaierror) and error.errno in _NO_SUCH_HOST:
+        return f"there is no host {host!r}: check the spelling"
+    return f"the name {host!r} cannot be resolved: {_reason(error)}"
+
+
+_NO_SUCH_HOST: Final = {socket.EAI_NONAME, socket.EAI_NODATA}
+
+
 def _connect(candidate: socket.socket, address: Any, seconds: float) -> None:
-    """Raises OSError, TimeoutError where nobody answers."""
+    """Connect. Raises OSError, and TimeoutError if there is no answer."""
     candidate.setblocking(False)
     problem = candidate.connect_ex(address)
     if problem == errno.EINPROGRESS:
@@ -433,16 +474,18 @@ def _connect(candidate: socket.socket, address: Any, seconds: float) -> None:
 
 
 def _handshake_failure(error: OSError, settings: TlsSettings) -> Pop3Error:
-    reason = f"TLS failed: {_reason(error)}"
-    if isinstance(error, ssl.SSLCertVerificationError) or _refuses_us(error):
-        return Pop3Error(FailureKind.OPERATOR, reason)
+    reason = _reason(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Distrusted(FailureKind.OPERATOR, reason)
+    if _refuses_us(error):
+        return Pop3Error(FailureKind.OPERATOR, f"the server refuses our TLS: {reason}")
     if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
-        return Pop3Error(FailureKind.OPERATOR, "TLS failed: the server speaks no TLS on this port")
+        return PlainText()
     if isinstance(error, ssl.SSLError) and error.reason in _TOO_OLD:
-        return Pop3Error(FailureKind.OPERATOR, f"{reason}; TLS {settings.minimum_version} is asked for")
+        return Pop3Error(FailureKind.OPERATOR, f"{reason}; TLS {settings.minimum_version} is required")
     if isinstance(error, ssl.SSLEOFError):
         # Dovecot sends no alert; a server that is restarted looks the same.
-        reason = f"{reason}; a server that knows no TLS {settings.minimum_version} may hang up so"
+        reason = f"{reason}; a server without TLS {settings.minimum_version} may disconnect like this"
     return Pop3Error(FailureKind.TRANSIENT, reason)
 
 
@@ -462,37 +505,35 @@ _REFUSALS: Final = frozenset(
         "UNSUPPORTED_CERTIFICATE",
     }
 )
-"""Alerts (RFC 8446 section 6.2) that come again until somebody changes a certificate or what is allowed."""
+"""Alerts (RFC 8446 section 6.2) that come again until an operator changes a certificate or the settings."""
 
 
 def _refuses_us(error: OSError) -> bool:
-    """Whether the server tells that our certificate, or lack of one, or all that we offer, will not do."""
+    """Whether the server rejects our certificate, or the lack of one, or everything that we offer."""
     reason = (error.reason if isinstance(error, ssl.SSLError) else None) or ""
     return reason.partition("_ALERT_")[2] in _REFUSALS
 
 
 def _check_version(agreed: str, minimum: str) -> None:
-    """Raises Pop3Error when an older version was agreed on than is allowed."""
+    """Raise Pop3Error if the agreed version is older than allowed."""
     version = {"TLSv1": "1.0"}.get(agreed, agreed.removeprefix("TLSv"))
     if version not in TLS_VERSIONS or TLS_VERSIONS.index(version) < TLS_VERSIONS.index(minimum):
-        raise Pop3Error(
-            FailureKind.OPERATOR, f"TLS failed: the server speaks {agreed}; TLS {minimum} is asked for"
-        )
+        raise Pop3Error(FailureKind.OPERATOR, f"the server speaks {agreed}; TLS {minimum} is required")
 
 
 def _check_pins(der: bytes, pins: frozenset[str]) -> None:
-    """Raises Pop3Error when neither the certificate nor its key is one of those pinned."""
+    """Raise Pop3Error if neither the certificate nor its key is pinned."""
     certificate = hashlib.sha256(der).hexdigest()
     if certificate in pins or _spki_sha256(der) in pins:
         return
     raise Pop3Error(
         FailureKind.SECURITY,
-        f"the server's certificate is none of those pinned, nothing was said to it; SHA-256 {certificate}",
+        f"the server's certificate is not pinned, so nothing was sent to it; SHA-256 {certificate}",
     )
 
 
 def _spki_sha256(der: bytes) -> str | None:
-    """The digest of the certificate's public key; None where it is of a kind that nobody knows."""
+    """The digest of the certificate's public key; None if the kind of key is unknown."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
@@ -508,7 +549,10 @@ def _spki_sha256(der: bytes) -> str | None:
 
 
 def end_point(der: bytes) -> bytes | None:
-    """A certificate by the hash of its own signature, SHA-256 for MD5 and SHA-1; None where it has none."""
+    """A certificate's digest by the hash of its own signature; None if that has no hash.
+
+    SHA-256 replaces MD5 and SHA-1 (RFC 5929 section 4.1).
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
 
     certificate = _certificate(der)
@@ -516,20 +560,37 @@ def end_point(der: bytes) -> bytes | None:
         algorithm = None if certificate is None else certificate.signature_hash_algorithm
     except UnsupportedAlgorithm:
         return None
-    if algorithm is None:  # Ed25519 and others that hash by themselves
+    if algorithm is None:  # Ed25519 and similar, which include the hash
         return None
     name = "sha256" if algorithm.name in {"md5", "sha1"} else algorithm.name
     return hashlib.new(name, der).digest()
 
 
 def _certificate(der: bytes) -> "Certificate | None":
-    """The certificate, decoded, or None. Few logins need it, and its import takes some 50 ms."""
+    """The decoded certificate, or None. The import takes some 50 ms, and few logins need it."""
     from cryptography import x509
 
     try:
         return x509.load_der_x509_certificate(der)
     except (ValueError, x509.InvalidVersion):
         return None
+
+
+def _shown(der: bytes) -> ShownCertificate:
+    digest = hashlib.sha256(der).hexdigest()
+    decoded = _certificate(der)
+    if decoded is None:
+        return ShownCertificate(digest, f"a certificate that cannot be read, SHA-256 {digest}")
+    try:
+        subject = printable(decoded.subject.rfc4514_string().encode())
+        ends = f"{decoded.not_valid_after_utc:%Y-%m-%d}"
+    except ValueError:
+        subject, ends = "unreadable", "unknown"
+    return ShownCertificate(digest, f"subject {subject or 'empty'}, valid until {ends}, SHA-256 {digest}")
+
+
+_NO_PIN: Final = frozenset({"0" * 64})
+"""Settings with a pin verify nothing during the handshake."""
 
 
 def _tls_facts(wrapped: ssl.SSLSocket) -> TlsFacts:
@@ -550,14 +611,14 @@ def _tls_facts(wrapped: ssl.SSLSocket) -> TlsFacts:
 
 _ENDS_KEPT: Final = 1000
 _ends: dict[str, datetime | None] = {}
-"""When certificates end, by their digest: to decode one takes a tenth of a handshake, and few are new."""
+"""When certificates end, by their digest. Decoding one takes a tenth of a handshake, and few are new."""
 
 
 def _not_after(wrapped: ssl.SSLSocket, der: bytes) -> datetime | None:
     decoded = (wrapped.getpeercert() or {}).get("notAfter")
     if isinstance(decoded, str):
         return datetime.fromtimestamp(ssl.cert_time_to_seconds(decoded), UTC)
-    # OpenSSL decodes only what it verified; a pinned certificate is read otherwise.
+    # OpenSSL decodes only a certificate that it verified, and not a pinned one.
     certificate = _certificate(der)
     try:
         return None if certificate is None else certificate.not_valid_after_utc

@@ -1,4 +1,4 @@
-"""What a session takes and gives, by POP3 and POP2 alike: limits, facts of the server, a message's fate."""
+"""What a POP2 or POP3 session takes and returns: limits, facts about the server, outcomes of messages."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,48 +11,51 @@ from archiver.pop3.wire import STATUS_LINE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long, and how much, at most. Seconds and bytes."""
+    """The longest waits and the largest sizes, in seconds and bytes."""
 
     connect_seconds: float = 30
     """For TCP, and again for the TLS handshake."""
     greeting_seconds: float = 60
-    """Servers look up names and play for time before they greet."""
+    """Servers look up names, and some delay on purpose, before they greet."""
     capability_seconds: float = 20
-    """Some servers never answer CAPA; the session is then opened anew without it."""
+    """Some servers never answer CAPA. Then the session connects again and leaves it out."""
     login_seconds: float = 180
     """Servers wait up to two minutes for another session's lock before they refuse."""
     listing_seconds: float = 300
-    """Until a listing begins: a server may first have to read every message for its size."""
+    """Until a listing begins: a server may have to read every message first, for its size."""
     idle_seconds: float = 60
-    """Between two octets of anything else."""
+    """Between two bytes of anything else."""
     session_seconds: float = 3600
-    """From the first octet to the last before QUIT, however steadily the server drips."""
+    """From the first byte to the last before QUIT, however steadily the server sends."""
     quit_seconds: float = 300
-    """A server rewrites a big mailbox at QUIT before it answers."""
+    """At QUIT a server may rewrite a big mailbox before it answers."""
     status_line_bytes: int = STATUS_LINE_BYTES
     listing_lines: int = 750_000
     listing_bytes: int = 32 * 1024 * 1024
     message_bytes: int = 1024 * 1024 * 1024
     """A larger message is refused."""
     window: int = 32
-    """Commands outstanding when pipelining, refilled at three quarters. The 24 that are left then are 1.9 MB
-    of usual mail (mean 80 KB), more than 100 Mbit/s carries in three round trips of 40 ms; 32 commands are
-    under 600 octets, which any socket buffer takes; and no more than 32 messages are still to come when a
-    caller stops."""
+    """Commands outstanding with pipelining, refilled at three quarters.
+
+    The 24 that are left then stand for 1.9 MB of usual mail (mean 80 KB). That is
+    more than 100 Mbit/s carries in three round trips of 40 ms. 32 commands have
+    under 600 bytes, which any socket buffer takes. When a caller stops, at most
+    32 messages still come.
+    """
 
 
 DEFAULT_LIMITS: Final = Limits()
 
 AVOIDABLE: Final = ("AUTH", "CAPA", "PIPELINING", "STAT", "UIDL", "UIDL-N", "UTF8")
-"""Verbs that servers hang up or hang at, and what a session can do without.
+"""Names of commands at which servers stall or disconnect, and which a session can do without.
 
-UIDL-N is what is asked of one number alone, by UIDL and LIST.
+UIDL-N stands for UIDL and LIST with a message number.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What is known of the server, for the record. Text of the server is escaped and cut."""
+    """The known facts about a server, for the record. Text of the server is escaped and cut."""
 
     host: str
     port: int
@@ -79,24 +82,23 @@ class ServerFacts:
     implementation: str | None = None
     """What the server calls itself."""
     avoid: frozenset[str] = frozenset()
-    """What the server was seen to trip over in this session, beyond doubt, as ``connect`` takes it."""
+    """What the server tripped over in this session, beyond doubt, as ``connect`` takes it."""
     suspect: frozenset[str] = frozenset()
-    """At what it hung or hung up, which may have been chance: worth avoiding if it comes again."""
+    """Where it stalled or disconnected, which may be chance: avoid it if that happens again."""
 
 
 class Glance(NamedTuple):
-    """A look at a mailbox that lists nothing. None: the server did not say, or not so that it could be read.
+    """A look at a mailbox without a listing. None: the server did not say, or not in a readable form."""
 
-    ``uidl`` is that of the message whose number was given.
-    """
-
-    count: int | None  # type: ignore[assignment]  # nobody counts in this tuple
+    count: int | None  # type: ignore[assignment]  # it hides tuple.count, which no caller needs
     size: int | None
+    """The total size of the messages, in bytes."""
     uidl: bytes | None = None
+    """Of the message whose number was given."""
 
 
 class Sink(Protocol):
-    """Where a message's octets go, in order."""
+    """The destination of a message's bytes, in order."""
 
     def write(self, data: bytes, /) -> object:
         """Take all of ``data``."""
@@ -115,11 +117,9 @@ class Retrieved(Generic[SinkT]):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Generic[SinkT]):
-    """A message that cannot be had (kind POISON), while the session goes on.
-
-    ``sink`` is set when one was opened: it holds a part, to be thrown away.
-    """
+    """A message that cannot be fetched (kind POISON), while the session goes on."""
 
     entry: Entry
     error: Pop3Error
     sink: SinkT | None = None
+    """Set if a sink was opened. It contains a part of the message, which is useless."""

@@ -1,17 +1,20 @@
 """POP3 on the wire, without I/O (RFC 1939 section 3, RFC 2449 section 4).
 
-Owns framing: commands become octets, octets become events. Promises that any
-split of the same octets into reads gives the same events, that memory is
-bounded by one read plus one status line, and that the content of a multi-line
-response comes out as the server meant it: dot-stuffing undone, nothing else
-touched. Leaves sockets, time and the meaning of replies to others.
+Owns framing: commands become bytes, bytes become events. Promises:
 
-Line ends. A multi-line response ends at CRLF ``.`` CRLF and at nothing else: a
-message may hold ``LF . LF``, and a sender who could end the response early
-would have the rest of the message read as the server's replies. The exception
-is a server whose every status line so far, greeting included, ended in a bare
-LF; such a session is framed by LF. One CRLF ends that for good, and no
-response changes its framing midway.
+- any split of the same bytes into reads gives the same events;
+- memory is bounded by one read plus one status line;
+- the content of a multi-line response comes out as the server meant it:
+  dot-stuffing is undone, and nothing else changes.
+
+Leaves sockets, time and the meaning of replies to others.
+
+Line ends. A multi-line response ends at CRLF ``.`` CRLF and at nothing else. A
+message may contain ``LF . LF``. If that ended the response, a sender could have
+the rest of a message read as the server's replies. There is one exception: if
+every status line so far, greeting included, ended in a bare LF, then LF frames
+the session. The first CRLF ends that for good, and no response changes its
+framing midway.
 """
 
 from collections import deque
@@ -39,15 +42,17 @@ class Shape(Enum):
     EXCHANGE = "exchange"
     """A status line, or a ``+`` challenge (RFC 5034 section 4)."""
     GREETING = "greeting"
-    """One status line, the first of all; a server of another protocol shows there."""
+    """The first status line, which shows whether the server speaks POP3 at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command, ready to be sent. ``label`` names it in errors; it never holds a secret, ``octets`` may."""
+    """A command, ready to be sent."""
 
     octets: bytes = field(repr=False)
+    """The line with its end. It may contain a secret."""
     label: str
+    """The command in errors. It never contains a secret."""
     shape: Shape = Shape.LINE
 
 
@@ -60,12 +65,12 @@ def command(
 ) -> Command:
     """Render a command: the verb in upper case, one space before each argument, CRLF.
 
-    An argument goes to the wire as it is: the rest of a PASS line is the
-    password, spaces and all (RFC 1939 section 7). ``label`` defaults to the
-    whole line and must be given where an argument is secret. Raises Pop3Error
-    of kind OPERATOR, before anything is sent, for CR, LF or NUL in an argument,
-    for non-ASCII unless ``utf8`` (the server's ``UTF8 USER``, RFC 6856 section
-    2.2) allows it, and for a line of more than 255 octets.
+    An argument is sent unchanged: the rest of a PASS line is the password,
+    spaces included (RFC 1939 section 7). ``label`` defaults to the whole line. Pass
+    one if an argument is secret. ``utf8`` allows arguments that are not ASCII
+    (the server lists ``UTF8 USER``, RFC 6856 section 2.2). Raises Pop3Error of
+    kind OPERATOR, before anything is sent, for CR, LF or NUL in an argument, for
+    other non-ASCII, and for a line of more than 255 octets.
     """
     name = verb.upper()
     line = " ".join([name, *map(str, arguments)])
@@ -73,14 +78,14 @@ def command(
     if not (utf8 or line.isascii()):
         raise Pop3Error(
             FailureKind.OPERATOR,
-            f"{name} was not sent: its argument is not ASCII, which needs SASL, or a server with UTF8 USER",
+            f"{name} was not sent: its argument is not ASCII, which needs SASL or a server with UTF8 USER",
         )
     octets = line.encode()
     if not _FORBIDDEN_IN_COMMANDS.isdisjoint(octets):
-        raise Pop3Error(FailureKind.OPERATOR, f"{name} was not sent: its argument holds CR, LF or NUL")
+        raise Pop3Error(FailureKind.OPERATOR, f"{name} was not sent: its argument contains CR, LF or NUL")
     if len(octets) + 2 > COMMAND_LINE_BYTES:
         raise Pop3Error(
-            FailureKind.OPERATOR, f"{name} was not sent: the line is longer than {COMMAND_LINE_BYTES} octets"
+            FailureKind.OPERATOR, f"{name} was not sent: the line is longer than {COMMAND_LINE_BYTES} bytes"
         )
     return Command(octets + b"\r\n", shown, shape)
 
@@ -95,10 +100,11 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A status line. ``text`` is what follows the indicator and one separator, without the line end."""
+    """A status line."""
 
     status: Status
     text: bytes
+    """What follows the indicator and one separator, without the line end."""
 
     @property
     def ok(self) -> bool:
@@ -111,20 +117,18 @@ class BlockEnd:
 
 
 Event = Reply | bytes | BlockEnd
-"""A status line; un-stuffed octets of a multi-line response; its end."""
+"""A status line; content of a multi-line response, with dot-stuffing undone; its end."""
 
 _BLOCK_END: Final = BlockEnd()
 
 
 class Receiver:
-    """Turns the octets that a server sends into events, reply by reply, in the order of the commands.
-
-    ``show`` renders the server's octets where an error quotes them.
+    """Turns the bytes that a server sends into events, reply by reply, in the order of the commands.
 
     Call ``expect`` for each command (and for the greeting), ``feed`` with what
     was read, then ``next_event`` until it returns None, which asks for more
-    octets. A Pop3Error means that the framing is lost; the receiver is of no
-    use after it.
+    bytes. After a Pop3Error the framing is lost, and the receiver is useless.
+    ``show`` renders what errors quote from the server.
     """
 
     def __init__(
@@ -150,12 +154,12 @@ class Receiver:
 
     @property
     def surplus(self) -> bytes:
-        """Octets that answer no command: after STLS an injection, elsewhere a farewell or a lost framing."""
+        """Bytes that answer no command: after STLS an injection, elsewhere a farewell or a lost framing."""
         return b"" if self._expected or self._in_block else self._buffer[self._position :]
 
     @property
     def in_reply(self) -> bool:
-        """Whether a part of the reply now due has arrived already."""
+        """Whether a part of the next reply has arrived."""
         return self._in_block or self._position < len(self._buffer)
 
     def expect(self, shape: Shape) -> None:
@@ -163,13 +167,13 @@ class Receiver:
         self._expected.append(shape)
 
     def feed(self, data: bytes) -> None:
-        """Take octets from the wire."""
+        """Take bytes from the wire."""
         rest = self._buffer[self._position :]
         self._buffer = rest + data if rest else data
         self._position = 0
 
     def next_event(self) -> Event | None:
-        """The next event, or None when more octets are needed. Raises Pop3Error (PROTOCOL, OPERATOR)."""
+        """The next event, or None if more bytes are needed. Raises Pop3Error (PROTOCOL, OPERATOR)."""
         if self._in_block:
             return self._next_of_block()
         if not self._expected:
@@ -182,7 +186,7 @@ class Receiver:
             if self._expected[0] is Shape.GREETING and line[:2] in {b"+", b"+ "}:
                 raise Pop3Error(
                     FailureKind.OPERATOR,
-                    f"the server speaks POP2 (RFC 937), it seems; use pop2://: {self._show(line)!r}",
+                    f"the server seems to speak POP2 (RFC 937); use pop2://: {self._show(line)!r}",
                 )
             raise _not_a_status_line(line, self._show(line))
         if self._expected.popleft() is Shape.BLOCK and reply.ok:
@@ -198,12 +202,12 @@ class Receiver:
         if length > self._status_line_bytes:
             raise Pop3Error(
                 FailureKind.PROTOCOL,
-                f"a status line is longer than {self._status_line_bytes} octets",
+                f"a status line is longer than {self._status_line_bytes} bytes",
                 limit="status_line_bytes",
             )
         if end < 0:
             first = self._buffer[start : start + 1]
-            if first not in {b"", b"+", b"-"}:  # no need to wait for a line end that may never come
+            if first not in {b"", b"+", b"-"}:  # an error now; the line end may never come
                 raise _not_a_status_line(first, printable(first) + "...")
             return None
         self._position = end + 1
@@ -231,7 +235,7 @@ class Receiver:
         return self._emit(end + len(line_end), stuffed=dot < end)
 
     def _pass_line_start(self) -> bool:
-        """At a line's start: end the block at the terminator, or drop a stuffed dot. False: undecided yet."""
+        """At a line's start: end the block at the terminator, or drop a stuffed dot. False: not known yet."""
         line = self._buffer[self._position : self._position + 3]
         terminator = b"." + self._line_end
         if line.startswith(terminator):
@@ -245,7 +249,7 @@ class Receiver:
         return True
 
     def _content_end(self, buffer: bytes) -> int:
-        """Where the octets end whose meaning does not depend on what comes next."""
+        """Where the bytes end whose meaning does not depend on those that follow."""
         line_end = self._line_end
         for undecided in (b".\r", b".", b""):
             if buffer.endswith(line_end + undecided, self._position):
@@ -264,7 +268,7 @@ class Receiver:
 def _parse_status_line(line: bytes, *, challenge_allowed: bool) -> Reply | None:
     """Read ``+OK text``, ``-ERR text``, or a challenge; None for anything else.
 
-    Any letter case; space, tab or the line's end after the indicator (RFC 1957).
+    The indicator may be in any letter case. A space, a tab or the line's end follows it (RFC 1957).
     """
     for status, indicator in ((Status.OK, b"+OK"), (Status.ERR, b"-ERR")):
         rest = line[len(indicator) :]
@@ -277,5 +281,5 @@ def _parse_status_line(line: bytes, *, challenge_allowed: bool) -> Reply | None:
 
 def _not_a_status_line(octets: bytes, shown: str) -> Pop3Error:
     if octets.startswith(_TLS_RECORD_TYPES):
-        return Pop3Error(FailureKind.OPERATOR, "the server speaks TLS where clear text was due; use pop3s://")
-    return Pop3Error(FailureKind.PROTOCOL, f"not a POP3 status line: {shown!r}")
+        return Pop3Error(FailureKind.OPERATOR, "the server speaks TLS from the start: use pop3s://")
+    return Pop3Error(FailureKind.PROTOCOL, f"the server sent {shown!r}, which is not a POP3 status line")

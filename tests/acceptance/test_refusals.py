@@ -41,7 +41,7 @@ def password_file(tmp_path: Path) -> Path:
         pytest.param(["sync", "imap://alice@127.0.0.1"], "pop3s://", id="unknown scheme"),
         pytest.param(["sync", "pop3s://127.0.0.1:995"], "no user", id="no user"),
         pytest.param(
-            ["sync", "pop3s://alice:tr0ub4dor@127.0.0.1"], "must not hold a password", id="password"
+            ["sync", "pop3s://alice:tr0ub4dor@127.0.0.1"], "must not contain a password", id="password"
         ),
         pytest.param(["sync", URL, "--password-file", "nowhere"], "nowhere", id="no password file"),
         pytest.param(["sync", "bob"], "no account named bob", id="unknown account"),

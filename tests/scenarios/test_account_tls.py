@@ -121,7 +121,7 @@ def test_an_old_server_is_archived_with_a_warning_each_time(
     url = f"pop3s://user@127.1:{old_server.port}"
     access = ("--password-env", "PASSWORD", "--tls-pin", key_sha256(certificate[0]))
     [refused] = commands.json("sync", url, *access, code=1)
-    assert "TLS 1.2 is asked for" in refused["error"]
+    assert "TLS 1.2 is required" in refused["error"]
     for new in (1, 0):
         [report] = commands.json("sync", url, *access, "--tls-minimum", "1.0")
         assert (report["outcome"], report["new"]) == ("ok", new)

@@ -141,7 +141,7 @@ def test_account_add_check_and_sync_speak_pop2(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     with pop2_server(play) as server:
         url = f"pop2://user@localhost:{server.port}"
-        with pytest.raises(UsageError, match="crosses the network in clear: say tls none"):
+        with pytest.raises(UsageError, match="crosses the network in clear text"):
             commands.run("account", "check", url, "--password-env", "PASSWORD")
         assert server.received == []
         commands.run("account", "add", "old", url, "--tls", "none", "--password-env", "PASSWORD")

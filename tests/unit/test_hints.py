@@ -51,7 +51,20 @@ def translation(kind: pop3.FailureKind, limit: str | None) -> ArchiverError:
 def test_each_kind_of_failure_has_its_class(kind: pop3.FailureKind, error: type[ArchiverError]) -> None:
     found = translation(kind, None)
     assert type(found) is error
-    assert found.hint is None
+    assert (found.hint is None) is (kind is not pop3.FailureKind.AUTH)
+
+
+def test_refused_credentials_are_to_be_replaced() -> None:
+    found = translation(pop3.FailureKind.AUTH, None)
+    assert found.hint is not None
+    assert "archiver account edit NAME --password-file FILE" in found.hint
+
+
+def test_an_untrusted_certificate_may_be_pinned() -> None:
+    with pytest.raises(OperatorNeeded) as caught, translated():
+        raise pop3.Pop3Error(pop3.FailureKind.OPERATOR, "TLS failed", certificate_sha256="ab" * 32)
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith(f"archiver account edit NAME --tls-pin {'ab' * 32}")
 
 
 def test_a_limit_that_was_exceeded_is_a_setting_to_raise() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -595,7 +596,9 @@ def test_nobody_listens() -> None:
 def test_a_name_that_does_not_exist() -> None:
     error = failure_of(lambda: Mailbox.connect(Endpoint("host.invalid", 110, Tls.NONE, "user")))
     assert error.kind is FailureKind.TRANSIENT
-    assert "cannot be resolved" in str(error)
+    assert re.search(
+        "there is no host 'host.invalid': check|name 'host.invalid' cannot be resolved", str(error)
+    )
 
 
 # Login.
@@ -605,6 +608,7 @@ def test_wrong_credentials() -> None:
     with ScriptedPop3(play()) as server, Mailbox.connect(server.endpoint) as mailbox:
         error = failure_of(lambda: mailbox.login("hunter2"))
     assert error.kind is FailureKind.AUTH
+    assert "user name or password refused; the server said '[AUTH] wrong password'" in str(error)
     assert "hunter2" not in str(error)
     assert server.commands["AUTH"] == 1, "one refusal, one try: more would lock the account"
     assert server.commands["USER"] == 0
@@ -756,7 +760,25 @@ def test_tls_on_a_port_that_speaks_clear_text() -> None:
         endpoint = replace(server.endpoint, tls=Tls.IMPLICIT)
         error = failure_of(lambda: Mailbox.connect(endpoint))
     assert error.kind is FailureKind.OPERATOR
-    assert "no TLS" in str(error)
+    assert "does not speak TLS on this port; for STARTTLS write pop3://" in str(error)
+
+
+def test_clear_text_on_a_port_that_speaks_tls_from_the_start(certificate: tuple[Path, Path]) -> None:
+    """Such a port waits for the client, so the greeting never comes."""
+    with ScriptedPop3(play(), tls="implicit", certificate=certificate) as server:
+        for tls in (Tls.STARTTLS, Tls.NONE):
+            endpoint = replace(server.endpoint, tls=tls)
+            error = failure_of(lambda: Mailbox.connect(endpoint, limits=Limits(greeting_seconds=0.2)))  # noqa: B023
+            assert error.kind is FailureKind.TRANSIENT
+            assert error.limit == "greeting_seconds"
+            assert "use pop3s://" in str(error)
+
+
+def test_a_greeting_that_stops_in_its_middle_is_no_sign_of_tls() -> None:
+    with ScriptedPop3([[Send(b"+OK rea"), Stall()]]) as server:
+        error = failure_of(lambda: logged_in(server, Limits(greeting_seconds=0.2)))
+    assert error.limit == "greeting_seconds"
+    assert "pop3s://" not in str(error)
 
 
 def test_a_handshake_that_never_ends() -> None:

@@ -554,5 +554,5 @@ def test_what_is_no_token_is_not_sent(mechanism: type[Mechanism], user: str, tok
 
 
 def test_m3_the_length_of_a_long_token_is_told() -> None:
-    assert "5000 octets" in Xoauth2(Credentials("user", "t" * 5000)).hint
+    assert "5000 bytes" in Xoauth2(Credentials("user", "t" * 5000)).hint
     assert OauthBearer(USER).hint == ""

@@ -410,7 +410,7 @@ def test_m3_a_long_token_is_named_as_what_may_be_the_reason() -> None:
     ]
     error = refusal_of(script, token, mechanism="XOAUTH2")
     assert error.kind is FailureKind.OPERATOR
-    assert "5000 octets" in str(error)
+    assert "5000 bytes" in str(error)
 
 
 def test_oauthbearer_and_its_error() -> None:

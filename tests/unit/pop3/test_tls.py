@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,16 @@ import pytest
 from archiver.pop3 import FailureKind, Mailbox, Pop3Error, Tls, TlsSettings, parse_pin
 from archiver.pop3.transport import tls_context
 from tests.harness.certificates import certificate_sha256, client_certificate, key_sha256, self_signed
-from tests.harness.scripted_pop3 import HangUp, MailboxPlay, ScriptedPop3, Send, TlsMode
+from tests.harness.scripted_pop3 import (
+    Expect,
+    HangUp,
+    MailboxPlay,
+    ScriptedPop3,
+    Send,
+    StartTls,
+    Step,
+    TlsMode,
+)
 
 OTHER_PIN = "0" * 64
 HEX = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
@@ -160,6 +170,35 @@ def test_choices_that_cannot_be(choices: dict[str, Any]) -> None:
         TlsSettings(**choices)
 
 
+# Certificates that do not pass verification.
+
+
+def test_an_untrusted_certificate_is_shown_so_that_it_can_be_compared(
+    certificate: Certificate, mode: TlsMode
+) -> None:
+    with serving(server_context(certificate), mode) as server:
+        error = refusal(lambda: log_in(server, TlsSettings()))
+        assert said(server) == []
+        assert log_in(server, TlsSettings(pins=frozenset({error.certificate_sha256 or ""})))
+    assert error.kind is FailureKind.OPERATOR
+    assert re.search(
+        rf"self-signed certificate \(subject \S.*, valid until \d{{4}}-\d\d-\d\d, "
+        rf"SHA-256 {certificate_sha256(certificate[0])}\)",
+        str(error),
+    )
+
+
+def test_a_server_that_does_not_show_its_certificate_again_is_refused_all_the_same(
+    certificate: Certificate,
+) -> None:
+    first: list[Step] = [Send(b"+OK\r\n"), Expect(b"STLS\r\n"), Send(b"+OK\r\n"), StartTls()]
+    scripts = [first, [HangUp()]]
+    with ScriptedPop3(scripts, tls="starttls", context=server_context(certificate)) as server:
+        error = refusal(lambda: log_in(server, TlsSettings()))
+    assert error.kind is FailureKind.OPERATOR
+    assert error.certificate_sha256 is None
+
+
 # Names.
 
 
@@ -188,7 +227,7 @@ def test_an_old_server_is_spoken_to_only_where_that_is_allowed(
     with serving(old_context(certificate, version), mode) as server:
         error = refusal(lambda: log_in(server, TlsSettings(ca_file=certificate[0])))
         assert error.kind is FailureKind.OPERATOR
-        assert "TLS 1.2 is asked for" in str(error)
+        assert "TLS 1.2 is required" in str(error)
         assert said(server) == []
         assert log_in(server, TlsSettings(ca_file=certificate[0], minimum_version=allowed)) == name
 
@@ -221,7 +260,7 @@ def test_an_old_server_need_not_know_secure_renegotiation() -> None:
         endpoint = replace(server.endpoint, tls=Tls.IMPLICIT)
         error = refusal(lambda: Mailbox.connect(endpoint, tls_settings=TlsSettings(minimum_version="1.0")))
     assert "renegotiation" not in str(error)
-    assert "hang up" in str(error) or "reset" in str(error).lower()
+    assert "may disconnect like this" in str(error) or "reset" in str(error).lower()
 
 
 # Client certificates.

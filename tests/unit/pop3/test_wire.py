@@ -154,7 +154,7 @@ def test_what_cannot_become_a_status_line_is_refused_before_its_end() -> None:
 
 @pytest.mark.parametrize("end", [b"", b"\r\n"])
 def test_a_status_line_has_a_limit(end: bytes) -> None:
-    with pytest.raises(Pop3Error, match="longer than 8192 octets") as caught:
+    with pytest.raises(Pop3Error, match="longer than 8192 bytes") as caught:
         receive(b"+OK " + b"x" * 8192 + end, shapes=(Shape.LINE,))
     assert caught.value.kind is FailureKind.PROTOCOL
 
