@@ -78,7 +78,8 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
     _refuse_second(connection, changed)
     before = {} if former is None else _settings(former)
     values = dict(_settings(changed).items() - before.items())
-    connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values))
+    if values:
+        connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values))
     schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
     # Another address may be another mailbox, and another policy lets other messages go.
     record.distrust(connection, changed.id)
