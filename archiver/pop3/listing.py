@@ -27,12 +27,18 @@ LARGEST_NUMBER: Final = 2**31 - 1  # larger ones attack clients that count in 32
 LARGEST_SIZE: Final = 2**63 - 1
 UIDL_BYTES: Final = 1024  # RFC 1939 says 70; real servers send up to 300
 
-_LINE_BYTES: Final = 2048  # the parsed beginning of a line; the rest does not matter
-_CHUNK_BYTES: Final = 32 * 1024  # parsed at once: enough to be fast, and little memory
-_RUN: Final = 16 * 1024  # entries sorted as objects at a time; such runs are then merged
-_DIGITS: Final = 40  # in a number, leading zeros included
-_NOWHERE: Final = 2**32 - 1  # the index of a missing value
-_UNKNOWN: Final = -1  # as a size
+_LINE_BYTES: Final = 2048
+"""Only this much of a line is parsed."""
+_CHUNK_BYTES: Final = 32 * 1024
+"""Parsed at a time: enough to be fast, and little memory."""
+_RUN: Final = 16 * 1024
+"""Entries that are sorted at a time as objects. Such runs are then merged."""
+_DIGITS: Final = 40
+"""The most digits of a number, leading zeros included."""
+_NOWHERE: Final = 2**32 - 1
+"""The index of a missing value."""
+_UNKNOWN: Final = -1
+"""An unknown size."""
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 ValueT = TypeVar("ValueT", bytes, int)

@@ -114,7 +114,7 @@ class Mailbox:
     def glance(self, number: int | None = None) -> Glance:
         """What STAT says of the mailbox and, with a number, ``UIDL number`` of that message.
 
-        A field is None if the server does not answer, or answers in another form.
+        If the server gives no answer, or one in another form, a field becomes None.
         Some servers count wrongly in STAT, so it is a hint.
         """
         self._begin(Verb.GLANCE)

@@ -192,7 +192,7 @@ def test_a_server_that_does_not_show_its_certificate_again_is_refused_all_the_sa
     certificate: Certificate,
 ) -> None:
     first: list[Step] = [Send(b"+OK\r\n"), Expect(b"STLS\r\n"), Send(b"+OK\r\n"), StartTls()]
-    scripts = [first, [HangUp()]]
+    scripts: list[list[Step]] = [first, [HangUp()]]
     with ScriptedPop3(scripts, tls="starttls", context=server_context(certificate)) as server:
         error = refusal(lambda: log_in(server, TlsSettings()))
     assert error.kind is FailureKind.OPERATOR
