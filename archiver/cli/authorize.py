@@ -96,7 +96,10 @@ def authorize(
             _try(poster, credential, endpoint.user, name)
         else:
             if client_id is None:
-                raise UsageError("--client-id is needed", hint="docs/how-to/google.md and microsoft.md describe how to register one")
+                raise UsageError(
+                    "--client-id is needed",
+                    hint="docs/how-to/google.md and microsoft.md describe how to register one",
+                )
             archiver.secrets.seal(account.id, "")  # A missing key is said before anybody logs in.
             secret = None if client_secret_file is None else from_file(client_secret_file, "client secret")
             theirs = _provider(

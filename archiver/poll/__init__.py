@@ -29,7 +29,6 @@ from archiver.errors import (
 )
 from archiver.evidence import journal
 from archiver.model import (
-    Account,
     HeldBack,
     JournalHead,
     LastLook,
@@ -61,22 +60,21 @@ Story = Generator[None, None, PollReport]
 
 
 def poll(
-    account: Account,
+    before: reads.BeforePoll,
     lease: Lease,
     ports: Ports,
     watch: Watch | None = None,
     *,
-    before: reads.BeforePoll | None = None,
     may_glance: bool = False,
 ) -> Story:
     """Poll one account and report. Errors that are ours or the server's end up in the report.
 
-    ``before`` is what the database said after the claim, where that was asked.
-    With ``may_glance`` a mailbox that looks as it did is not listed. Whoever
-    asks for a poll in person wants certainty, and does not say that.
+    ``before`` was read from the database after the account was claimed: what
+    was read earlier may be out of date. With ``may_glance``, a mailbox that
+    looks unchanged is not listed. A poll that a person asked for always lists.
     """
-    with _Poll(account, lease, ports, watch or Unwatched()) as one:
-        return (yield from one.tell(before, may_glance=may_glance))
+    with _Poll(before, lease, ports, watch or Unwatched()) as one:
+        return (yield from one.tell(may_glance=may_glance))
 
 
 def begin(story: Story) -> PollReport | None:
@@ -110,13 +108,13 @@ class _Object(NamedTuple):
 class _Poll:
     """The state of one poll. ``tell`` is the story; the methods below it are its verbs, in order."""
 
-    def __init__(self, account: Account, lease: Lease, ports: Ports, watch: Watch) -> None:
-        self.account = account
+    def __init__(self, before: reads.BeforePoll, lease: Lease, ports: Ports, watch: Watch) -> None:
+        self.before, self.account, self.head = before, before.account, before.head
+        self.spent_today = _spent_today(before, ports.now())
         self.lease = lease
         self.ports = ports
         self.watch = watch
         self.started_at = ports.monotonic()
-        self.head = JournalHead(0, b"")
         self.digests: dict[int, bytes] = {}
         self.journal_uncertain = lease.claim.recover
         self.mailbox: pop3.Session | None = None
@@ -133,7 +131,6 @@ class _Poll:
         self.delete_requested = self.fetched_bytes = self.segments = 0
         self.deleted = self.gone = self.lost = 0
         self.calling = False
-        self.spent_today = 0
         self.held_back: HeldBack | None = None
         self.glanced = False
         self.last_look: LastLook | None = None
@@ -151,20 +148,20 @@ class _Poll:
         for spooled in self.spooled.values():
             spooled.close()
 
-    def tell(self, before: reads.BeforePoll | None, *, may_glance: bool) -> Story:
+    def tell(self, *, may_glance: bool) -> Story:
         """The poll, from the journal's end to QUIT. What follows a ``yield`` wants a thread of its own."""
         try:
-            if before is None or self.lease.claim.recover:
+            if self.lease.claim.recover:
                 yield
-            before = self._catch_up_with_journal(before)
+                self._catch_up_with_journal()
             with mailserver.translated(), self._log_in() as mailbox:
                 self.server = mailserver.of_facts(mailbox.facts)
-                seen = self._glance(mailbox, before.last_look) if may_glance else None
-                if seen is not None and seen == _as_seen(before.last_look):
+                seen = self._glance(mailbox, self.before.last_look) if may_glance else None
+                if seen is not None and seen == _as_seen(self.before.last_look):
                     self._quit(mailbox)
-                    return self._report_unchanged(before)
+                    return self._report_unchanged()
                 yield
-                self.listing = self._list(mailbox, before, seen)
+                self.listing = self._list(mailbox, seen)
                 plan = self._plan(self.listing)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
@@ -174,11 +171,8 @@ class _Poll:
             return self._report(error.outcome, error)
         return self._report("ok", None)
 
-    def _catch_up_with_journal(self, read: reads.BeforePoll | None) -> reads.BeforePoll:
-        """Take in the segments that an earlier holder of the lease wrote and could not record."""
-        before = self._begin_from(read or self._read_before())
-        if not self.lease.claim.recover:
-            return before
+    def _catch_up_with_journal(self) -> None:
+        """Record the segments that an earlier holder of the lease wrote and could not record."""
         while (found := journal.read(self.ports.store, self.account.id, self.head.sequence + 1)) is not None:
             # A later token than ours is no reason to stop: where the claim still
             # stands, the database is an older one, restored, and learns it here.
@@ -191,22 +185,10 @@ class _Poll:
                 )
             self._record_segment(segment, digest)
         self.journal_uncertain = False
-        return self._begin_from(self._read_before())
-
-    def _read_before(self) -> reads.BeforePoll:
         with self.ports.database.reading() as connection:
-            return reads.before_poll(connection, self.account.id)
-
-    def _begin_from(self, before: reads.BeforePoll) -> reads.BeforePoll:
-        self.head = before.head
-        self.spent_today = before.day_bytes if before.day == self.ports.now().date() else 0
-        # The account was read before it was claimed: another may have begun an epoch since.
-        known = before.account
-        if (known.epoch, known.deletion_suspended) != (self.account.epoch, self.account.deletion_suspended):
-            self.account = replace(
-                self.account, epoch=known.epoch, deletion_suspended=known.deletion_suspended
-            )
-        return before
+            before = self.before = reads.before_poll(connection, self.account.id)
+        self.account, self.head = before.account, before.head
+        self.spent_today = _spent_today(before, self.ports.now())
 
     def _log_in(self) -> pop3.Session:
         """A session that is logged in. What the server refuses and can be had anew is tried once more."""
@@ -248,18 +230,14 @@ class _Poll:
         self.glanced = True
         return mailbox.glance(last.last_number)
 
-    def _list(
-        self, mailbox: pop3.Session, before: reads.BeforePoll, seen: pop3.Glance | None
-    ) -> pop3.Listing:
+    def _list(self, mailbox: pop3.Session, seen: pop3.Glance | None) -> pop3.Listing:
         tail = None
-        if seen is not None and before.last_look is not None:
-            tail = self._list_tail(mailbox, before, before.last_look, seen)
+        if seen is not None and self.before.last_look is not None:
+            tail = self._list_tail(mailbox, self.before.last_look, seen)
         self.glanced = False
         return tail or mailbox.list()
 
-    def _list_tail(
-        self, mailbox: pop3.Session, before: reads.BeforePoll, last: LastLook, seen: pop3.Glance
-    ) -> pop3.Listing | None:
+    def _list_tail(self, mailbox: pop3.Session, last: LastLook, seen: pop3.Glance) -> pop3.Listing | None:
         """What came behind the last message, where the mailbox did no more than grow by it.
 
         Then the one that was last is where it was, the count grew by as many and
@@ -287,6 +265,7 @@ class _Poll:
                 connection, self.account.id, self.account.epoch, uidls
             ):
                 return None
+        before = self.before
         self.known, self.quarantined = before.listed - before.quarantined, before.quarantined
         self.trusted_until = last.trusted_until
         return tail
@@ -860,8 +839,9 @@ class _Poll:
             if self.delete_requested:
                 raise
 
-    def _report_unchanged(self, before: reads.BeforePoll) -> PollReport:
+    def _report_unchanged(self) -> PollReport:
         """The mailbox is as it was when it was listed last, and so is what is known of its messages."""
+        before = self.before
         self.quarantined = before.quarantined
         self.known = before.listed - before.quarantined
         return self._report("ok", None, listed=before.listed)
@@ -906,6 +886,11 @@ class _Poll:
                 f"the day's budget is spent: {self.spent_today + self.fetched_bytes} bytes fetched since "
                 f"00:00 UTC, and {self._left()} messages wait for tomorrow"
             )
+
+
+def _spent_today(before: reads.BeforePoll, now: datetime) -> int:
+    """The bytes that earlier polls of this account fetched today (UTC)."""
+    return before.day_bytes if before.day == now.date() else 0
 
 
 def _as_seen(look: LastLook | None) -> pop3.Glance | None:

@@ -94,11 +94,16 @@ class Polling:
     waits; it is the report as it was told.
     """
 
-    account: Account
+    before: reads.BeforePoll
     lease: ActiveLease
     story: Story
     in_person: bool = False
     ended: Future[PollReport] = field(default_factory=Future)
+
+    @property
+    def account(self) -> Account:
+        """The account as it was when it had been claimed."""
+        return self.before.account
 
 
 class Over(NamedTuple):
@@ -283,8 +288,8 @@ class Worker:
                 self._begin_one(polling)
         return [polling.ended for polling in pollings]
 
-    def _polling(self, lease: ActiveLease, before: reads.BeforePoll) -> Polling:
-        return Polling(before.account, lease, self._story(before.account, lease, before=before))
+    def _polling(self, lease: ActiveLease, before: reads.BeforePoll, watch: Watch | None = None) -> Polling:
+        return Polling(before, lease, self._story(before, lease, watch), in_person=watch is not None)
 
     def _begin_one(self, polling: Polling) -> None:
         blackout_ends_at = _blackout_ends(polling.account, self.ports.now())
@@ -534,7 +539,17 @@ class Worker:
 
     def _poll_held(self, account: Account, lease: ActiveLease, watch: Watch | None) -> PollReport:
         """Poll in this thread, to the end; in person, if somebody watches."""
-        polling = Polling(account, lease, self._story(account, lease, watch), in_person=watch is not None)
+        try:
+            with self.database.reading() as connection:
+                before = reads.before_poll(connection, account.id)
+        except Exception as error:
+            # The lease runs out by itself. Held on to, it would be renewed for ever.
+            self._let_go(lease)
+            if isinstance(error, ArchiverError):
+                return PollReport(account.name, error.outcome, error=str(error), hint=error.hint)
+            self.log.exception("poll.not_started", account=account.id)
+            return PollReport(account.name, "try_later", error=f"internal error: {error!r}")
+        polling = self._polling(lease, before, watch)
         self._is_over(Over(polling, finish(polling.story)))
         return polling.ended.result()
 
@@ -592,18 +607,12 @@ class Worker:
 
     # A poll, for both
 
-    def _story(
-        self,
-        account: Account,
-        lease: ActiveLease,
-        watch: Watch | None = None,
-        *,
-        before: reads.BeforePoll | None = None,
-    ) -> Story:
+    def _story(self, before: reads.BeforePoll, lease: ActiveLease, watch: Watch | None = None) -> Story:
         """The poll's story, which ends in a report whatever goes wrong. Whoever watches asks in person."""
+        account = before.account
         try:
             ports = self._ports_for(account, lease, in_person=watch is not None)
-            return (yield from poll(account, lease, ports, watch, before=before, may_glance=watch is None))
+            return (yield from poll(before, lease, ports, watch, may_glance=watch is None))
         except OperatorNeeded as error:
             return PollReport(account.name, error.outcome, error=str(error), hint=error.hint)
         except Exception as error:

@@ -21,7 +21,7 @@ from rich.table import Table
 from archiver import observe
 from archiver.db.reads import BeforePoll
 from archiver.model import PollReport
-from archiver.worker import ActiveLease, Chance, Over, Polling, Worker
+from archiver.worker import ActiveLease, Chance, Over, Worker
 from tests.bench.machine import cpu_seconds_of
 from tests.harness.postgres import postgres
 from tests.harness.scripted_pop3 import MailboxPlay
@@ -49,9 +49,9 @@ class _Changing(Worker):
         """End the polls that began last, and begin others in so many places."""
         over = []
         for lease in self.leases:
-            account = self.before[lease.claim.account_id].account
-            report = PollReport(account.name, "ok", listed=0, glanced=True, reached=True)
-            over.append(Over(Polling(account, lease, self._story(account, lease)), report))
+            before = self.before[lease.claim.account_id]
+            report = PollReport(before.account.name, "ok", listed=0, glanced=True, reached=True)
+            over.append(Over(self._polling(lease, before), report))
         self._end_and_begin(over, places)
         if len(self.leases) != places:
             raise RuntimeError(f"{len(self.leases)} polls begin, not {places}")

@@ -347,10 +347,14 @@ class Archive:
         with self.database.reading() as connection:
             return connection.execute(sa.select(mailbox).where(mailbox.c.account_id == account.id)).one()
 
+    def before(self, account: Account) -> reads.BeforePoll:
+        """What a poll that begins now begins with."""
+        with self.database.reading() as connection:
+            return reads.before_poll(connection, account.id)
+
     def fresh(self, account: Account) -> Account:
         """The account as the database has it now."""
-        with self.database.reading() as connection:
-            return reads.before_poll(connection, account.id).account
+        return self.before(account).account
 
     def claim(self, account: Account, owner: str = "somebody") -> ActiveLease:
         """Take the account's lease."""
@@ -368,7 +372,7 @@ class Archive:
         """A poll that dies, and leaves its lease to run out."""
         held = self.claim(account)
         with suppress(Death):
-            finish(tell_poll(account, held, ports))
+            finish(tell_poll(self.before(account), held, ports))
         self.run_out(account)
 
     def run_out(self, account: Account) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from archiver.db import record
 from archiver.model import Account, DeletePolicy, What
-from archiver.poll.ports import BatchLimits
+from archiver.poll.ports import BatchLimits, Unwatched
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Fuse, message
 from tests.scenarios.test_poll import AFTER_ARCHIVED, mailbox
@@ -156,15 +156,12 @@ def test_a_poll_that_is_stopped_before_it_saw_a_content_decides_nothing(archive:
 
 
 def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
-    """An account is read before it is claimed: its epoch counts as it is then."""
+    """An account is chosen before it is claimed: its epoch counts as it is after the claim."""
     _, account = renumbered(archive)
     stale = archive.fresh(account)
     archive.sync(account)
-    from archiver.poll import finish, poll
-
-    held = archive.claim(account)
-    assert finish(poll(stale, held, archive.ports())).known == len(NAMES)
-    archive.run_out(account)
+    (report,) = archive.worker().poll_now([stale], lambda _: Unwatched())
+    assert report.known == len(NAMES)
     expect_new_epoch(archive, account)
 
 

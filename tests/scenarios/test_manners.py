@@ -333,10 +333,10 @@ def test_a_host_that_cannot_be_reached_is_left_alone_then_tried_by_one(archive: 
 def test_polls_find_out_that_a_host_is_down_and_that_it_is_up(archive: Archive) -> None:
     server = archive.serve(MailboxPlay([(b"a", message("a"))]))
     account = archive.add(server)
-    nowhere = replace(account, url=f"pop3://{server.endpoint.user}@localhost:1")
+    url = f"pop3://{server.endpoint.user}@localhost:1"
+    nowhere = archive.ports(connect=lambda account: archive.connect(replace(account, url=url)))
     for _ in range(HOST_FAILURES):
-        worker = archive.worker()
-        (report,) = worker.poll_now([nowhere], lambda _: Unwatched())
+        report = archive.sync(account, nowhere)
         assert (report.outcome, report.reached) == ("try_later", False)
     with archive.database.reading() as connection:
         (trouble,) = schedule.troubles(connection, "localhost")

@@ -97,7 +97,7 @@ def test_a_poll_that_did_not_see_everything_proves_no_absence(archive: Archive, 
         else:
             seen = iter([False])
             ports = archive.ports(connect=connection(), stopping=lambda: next(seen, True))
-            finish(tell_poll(account, archive.claim(account), ports))
+            finish(tell_poll(archive.before(account), archive.claim(account), ports))
             archive.run_out(account)
         assert What.GONE not in {line.what for line in archive.lines(account)}
 
