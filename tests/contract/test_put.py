@@ -14,21 +14,24 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import boto3
 import botocore.session
 import pytest
+import structlog
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import CredentialProvider, CredentialResolver, Credentials
 
 from archiver.errors import IntegrityError, OperatorNeeded, TryLater
 from archiver.store.s3 import S3Store
+from archiver.store.s3.put import PLAN_SECONDS, SmallPut
 from archiver.store.spool import BytesBody
 from tests.harness.certificates import self_signed
 from tests.harness.seaweedfs import SeaweedFS
@@ -193,6 +196,19 @@ def put_all(store: S3Store, count: int) -> None:
         assert store.put(f"messages/{number}.eml", BODY).created
 
 
+def signed_as_by_botocore(server: Scripted, request: Request, credentials: Credentials) -> dict[str, str]:
+    """The headers that the signature covers; it must be the one that botocore makes of them."""
+    method, path, _ = request.line.split()
+    covered, signature = re.findall("SignedHeaders=(.+), Signature=(.+)", request.headers["authorization"])[0]
+    headers = {name: request.headers[name] for name in covered.split(";")}
+    theirs = AWSRequest(method, server.url + path, headers)
+    theirs.context["timestamp"] = headers["x-amz-date"]
+    signer = S3SigV4Auth(credentials, "s3", "us-east-1")
+    to_sign = signer.string_to_sign(theirs, signer.canonical_request(theirs))
+    assert signature == signer.signature(to_sign, theirs)
+    return headers
+
+
 # What goes out
 
 
@@ -207,7 +223,7 @@ def test_a_real_server_accepts_the_signature_of_any_key(s3: SeaweedFS, bucket: s
         assert not store.put(key, body).created
         with store.get(key) as chunks:
             assert b"".join(chunks) == body.data
-    assert len(made) == 1, "only the rehearsal"
+    assert len(made) == 2, "only the rehearsal"
 
 
 @pytest.mark.parametrize("token", [None, "a/token+of=a role"])
@@ -220,16 +236,7 @@ def test_the_signature_is_botocore_s(server: Scripted, prefix: str, token: str |
     put_all(store, 1)
     secrets = ["a secret", "a secret", "another secret"]
     for request, secret in zip(server.requests, secrets, strict=True):
-        method, path, _ = request.line.split()
-        covered, signature = re.findall(
-            "SignedHeaders=(.+), Signature=(.+)", request.headers["authorization"]
-        )[0]
-        headers = {name: request.headers[name] for name in covered.split(";")}
-        theirs = AWSRequest(method, server.url + path, headers)
-        theirs.context["timestamp"] = headers["x-amz-date"]
-        signer = S3SigV4Auth(Credentials("key", secret, token), "s3", "us-east-1")
-        to_sign = signer.string_to_sign(theirs, signer.canonical_request(theirs))
-        assert signature == signer.signature(to_sign, theirs)
+        headers = signed_as_by_botocore(server, request, Credentials("key", secret, token))
         assert headers.get("x-amz-security-token") == token
         _, day, *rest = request.scope.split("/")
         assert rest == ["us-east-1", "s3", "aws4_request"]
@@ -290,17 +297,216 @@ def test_a_token_with_a_line_break_is_not_shown(server: Scripted, more: str) -> 
         assert "AWS_ACCESS_KEY_ID" in (caught.value.hint or "")
 
 
+# What others add to the request
+
+
+def with_parameters(used: boto3.session.Session, **parameters: Any) -> None:
+    """Have every PUT ask for this, too."""
+    used.events.register("before-parameter-build.s3.PutObject", lambda params, **_: params.update(parameters))
+
+
+def with_header(used: boto3.session.Session, name: str, value: Callable[[AWSRequest], str]) -> None:
+    """Have every PUT send this header, too, and sign it."""
+    used.events.register(
+        "before-sign.s3.PutObject", lambda request, **_: request.headers.add_header(name, value(request))
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "headers"),
+    [
+        ({"ServerSideEncryption": "AES256"}, {"x-amz-server-side-encryption": "AES256"}),
+        (
+            {
+                "ServerSideEncryption": "aws:kms",
+                "SSEKMSKeyId": "arn:aws:kms:eu-central-1:1:key/2",
+                "SSEKMSEncryptionContext": "e30=",
+                "BucketKeyEnabled": True,
+            },
+            {
+                "x-amz-server-side-encryption": "aws:kms",
+                "x-amz-server-side-encryption-aws-kms-key-id": "arn:aws:kms:eu-central-1:1:key/2",
+                "x-amz-server-side-encryption-context": "e30=",
+                "x-amz-server-side-encryption-bucket-key-enabled": "true",
+            },
+        ),
+        ({"Tagging": "kind=mail&of=a%20b"}, {"x-amz-tagging": "kind=mail&of=a%20b"}),
+        (
+            {
+                "ObjectLockMode": "COMPLIANCE",
+                "ObjectLockRetainUntilDate": "2036-01-01T00:00:00Z",
+                "ObjectLockLegalHoldStatus": "ON",
+            },
+            {
+                "x-amz-object-lock-mode": "COMPLIANCE",
+                "x-amz-object-lock-retain-until-date": "2036-01-01T00:00:00Z",
+                "x-amz-object-lock-legal-hold": "ON",
+            },
+        ),
+        (
+            {"StorageClass": "STANDARD_IA", "ExpectedBucketOwner": "123456789012", "ContentLanguage": "a  b"},
+            {
+                "x-amz-storage-class": "STANDARD_IA",
+                "x-amz-expected-bucket-owner": "123456789012",
+                "content-language": "a  b",
+            },
+        ),
+    ],
+    ids=["sse", "sse-kms", "tags", "object lock", "others"],
+)
+def test_headers_of_encryption_tags_and_locks_are_signed_and_sent_without_boto3(
+    server: Scripted, parameters: dict[str, Any], headers: dict[str, str]
+) -> None:
+    used = session()
+    with_parameters(used, **parameters)
+    made = made_by_boto3(used)
+    store = open_store(server, used)
+    for number in range(3):
+        assert store.put(f"messages/{number}.eml", BytesBody(b"x" * number)).created
+    assert len(made) == 2, "only the rehearsal"
+    for number, request in enumerate(server.requests):
+        signed = signed_as_by_botocore(server, request, Credentials("key", "a secret"))
+        assert headers.items() <= signed.items()
+        assert request.body == b"x" * number
+
+
+def test_a_header_that_boto3_may_add_by_default_is_sent_too(server: Scripted) -> None:
+    used = session()
+    with_header(used, "x-amz-request-payer", lambda _: "requester")
+    used.events.register(
+        "before-send.s3.PutObject", lambda request, **_: request.headers.update({"via": "unsigned"})
+    )
+    made = made_by_boto3(used)
+    put_all(open_store(server, used), 2)
+    assert len(made) == 2
+    for request in server.requests:
+        signed = signed_as_by_botocore(server, request, Credentials("key", "a secret"))
+        assert signed["x-amz-request-payer"] == "requester"
+        assert request.headers["via"] == "unsigned"
+        assert "via" not in signed
+
+
+def test_each_kind_of_object_has_its_own_headers(server: Scripted) -> None:
+    used = session()
+
+    def lock_messages(params: dict[str, Any], **_: object) -> None:
+        if params["Key"].endswith(".eml"):
+            params["ObjectLockLegalHoldStatus"] = "ON"
+
+    used.events.register("before-parameter-build.s3.PutObject", lock_messages)
+    made = made_by_boto3(used)
+    store = open_store(server, used)
+    for key in ("journal/a/1.ndjson", "messages/a/1.eml", "journal/a/2.ndjson", "messages/a/2.eml"):
+        store.put(key, BODY)
+    locks = [request.headers.get("x-amz-object-lock-legal-hold") for request in server.requests]
+    assert locks == [None, "ON", None, "ON"]
+    assert len(made) == 4
+
+
+def test_what_a_hook_takes_from_the_clock_is_renewed(server: Scripted) -> None:
+    used, time = session(), [1000.0]
+    with_header(used, "x-amz-object-lock-retain-until-date", lambda _: str(time[0]))
+    made = made_by_boto3(used)
+    client = used.client("s3", endpoint_url=server.url)
+    small = SmallPut(used, client, monotonic=lambda: time[0])
+    put = {
+        "Bucket": "mail",
+        "Key": "messages/1.eml",
+        "Body": BODY.data,
+        "ContentLength": BODY.size,
+        "ContentType": "message/rfc822",
+        "ChecksumSHA256": "x",
+        "Metadata": {"sha256": BODY.sha256.hex()},
+    }
+    for _ in range(4):
+        assert small.send(put, BODY.sha256) is not None
+        time[0] += PLAN_SECONDS / 2
+    dates = [request.headers["x-amz-object-lock-retain-until-date"] for request in server.requests]
+    assert dates == ["1000.0", "1000.0", "1060.0", "1060.0"]
+    assert len(made) == 4
+    assert {request.connection for request in server.requests} == {0}
+
+
+def test_a_real_server_keeps_tags_and_locks(s3: SeaweedFS) -> None:
+    s3.create_bucket("small-locked", object_lock=True)
+    used = s3.session()
+    until = datetime(2036, 1, 1, tzinfo=UTC)
+    with_parameters(used, Tagging="kind=mail", ObjectLockMode="GOVERNANCE", ObjectLockRetainUntilDate=until)
+    made, client = made_by_boto3(used), s3.session().client("s3", endpoint_url=s3.endpoint_url)
+    store = S3Store("small-locked", endpoint_url=s3.endpoint_url, session=used)
+    for number in range(2):
+        key = f"messages/{number}.eml"
+        assert store.put(key, BODY).created
+        tags = client.get_object_tagging(Bucket="small-locked", Key=key)["TagSet"]
+        assert tags == [{"Key": "kind", "Value": "mail"}]
+        retention = client.get_object_retention(Bucket="small-locked", Key=key)["Retention"]
+        assert retention == {"Mode": "GOVERNANCE", "RetainUntilDate": until}
+    assert len(made) == 2
+
+
 # What boto3 must do
 
 
-def test_a_request_that_others_change_is_boto3_s(server: Scripted) -> None:
+def reverse_body(params: dict[str, Any], **_: object) -> None:
+    body = params["Body"]
+    params["Body"] = (body if isinstance(body, bytes) else body.read())[::-1]
+
+
+def forge_signature(request: AWSRequest, **_: object) -> None:
+    request.headers["Authorization"] = request.headers["Authorization"].decode()[:-1] + "x"
+
+
+HOOKS: list[tuple[str, str, Callable[[boto3.session.Session], object]]] = [
+    (
+        "a header by object",
+        "differ from one object to the next: x-amz-tagging",
+        lambda used: with_header(used, "x-amz-tagging", lambda request: f"secret={hash(request.url)}"),
+    ),
+    (
+        "an encoded body",
+        "the body would be encoded: content-encoding",
+        lambda used: with_header(used, "content-encoding", lambda _: "aws-chunked"),
+    ),
+    (
+        "a name in another script",
+        "not a header of printable ASCII",
+        lambda used: with_header(used, "x-amz-meta-of", lambda _: "secr\xe9t"),
+    ),
+    (
+        "another body",
+        "body are not those of the object",
+        lambda used: used.events.register("before-parameter-build.s3.PutObject", reverse_body),
+    ),
+    (
+        "another signature",
+        "in another way",
+        lambda used: used.events.register("before-send.s3.PutObject", forge_signature),
+    ),
+    (
+        "another checksum",
+        "x-amz-checksum-sha256 does not follow from the object",
+        lambda used: with_parameters(used, ChecksumSHA256="secret"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "hook"), [hook[1:] for hook in HOOKS], ids=[hook[0] for hook in HOOKS])
+def test_what_cannot_be_carried_safely_is_boto3_s(
+    server: Scripted, reason: str, hook: Callable[[boto3.session.Session], object]
+) -> None:
     used = session()
-    used.events.register(
-        "before-sign.s3.PutObject",
-        lambda request, **_: request.headers.add_header("x-amz-request-payer", "requester"),
-    )
-    put_all(open_store(server, used), 2)
-    assert [request.headers["x-amz-request-payer"] for request in server.requests] == ["requester"] * 2
+    hook(used)
+    made = made_by_boto3(used)
+    store = open_store(server, used)
+    with structlog.testing.capture_logs() as logs:
+        for number in range(2):
+            store.put(f"messages/ab{number}/1.eml", BytesBody(b"abc"))
+    assert len(server.requests) == 2
+    assert len(made) > 2, "each of them, beside the rehearsal"
+    [told] = logs
+    assert told["event"] == "store.fast_put_off"
+    assert reason in told["reason"]
+    assert "secr" not in str(told)
 
 
 def test_a_proxy_is_boto3_s(server: Scripted) -> None:
