@@ -453,7 +453,9 @@ def reverse_body(params: dict[str, Any], **_: object) -> None:
 
 
 def forge_signature(request: AWSRequest, **_: object) -> None:
-    request.headers["Authorization"] = request.headers["Authorization"].decode()[:-1] + "x"
+    scope = "key/20260101/us-east-1/s3/aws4_request"
+    forged = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=secret"
+    request.headers["Authorization"] = forged
 
 
 HOOKS: list[tuple[str, str, Callable[[boto3.session.Session], object]]] = [
