@@ -116,7 +116,7 @@ def test_an_address_without_a_name_is_verified_too(mailbox: Callable[..., Box]) 
         assert client.facts.tls_version is not None
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(mailbox: Callable[..., Box]) -> None:
+def test_an_untrusted_certificate_is_refused(mailbox: Callable[..., Box]) -> None:
     for tls in (Tls.IMPLICIT, Tls.STARTTLS):
         with pytest.raises(Pop3Error) as caught:
             Mailbox.connect(endpoint(mailbox(), tls))

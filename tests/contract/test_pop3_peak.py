@@ -140,7 +140,7 @@ def test_an_endless_message_takes_little_memory_and_ends_with_the_session(octets
 
 
 def dripping(octets: bytes) -> Talk:
-    """One octet a write, for ever."""
+    """One byte a write, without end."""
 
     def talk(channel: Channel) -> None:
         while True:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.pop3_servers
 ADDITIONS = {"solid-pop3d": {"one more empty line"}, "mailutils": {"one more field, X-UIDL"}}
 
 # mailutils writes X-UIDL, X-UID and Status into its mailbox as a session ends, until all are there:
-# for so many sessions a message is not the one that was fetched before.
+# for this many sessions a message is not the one that was fetched before.
 SETTLING = {"mailutils": 2}
 
 

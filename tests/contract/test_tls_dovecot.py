@@ -1,4 +1,4 @@
-"""TLS of a real Dovecot: pins, a version that nobody should speak any more, client certificates."""
+"""TLS of a real Dovecot: pins, an obsolete version, client certificates."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -68,7 +68,7 @@ def old(server_directory: Path) -> Iterator[Dovecot]:
 def test_an_old_server_is_archived_where_that_is_allowed(old: Dovecot) -> None:
     trusting = TlsSettings(ca_file=old.ca_file)
     error = refusal(old.url(USER), trusting)
-    assert "a server that knows no TLS 1.2 may hang up so" in str(error), "it sends no alert"
+    assert "a server without TLS 1.2 may disconnect like this" in str(error), "it sends no alert"
     for minimum in ("1.0", "1.1"):
         found = fetch(old.url(USER), PASSWORD, replace(trusting, minimum_version=minimum))
         assert found == ("TLSv1.1", 1)
@@ -76,7 +76,7 @@ def test_an_old_server_is_archived_where_that_is_allowed(old: Dovecot) -> None:
 
 @pytest.fixture(scope="module")
 def demanding(server_directory: Path) -> Iterator[Dovecot]:
-    """A Dovecot that lets nobody log in who does not show a certificate that it trusts."""
+    """A Dovecot that refuses every login without a certificate that it trusts."""
     directory = server_directory / "demanding"
     require(demo_dovecot.unavailable(server_directory))
     directory.mkdir()

@@ -17,9 +17,9 @@ class Pop2Play:
     """A mailbox with these messages; an empty one stands for a number that holds none.
 
     ``faults`` maps a whole command line (``READ 2``) or a verb to the octets
-    sent in place of the right answer, after which the server hangs up if they
+    sent in place of the right answer, after which the server disconnects if they
     begin with ``-``, or are empty. ``cuts`` maps a number to the octets after
-    which the server hangs up in that message. ``folders`` are what FOLD opens.
+    which the server disconnects in that message. ``folders`` are what FOLD opens.
     """
 
     messages: list[bytes]

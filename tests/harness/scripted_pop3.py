@@ -83,7 +83,7 @@ Step = Send | Expect | SendEndlessly | StartTls | Stall | HangUp | Talk
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Answer a RETR, but close after so many octets of the (stuffed) message."""
+    """Answer a RETR, but close after this many bytes of the (stuffed) message."""
 
     after_bytes: int
 
@@ -172,7 +172,7 @@ class ScriptedPop3:
             raise self._failures.pop(0)
 
     def wait_for_end(self, connections: int) -> None:
-        """Return when so many connections have come and ended. Raises TimeoutError."""
+        """Return when this many connections have come and ended. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended >= connections, _JOIN_SECONDS):
                 raise TimeoutError(f"{self._ended} connections ended, not {connections}")
@@ -241,7 +241,7 @@ class ScriptedPop3:
 
 
 class Channel:
-    """One connection: octets and lines, in clear or by TLS."""
+    """One connection: bytes and lines, in clear text or by TLS."""
 
     def __init__(self, server: ScriptedPop3, connection: socket.socket) -> None:
         self._server = server

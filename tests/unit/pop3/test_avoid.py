@@ -1,4 +1,4 @@
-"""What a server trips over is told, and is not asked of it again."""
+"""A command that a server trips over is reported, and is not sent to it again."""
 
 import io
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from tests.harness.scripted_pop3 import (
 
 HASTY = Limits(capability_seconds=0.2, login_seconds=0.5, listing_seconds=0.2, idle_seconds=0.2)
 MESSAGES = [(b"uid-%d" % number, b"message %d\r\n" % number) for number in range(1, 100)]
-TRIPS = [pytest.param(HangUp(), id="hangs up"), pytest.param(Stall(), id="hangs")]
+TRIPS = [pytest.param(HangUp(), id="disconnects"), pytest.param(Stall(), id="stalls")]
 
 
 def server(faults: Mapping[str, Fault], capabilities: tuple[str, ...] | None = CAPABILITIES) -> ScriptedPop3:
@@ -118,7 +118,7 @@ def test_auth_gives_way_to_user_and_pass_within_tls(certificate: tuple[Path, Pat
         assert at.commands["PASS"] == 1
 
 
-def test_without_tls_nobody_on_the_way_talks_us_out_of_auth() -> None:
+def test_without_tls_an_attacker_on_the_line_cannot_make_us_skip_auth() -> None:
     with server({"AUTH": HangUp()}) as at:
         mailbox = connected(at, "AUTH")
         failed(mailbox)

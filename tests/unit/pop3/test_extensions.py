@@ -46,7 +46,7 @@ def test_it_is_asked_after_starttls(certificate: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("capabilities", [None, ("USER", "SASL PLAIN"), ("USER", "SASL PLAIN", "UTF16")])
 def test_it_is_never_asked_unoffered(capabilities: tuple[str, ...] | None) -> None:
-    """Some servers hang up at a verb that they do not know."""
+    """Some servers disconnect at a verb that they do not know."""
     with (
         ScriptedPop3(MailboxPlay([], capabilities=capabilities)) as server,
         Mailbox.connect(server.endpoint) as mailbox,

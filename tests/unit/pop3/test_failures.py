@@ -51,7 +51,7 @@ def test_a_server_that_marks_bad_credentials_means_something_else_without_the_ma
 
 
 AT_RETRIEVE = [
-    (b"Message 2 expunged.", TRANSIENT),  # Dovecot: drop it from the plan and list anew
+    (b"Message 2 expunged.", TRANSIENT),  # Dovecot: drop it from the plan and list again
     (b"Can't open the message file - it's gone!", TRANSIENT),  # Courier
     (b"Download was rate limited. Try again in 2 hours", TRANSIENT),  # WildDuck
     (b"Download exceed", TRANSIENT),  # NetEase
@@ -63,7 +63,7 @@ AT_RETRIEVE = [
     (b"[SYS/PERM] corrupt", POISON),
     (b"[UTF8] message needs UTF8", POISON),
     (b"Message can not load", POISON),  # NetEase
-    (b"server error, try again later", POISON),  # Yahoo, of one message, for ever
+    (b"server error, try again later", POISON),  # Yahoo, of one message, permanently
     (b"message temporarily unavailable", POISON),
     (b"message exceeds the size limit", POISON),
     (b"message too large", POISON),

@@ -105,7 +105,7 @@ def retrieve(mailbox: Mailbox) -> None:
             [*LOGIN, Expect(b"UIDL\r\n"), Send(b"+OK\r\n1 "), SendEndlessly(b"a")], Mailbox.list, id="one uid"
         ),
         pytest.param([*RETR, SendEndlessly(b"+OK x")], retrieve, id="status line"),
-        pytest.param([*RETR, SendEndlessly(b"+OK\r\n.\r\n")], retrieve, id="answers that nobody asked for"),
+        pytest.param([*RETR, SendEndlessly(b"+OK\r\n.\r\n")], retrieve, id="unrequested answers"),
     ],
 )
 def test_what_never_ends_is_refused(script: list[Step], call: Callable[[Mailbox], object]) -> None:

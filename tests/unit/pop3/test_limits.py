@@ -111,5 +111,5 @@ def test_what_exceeds_no_limit_names_none() -> None:
 
 def test_a_case_for_every_limit() -> None:
     elsewhere = {"connect_seconds", "session_seconds"}
-    no_error = {"capability_seconds", "window"}  # the session is opened anew; nobody can exceed it
+    no_error = {"capability_seconds", "window"}  # the session connects again; a window cannot be exceeded
     assert {field.name for field in fields(Limits)} == CASES.keys() | elsewhere | no_error

@@ -128,7 +128,7 @@ def test_who_is_not_answered_is_told_so_while_others_go_on(loop: Loop) -> None:
 def test_each_has_its_own_time(
     threads: ThreadPoolExecutor, clock: Clock, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    """The first that ends is told first, and who still has time has it."""
+    """The wait that ends first is reported first, and the others keep their time."""
     loop = Loop(threads, monotonic=clock)
     ours, theirs = pair
     long = run(loop, lambda: wait_for(ours, 100.0))
@@ -142,7 +142,7 @@ def test_each_has_its_own_time(
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
-def test_nobody_is_late_because_another_held_up_the_thread(
+def test_no_task_is_late_because_another_delayed_the_thread(
     threads: ThreadPoolExecutor, clock: Clock, is_answered: bool
 ) -> None:
     """Another is resumed, and goes on beyond the other's time; an answer that comes meanwhile counts."""
@@ -206,7 +206,7 @@ def test_what_blocks_is_done_by_another_thread(loop: Loop) -> None:
     assert back.result(SOON_SECONDS) == here
 
 
-def test_what_blocks_holds_up_nobody(loop: Loop) -> None:
+def test_what_blocks_delays_no_other_task(loop: Loop) -> None:
     gate = threading.Event()
     waiting = run(loop, lambda: aside(lambda: gate.wait(SOON_SECONDS)))
     assert run(loop, lambda: "meanwhile").result(SOON_SECONDS) == "meanwhile"

@@ -306,7 +306,7 @@ def test_a_server_may_send_megabytes_before_it_reads_the_next_command() -> None:
         assert [type(other) for other in others] == [Refused, Refused]
 
 
-def test_capa_is_asked_anew_along_with_the_first_look() -> None:
+def test_capa_is_asked_again_along_with_the_first_look() -> None:
     """One round trip for all. What is announced from then on may be another thing, even nothing."""
     for capa in (b"+OK\r\nPIPELINING\r\nEXPIRE 0\r\n.\r\n", b"+OK\r\nEXPIRE 0\r\n.\r\n", b"-ERR\r\n"):
         glance: list[Step] = [Expect(b"CAPA\r\nSTAT\r\nUIDL 2\r\n"), Send(capa + b"+OK 2 20\r\n+OK 2 b\r\n")]
@@ -347,7 +347,7 @@ def test_the_server_sends_on_while_the_caller_works() -> None:
 
 
 def test_a_refused_message_does_not_stop_the_others() -> None:
-    """Exchange, for ever, of a message that it cannot render."""
+    """Exchange says this each time of a message that it cannot render."""
     faults = {"RETR 2": Send(b"-ERR message cannot be rendered\r\n")}
     with ScriptedPop3(play(faults=faults)) as server, logged_in(server) as mailbox:
         results = fetch(mailbox)
@@ -483,7 +483,7 @@ def test_h1_plus_err_does_not_log_in() -> None:
         assert failure_of(lambda: logged_in(server)).kind is FailureKind.PROTOCOL
 
 
-@pytest.mark.parametrize("how", [Stall(), HangUp()], ids=["hangs", "hangs up"])
+@pytest.mark.parametrize("how", [Stall(), HangUp()], ids=["stalls", "disconnects"])
 def test_5_1_a_server_that_cannot_bear_capa_is_called_again_without_it(how: Step) -> None:
     first = [*GREETING, Expect(b"CAPA\r\n"), how]
     second = [
@@ -585,7 +585,7 @@ def test_a_connection_that_ends_before_the_greeting() -> None:
     assert "the greeting" in str(error)
 
 
-def test_nobody_listens() -> None:
+def test_a_port_without_a_server() -> None:
     with ScriptedPop3([[]]) as server:
         endpoint = server.endpoint
     error = failure_of(lambda: Mailbox.connect(endpoint))
@@ -842,7 +842,7 @@ def test_the_password_never_goes_in_clear(
     assert {"AUTH", "PASS"} & set(server.commands)
 
 
-# Hostile servers: every one of these would go on for ever.
+# Hostile servers: each of these would go on without end.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""POP2: what its octets mean, and what a session does with a server that lies, stalls or hangs up."""
+"""POP2: what its bytes mean, and what a session does with a server that lies, stalls or disconnects."""
 
 import io
 import tracemalloc

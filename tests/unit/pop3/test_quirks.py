@@ -107,7 +107,7 @@ def test_cy3_an_apop_stamp_is_no_reason_to_try_apop() -> None:
 
 
 def test_w2_and_y9_nothing_is_probed_that_was_not_offered() -> None:
-    """WildDuck hangs up at a verb that it does not know, IONOS at an AUTH without argument."""
+    """WildDuck disconnects at a verb that it does not know, IONOS at an AUTH without argument."""
     with server() as at:
         fetched(at)
         lines = [line for line, _ in at.received]
@@ -385,7 +385,9 @@ def test_gm1_and_q1_a_message_may_be_larger_than_was_said() -> None:
         assert contents(fetched(at))[0] == longer
 
 
-@pytest.mark.parametrize("said", [b"-ERR busy, try later\r\n", b""], ids=["5.24 -ERR", "5.24 hangs up, m12"])
+@pytest.mark.parametrize(
+    "said", [b"-ERR busy, try later\r\n", b""], ids=["5.24 -ERR", "5.24 disconnects, m12"]
+)
 def test_a_server_that_does_not_greet_is_busy(said: bytes) -> None:
     with ScriptedPop3([[Send(said)]]) as at:
         assert failure_of(lambda: Mailbox.connect(at.endpoint)).kind is FailureKind.TRANSIENT

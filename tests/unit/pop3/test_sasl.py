@@ -348,12 +348,12 @@ SALT = "c2l4dGVlbiBvY3RldHMuLg=="
         pytest.param(f"m=x,r=clientnonceX,s={SALT},i=4096", FailureKind.OPERATOR, id="an extension"),
         pytest.param("e=unknown-user", FailureKind.AUTH, id="an unknown user"),
         pytest.param("e=other-error", FailureKind.AUTH, id="an error that is not told"),
-        pytest.param("e=\x1b[31mwhat", FailureKind.AUTH, id="an error that nobody knows"),
+        pytest.param("e=\x1b[31mwhat", FailureKind.AUTH, id="an unknown error"),
         pytest.param("e=no-resources", FailureKind.TRANSIENT, id="a busy server"),
         pytest.param(
             "e=server-does-support-channel-binding", FailureKind.SECURITY, id="an offer that was stripped"
         ),
-        pytest.param("e=channel-bindings-dont-match", FailureKind.SECURITY, id="somebody in between"),
+        pytest.param("e=channel-bindings-dont-match", FailureKind.SECURITY, id="an attacker in between"),
         pytest.param("e=unsupported-channel-binding-type", FailureKind.OPERATOR, id="another binding"),
     ],
 )

@@ -45,7 +45,7 @@ def session(
     mechanism: str | None = None,
     certificate: tuple[Path, Path] | None = None,
 ) -> Iterator[tuple[Mailbox, ScriptedPop3]]:
-    """A session that is not logged in; by TLS where there is a certificate, else in clear, as allowed."""
+    """A session that is not logged in; by TLS if there is a certificate, else in clear text, as allowed."""
     tls: TlsMode = "implicit" if certificate else "none"
     with ScriptedPop3([script], tls=tls, certificate=certificate) as server:
         endpoint = replace(server.endpoint, mechanism=mechanism)
@@ -430,7 +430,7 @@ def test_oauthbearer_and_its_error() -> None:
 
 
 def test_a_password_is_not_taken_for_a_token() -> None:
-    """OAuth is for those who ask for it: an offer alone is none."""
+    """OAuth is used only if the URL names it: an offer of the server is not enough."""
     script = [
         *offering("XOAUTH2", "OAUTHBEARER"),
         Expect(b"USER user\r\n"),

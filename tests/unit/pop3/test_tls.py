@@ -79,7 +79,7 @@ def refusal(call: Callable[[], object]) -> Pop3Error:
 
 
 def said(server: ScriptedPop3) -> list[bytes]:
-    """What the server was told, apart from the wish for TLS."""
+    """The commands that the server received, except STLS."""
     return [line for line, _ in server.received if line != b"STLS"]
 
 
@@ -252,7 +252,7 @@ def test_an_old_minimum_still_takes_the_best_and_still_verifies(certificate: Cer
 
 
 def test_an_old_server_need_not_know_secure_renegotiation() -> None:
-    """Its hello has no extension (RFC 5746 came in 2010); then it hangs up, which is as far as this goes."""
+    """Its hello has no extension (RFC 5746 came in 2010); then it disconnects, so that the handshake never finishes."""
     hello = b"\x03\x01" + bytes(32) + b"\0" + b"\x00\x2f" + b"\0"  # AES128-SHA, no compression
     handshake = b"\x02" + len(hello).to_bytes(3, "big") + hello
     record = b"\x16\x03\x01" + len(handshake).to_bytes(2, "big") + handshake
@@ -342,7 +342,7 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
             assert log_in(server, settings)
 
 
-def test_a_file_that_was_mended_is_tried_again(certificate: Certificate, tmp_path: Path) -> None:
+def test_a_file_that_was_fixed_is_tried_again(certificate: Certificate, tmp_path: Path) -> None:
     trusted = tmp_path / "ca.pem"
     settings = TlsSettings(ca_file=trusted)
     trusted.write_text("no certificate\n")
