@@ -252,7 +252,7 @@ def test_an_old_minimum_still_takes_the_best_and_still_verifies(certificate: Cer
 
 
 def test_an_old_server_need_not_know_secure_renegotiation() -> None:
-    """Its hello has no extension (RFC 5746 came in 2010); then it disconnects, so that the handshake never finishes."""
+    """Its hello has no extension (RFC 5746 came in 2010). Then it disconnects, before the handshake ends."""
     hello = b"\x03\x01" + bytes(32) + b"\0" + b"\x00\x2f" + b"\0"  # AES128-SHA, no compression
     handshake = b"\x02" + len(hello).to_bytes(3, "big") + hello
     record = b"\x16\x03\x01" + len(handshake).to_bytes(2, "big") + handshake
