@@ -18,7 +18,7 @@ from typing import Self
 
 from archiver import oauth, policy, pop3
 from archiver.db import Database, accounts, migrate
-from archiver.db.schedule import HostSessions
+from archiver.db.hosts import HostSessions
 from archiver.errors import UsageError
 from archiver.model import Account
 from archiver.poll.ports import BatchLimits, Budget, Ports

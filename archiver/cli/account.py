@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from archiver.bootstrap import Archiver
+    from archiver.db.overview import AccountStatus, PastPoll
     from archiver.model import Account
     from archiver.views.status import Ledger
 
@@ -203,8 +204,8 @@ def list_accounts(json: Json = False) -> None:
     for state in states:
         due = "-" if state.due_at is None else ago(state.due_at, now) if state.due_at > now else "now"
         made.add_row(
-            state.name,
-            state.url,
+            state.account.name,
+            state.account.url,
             _word(state),
             ago(state.ended_at, now),
             due,
@@ -229,7 +230,7 @@ def show_account(
     it. And when nobody looked for longer than planned.
     """
     from archiver.bootstrap import Archiver
-    from archiver.db import reads
+    from archiver.db import overview
     from archiver.model import uidl_text
     from archiver.policy import quirks
     from archiver.settings import load
@@ -238,9 +239,9 @@ def show_account(
     with Archiver(load()) as archiver:
         account = lookup.account(archiver, name)
         with archiver.database.reading() as connection:
-            state = reads.account_states(connection, [account.id])[0]
-            polls = reads.polls(connection, account.id, POLLS_SHOWN)
-            aside = reads.quarantined(connection, account.id)
+            state = overview.account_states(connection, [account.id])[0]
+            polls = overview.polls(connection, account.id, POLLS_SHOWN)
+            aside = overview.quarantined(connection, account.id)
             now = archiver.now()
             standing = ScheduleShown.of(connection, account, now, archiver.settings.day_bytes)
             ledger = view.ledger(connection, account.id, now, days=days)
@@ -456,20 +457,21 @@ def _secret_kind(account: "Account") -> str:
     return words if inner == account.secret_reference else f"by OAuth, credential {words}"
 
 
-def _states(archiver: "Archiver") -> list[Any]:
-    from archiver.db import reads
+def _states(archiver: "Archiver") -> "list[AccountStatus]":
+    from archiver.db import overview
 
     with archiver.database.reading() as connection:
-        return [state for state in reads.account_states(connection) if state.removed_at is None]
+        states = overview.account_states(connection)
+    return [state for state in states if state.account.state is not AccountState.REMOVED]
 
 
-def _tell_completeness(state: Any, ledger: "Ledger") -> None:
+def _tell_completeness(state: "AccountStatus", ledger: "Ledger") -> None:
     say(
         f"  {state.to_come} still to come, {state.quarantined} in quarantine; "
         f"{ledger.lost_ever} lost since it was added"
     )
-    if state.deletion_suspended:
-        say(f"  nothing is deleted: {one_line(state.deletion_suspended)}")
+    if state.account.deletion_suspended:
+        say(f"  nothing is deleted: {one_line(state.account.deletion_suspended)}")
     for gap in ledger.gaps:
         until = f"until {_minute(gap.until)}" if gap.until is not None else "and still nobody does"
         say(f"  nobody looked from {_minute(gap.since)} {until}")
@@ -480,30 +482,30 @@ def _minute(at: "datetime") -> str:
     return f"{at:%Y-%m-%d %H:%M} UTC"
 
 
-def _word(state: Any) -> str:
-    if state.state != "active":
-        return str(state.state)
-    if state.failures or state.refusals:
+def _word(state: "AccountStatus") -> str:
+    if state.account.state is not AccountState.ACTIVE:
+        return state.account.state.value
+    if state.is_failing:
         return "failing"
     return "ok" if state.ended_at is not None else "new"
 
 
-def _state_json(state: Any) -> dict[str, Any]:
+def _state_json(state: "AccountStatus") -> dict[str, Any]:
     return {
-        "account": state.name,
-        "id": state.id,
-        "url": state.url,
+        "account": state.account.name,
+        "id": state.account.id,
+        "url": state.account.url,
         "state": _word(state),
-        "state_reason": state.state_reason,
+        "state_reason": state.account.state_reason,
         "captures": state.captures,
-        "bytes": int(state.captured_bytes),
+        "bytes": state.captured_bytes,
         "listed": state.listed,
         "to_come": state.to_come,
         "quarantined": state.quarantined,
         "listed_at": state.listed_at,
         "looked_at": state.looked_at,
         "late_at": state.late_at,
-        "deletion_suspended": state.deletion_suspended,
+        "deletion_suspended": state.account.deletion_suspended,
         "last_outcome": state.outcome,
         "last_error": state.error,
         "last_poll_at": state.ended_at,
@@ -511,7 +513,7 @@ def _state_json(state: Any) -> dict[str, Any]:
     }
 
 
-def _poll_json(poll: Any) -> dict[str, Any]:
+def _poll_json(poll: "PastPoll") -> dict[str, Any]:
     return {
         "token": poll.token,
         "ended_at": poll.ended_at,

@@ -10,7 +10,7 @@ from archiver.states import AccountState
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from archiver.db.schedule import Trouble
+    from archiver.db.hosts import Trouble
     from archiver.model import Account
 
 
@@ -33,7 +33,7 @@ class ScheduleShown:
     def of(cls, connection: "Connection", account: "Account", now: datetime, day_bytes: int | None) -> Self:
         import sqlalchemy as sa
 
-        from archiver.db import schedule
+        from archiver.db import hosts
         from archiver.db.tables import lease, mailbox
         from archiver.model import mail_host
         from archiver.timetable import Timetable
@@ -43,7 +43,7 @@ class ScheduleShown:
             .outerjoin(mailbox, mailbox.c.account_id == lease.c.account_id)
             .where(lease.c.account_id == account.id)
         ).one()
-        troubles = schedule.troubles(connection, mail_host(account.url))
+        troubles = hosts.troubles(connection, mail_host(account.url))
         try:
             blackout_until = Timetable.of(account).blackout_ends(now)
         except ValueError:

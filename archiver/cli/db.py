@@ -71,7 +71,7 @@ def recount(json: Json = False) -> None:
     from functools import partial
 
     from archiver.bootstrap import Archiver
-    from archiver.db import accounts, record
+    from archiver.db import accounts, requests
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
@@ -80,7 +80,7 @@ def recount(json: Json = False) -> None:
         mended = [
             account.name
             for account in every
-            if archiver.database.transact(partial(record.recount, account_id=account.id))
+            if archiver.database.transact(partial(requests.recount, account_id=account.id))
         ]
     if json:
         emit({"accounts": len(every), "mended": mended})
@@ -97,11 +97,11 @@ def catch_up(json: Json = False) -> None:
     request to the store.
     """
     from archiver.bootstrap import Archiver
-    from archiver.db import schedule
+    from archiver.db import leases
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
-        marked = archiver.database.transact(schedule.doubt_journals)
+        marked = archiver.database.transact(leases.doubt_journals)
     if json:
         emit({"accounts": marked})
     else:

@@ -39,7 +39,7 @@ def deletable(
     """
     from archiver import policy
     from archiver.bootstrap import Archiver
-    from archiver.db import reads
+    from archiver.db import sightings
     from archiver.errors import UsageError
     from archiver.model import UNKNOWN_SIZE, DeletePolicy, uidl_text
     from archiver.settings import load
@@ -55,7 +55,7 @@ def deletable(
         counts: Counter[str] = Counter()
         going: list[dict[str, Any]] = []
         with archiver.database.reading() as connection:
-            for key, known in reads.present_sightings(connection, account.id, account.epoch):
+            for key, known in sightings.present(connection, account.id, account.epoch):
                 verdict = policy.delete_verdict(
                     wanted,
                     state=known.state,
@@ -102,11 +102,11 @@ def deletable(
 def allow_deletion(name: Name) -> None:
     """Lift the hold that a renumbered mailbox was put under: the deletion policy is in force again."""
     from archiver.bootstrap import Archiver
-    from archiver.db import record
+    from archiver.db import requests
     from archiver.settings import load
 
     with Archiver(load()) as archiver:
         account = lookup.active_account(archiver, name)
-        archiver.database.transact(lambda connection: record.allow_deletion(connection, account.id))
+        archiver.database.transact(lambda connection: requests.allow_deletion(connection, account.id))
     was = "was not suspended" if account.deletion_suspended is None else "is no longer suspended"
     say(f"deletion for {name} {was}; its policy is {account.delete}")

@@ -222,10 +222,10 @@ def _verify(story: _Story) -> "Findings":
 
 
 def _farewell(story: _Story, findings: "Findings", directory: Path) -> None:
-    from archiver.db import reads
+    from archiver.db import captures
 
     with story.archiver.database.reading() as connection:
-        newest = next(reads.captures(connection, limit=1, newest=True))
+        newest = next(captures.listed(connection, limit=1, newest=True))
     count, boxes = findings.checked, len(story.accounts)
     command = _command()
     elsewhere = ""

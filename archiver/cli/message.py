@@ -39,14 +39,14 @@ def list_messages(
 ) -> None:
     """List captures in the order in which they were made."""
     from archiver.bootstrap import Archiver
-    from archiver.db import reads
+    from archiver.db import captures
     from archiver.settings import load
 
     with Archiver(load()) as archiver, archiver.database.reading() as connection:
         account_id = None
         if account is not None:
             account_id = lookup.account(archiver, account).id
-        rows = reads.captures(connection, account_id=account_id, limit=limit, newest=newest)
+        rows = captures.listed(connection, account_id=account_id, limit=limit, newest=newest)
         if json:
             for row in rows:
                 emit(_json(row))
@@ -128,7 +128,7 @@ def retry(
     """
     from archiver.bootstrap import Archiver
     from archiver.cli.sync import sync
-    from archiver.db import record
+    from archiver.db import requests
     from archiver.errors import UsageError
     from archiver.model import uidl_bytes
     from archiver.settings import load
@@ -142,8 +142,8 @@ def retry(
         now = archiver.now()
 
         def mark(connection: "Connection") -> int:
-            count = record.retry_quarantined(connection, found.id, now, wanted)
-            return count if wanted is None else count + record.fetch_again(connection, found.id, wanted)
+            count = requests.retry_quarantined(connection, found.id, now, wanted)
+            return count if wanted is None else count + requests.fetch_again(connection, found.id, wanted)
 
         if not archiver.database.transact(mark):
             what = (
@@ -157,7 +157,7 @@ def retry(
 
 def _find(archiver: "Archiver", text: str) -> Any:
     """The one capture that a person means. Raises UsageError."""
-    from archiver.db import reads
+    from archiver.db import captures
     from archiver.errors import UsageError
 
     account_id, separator, digits = text.rpartition("-")
@@ -165,7 +165,7 @@ def _find(archiver: "Archiver", text: str) -> Any:
     if not (SHORTEST_PREFIX <= len(digits) <= DIGEST_DIGITS and all(c in "0123456789abcdef" for c in digits)):
         raise UsageError(f"{text!r} names no capture", hint="archiver message list shows them")
     with archiver.database.reading() as connection:
-        rows = reads.find_captures(
+        rows = captures.find(
             connection,
             sha256_from=bytes.fromhex(digits.ljust(DIGEST_DIGITS, "0")),
             sha256_to=bytes.fromhex(digits.ljust(DIGEST_DIGITS, "f")),

@@ -84,7 +84,7 @@ def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
 
 
 def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "AbstractContextManager[str]":
-    from archiver.db import migrate, reads
+    from archiver.db import migrate, overview
     from archiver.errors import TryLater, UsageError
 
     try:
@@ -102,9 +102,9 @@ def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "Abstrac
             raise TryLater("draining")
         migrate.ensure(archiver.raw_database)
 
-    def standing() -> reads.Overview:
+    def standing() -> overview.Overview:
         with archiver.raw_database.reading() as connection:
-            return reads.overview(connection, archiver.now())
+            return overview.overview(connection, archiver.now())
 
     health = web.Health(
         alive=lambda: not opened.is_set() or archiver.worker.alive,

@@ -116,7 +116,7 @@ def _tell_hosts(found: "Overview", now: "datetime") -> None:
     made = table("mail host in trouble", "since", "failures", "again", "why", right=("failures",))
     for host in found.hosts:
         made.add_row(
-            host.name,
+            host.host,
             ago(host.failing_since, now),
             str(host.failures),
             ago(host.retry_at, now),

@@ -87,7 +87,7 @@ def _verify(
 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from archiver.db import reads
+    from archiver.db import overview
     from archiver.evidence.verify import find_strays
     from archiver.evidence.verify import verify as verify_account
 
@@ -95,7 +95,7 @@ def _verify(
         find_strays({account.id for account in chosen}, archiver.store, findings)
     with archiver.database.reading() as connection:
         # PostgreSQL takes 65,535 parameters, and there may be more accounts.
-        states = reads.account_states(connection, None if every else [account.id for account in chosen])
+        states = overview.account_states(connection, None if every else [account.id for account in chosen])
     columns = (TextColumn("hashing again"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     target = console(stderr=True)
     with (

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
-from archiver.db import reads, record, schedule
+from archiver.db import before, requests, schedule
 from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account
 from archiver.errors import UsageError
 from archiver.model import NO_DIGEST, Account, mail_host
@@ -82,7 +82,7 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
         connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values))
     schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
     # Another address may be another mailbox, and another policy lets other messages go.
-    record.distrust(connection, changed.id)
+    requests.distrust(connection, changed.id)
 
 
 def exchange_secret(connection: Connection, account_id: str, old: str, new: str) -> bool:
@@ -103,7 +103,7 @@ def page(connection: Connection, after: str, limit: int) -> list[Account]:
         .order_by(account.c.name)
         .limit(limit)
     )
-    return [reads.account_of(row) for row in rows]
+    return [before.account_of(row) for row in rows]
 
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
@@ -129,12 +129,12 @@ def all_active(connection: Connection) -> list[Account]:
     rows = connection.execute(
         sa.select(account).where(account.c.removed_at.is_(None)).order_by(account.c.name)
     )
-    return [reads.account_of(row) for row in rows]
+    return [before.account_of(row) for row in rows]
 
 
 def every(connection: Connection) -> list[Account]:
     """Every account that ever was, removed ones too: their archives are still to be proved."""
-    return [reads.account_of(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+    return [before.account_of(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
 
 
 def _first_due(wanted: Account, at: datetime) -> datetime | None:
@@ -154,7 +154,7 @@ def _refuse_second(connection: Connection, wanted: Account) -> None:
 
 def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | None:
     row = connection.execute(sa.select(account).where(wanted)).first()
-    return None if row is None else reads.account_of(row)
+    return None if row is None else before.account_of(row)
 
 
 def _settings(of: Account) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+FETCH_ROWS = 1_000
+"""Rows that a streamed read has in memory at once."""
+
 OCTETS = "octets_of_hex"
 """A function that our connections to SQLite have: its own unhex() is not in all that are in use."""
 

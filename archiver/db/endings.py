@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db import bulk, history, schedule, seconds_on
-from archiver.db.schedule import Trouble
+from archiver.db import bulk, history, hosts, seconds_on
+from archiver.db.hosts import Trouble
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.model import Claim, PollReport, mail_host
 from archiver.policy import NextPoll, Setbacks, late_after_seconds
@@ -253,9 +253,9 @@ def _tell_of_host(connection: Connection, ending: Ending, accounts: dict[str, An
     report, name = ending.report, ending.claim.host
     if report.reached:
         troubled = accounts[ending.claim.account_id].troubled is not None
-        return (troubled and schedule.host_reached(connection, name)) or None
+        return (troubled and hosts.reached(connection, name)) or None
     if report.reached is False and report.outcome == "try_later":
-        return schedule.host_unreached(connection, name, report.error, ending.chance)
+        return hosts.unreached(connection, name, report.error, ending.chance)
     return None
 
 

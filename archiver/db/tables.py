@@ -402,7 +402,7 @@ class GapRow(SQLModel, table=True):
 
 
 class EventRow(SQLModel, table=True):
-    """The feed. A reader that has seen a position has seen every one below it (see ``record.publish``)."""
+    """The feed. A reader that has seen a position has seen every one below it (see ``events.publish``)."""
 
     __tablename__ = "event"
     __table_args__ = {"sqlite_autoincrement": True}

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from archiver.db import Database, reads, schedule
+from archiver.db import Database, before, captures, leases
 from archiver.errors import IntegrityError
 from archiver.evidence import journal
 from archiver.evidence.scratch import Content, Scratch, scratch
@@ -113,10 +113,10 @@ def verify(
     """
     with scratch(scratch_directory) as contents:
         with database.reading() as connection:
-            head = reads.journal_head(connection, account.id)
-            contents.add_recorded(reads.capture_digests(connection, account.id))
-            stated, actual = reads.counted(connection, account.id), reads.count_again(connection, account.id)
-            since = now - IN_FLIGHT if schedule.is_unsettled(connection, account.id) else now
+            head = before.journal_head(connection, account.id)
+            contents.add_recorded(captures.digests(connection, account.id))
+            stated, actual = captures.counted(connection, account.id), captures.count(connection, account.id)
+            since = now - IN_FLIGHT if leases.is_unsettled(connection, account.id) else now
         check = _Check(account, store, contents, findings, head=head, since=since)
         check.read_journal()
         agree = check.compare_database()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from archiver.db import Database, reads
+from archiver.db import Database, events
 
 PAGE_EVENTS = 500
 
@@ -23,7 +23,7 @@ def page(database: Database, *, after: int, limit: int = PAGE_EVENTS) -> list[di
     ``sha256``, ``size``, ``key``, ``version_id``; that of an epoch ``listed``.
     """
     with database.reading() as connection:
-        rows = reads.events(connection, after=after, limit=limit)
+        rows = events.read(connection, after=after, limit=limit)
     return [
         {"position": row.position, "event": row.kind, "at": row.at.isoformat(), **json.loads(row.body)}
         for row in rows

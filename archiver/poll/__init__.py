@@ -18,7 +18,8 @@ from datetime import datetime
 from typing import Any, NamedTuple, Self
 
 from archiver import policy, pop3
-from archiver.db import reads, record
+from archiver.db import captures, record, sightings
+from archiver.db.before import BeforePoll, before_poll
 from archiver.errors import (
     ArchiverError,
     IntegrityError,
@@ -60,7 +61,7 @@ Story = Generator[None, None, PollReport]
 
 
 def poll(
-    before: reads.BeforePoll,
+    before: BeforePoll,
     lease: Lease,
     ports: Ports,
     watch: Watch | None = None,
@@ -94,7 +95,7 @@ def finish(story: Story) -> PollReport:
     return report
 
 
-_Candidate = tuple[Item, reads.Provable]
+_Candidate = tuple[Item, captures.Provable]
 
 
 class _Object(NamedTuple):
@@ -108,7 +109,7 @@ class _Object(NamedTuple):
 class _Poll:
     """The state of one poll. ``tell`` is the story; the methods below it are its verbs, in order."""
 
-    def __init__(self, before: reads.BeforePoll, lease: Lease, ports: Ports, watch: Watch) -> None:
+    def __init__(self, before: BeforePoll, lease: Lease, ports: Ports, watch: Watch) -> None:
         self.before, self.account, self.head = before, before.account, before.head
         self.spent_today = _spent_today(before, ports.now())
         self.lease = lease
@@ -186,7 +187,7 @@ class _Poll:
             self._record_segment(segment, digest)
         self.journal_uncertain = False
         with self.ports.database.reading() as connection:
-            before = self.before = reads.before_poll(connection, self.account.id)
+            before = self.before = before_poll(connection, self.account.id)
         self.account, self.head = before.account, before.head
         self.spent_today = _spent_today(before, self.ports.now())
 
@@ -261,7 +262,7 @@ class _Poll:
             return None
         uidls = [entry.uidl or b"" for entry in tail.entries]
         with self.ports.database.reading() as connection:
-            if len(set(uidls)) < len(uidls) or reads.is_any_present(
+            if len(set(uidls)) < len(uidls) or sightings.is_any_present(
                 connection, self.account.id, self.account.epoch, uidls
             ):
                 return None
@@ -280,8 +281,8 @@ class _Poll:
             # Of what came since, nothing was there.
             plan = Plan.of(
                 listing,
-                reads.present_sightings(connection, account.id, account.epoch) if listing.first == 1 else (),
-                reads.absent_quarantined(connection, account.id, account.epoch),
+                sightings.present(connection, account.id, account.epoch) if listing.first == 1 else (),
+                sightings.absent_quarantined(connection, account.id, account.epoch),
                 delete=delete,
                 now=self.ports.now(),
             )
@@ -290,7 +291,9 @@ class _Poll:
         if plan.still_there:
             claim, now = self.lease.claim, self.ports.now()
             self.ports.database.transact(
-                lambda connection: record.still_there(connection, claim, account.epoch, plan.still_there, now)
+                lambda connection: sightings.listed_again(
+                    connection, claim, account.epoch, plan.still_there, now
+                )
             )
         self.watch.listed(listing.count, len(plan.fetch), plan.bytes_to_fetch())
         return plan
@@ -338,7 +341,7 @@ class _Poll:
                 return
             with self.ports.database.reading() as connection:
                 after = lines[-1].sighting
-                rows = reads.present_sightings(connection, self.account.id, self.account.epoch, after=after)
+                rows = sightings.present(connection, self.account.id, self.account.epoch, after=after)
                 plan.find_more_absent(rows, after)
 
     def _tell_vanished_contents(self, plan: Plan) -> None:
@@ -352,7 +355,7 @@ class _Poll:
         if not vanished or not plan.believed or self._left() or self.quarantined:
             return
         with self.ports.database.reading() as connection:
-            present = reads.present_sightings(connection, self.account.id, self.account.epoch)
+            present = sightings.present(connection, self.account.id, self.account.epoch)
             # One that had no id may have one since, and one whose id stood twice may have it alone.
             by_id = {
                 former
@@ -462,7 +465,7 @@ class _Poll:
         claim, epoch, now = self.lease.claim, self.account.epoch, self.ports.now()
         attempts = plan.attempts.get(item.sighting, 0) + 1
         self.ports.database.transact(
-            lambda connection: record.died_in_transit(
+            lambda connection: sightings.died_in_transit(
                 connection, claim, epoch, item.sighting, attempts=attempts, at=now
             )
         )
@@ -509,7 +512,7 @@ class _Poll:
         """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
         counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
         with self.ports.database.reading() as connection:
-            held = reads.captured_contents(
+            held = captures.contents(
                 connection, self.account.id, [fetched.sha256 for fetched in batch.fetched]
             )
         begins_epoch = plan.suspect and self._judge(plan, batch, held)
@@ -658,7 +661,7 @@ class _Poll:
         account, now = self.account, self.ports.now()
         items = [plan.item(place) for place in places]
         with self.ports.database.reading() as connection:
-            found = reads.provable(
+            found = sightings.provable(
                 connection, account.id, account.epoch, [item.sighting.uidl for item in items]
             )
         return [
@@ -741,7 +744,7 @@ class _Poll:
         """The connection died in this message, which is archived: the next polls do without reading it."""
         claim, epoch, now = self.lease.claim, self.account.epoch, self.ports.now()
         self.ports.database.transact(
-            lambda connection: record.deletion_put_off(connection, claim, epoch, item.sighting, now)
+            lambda connection: sightings.deletion_put_off(connection, claim, epoch, item.sighting, now)
         )
 
     def _drop_spooled(self, number: int) -> None:
@@ -790,11 +793,9 @@ class _Poll:
         if not chosen:
             return
         claim, epoch = self.lease.claim, self.account.epoch
-        sightings = [item.sighting for item in chosen]
+        keys = [item.sighting for item in chosen]
         self.ports.database.transact(
-            lambda connection: record.deletions_requested(
-                connection, claim, epoch, sightings, self.ports.now()
-            )
+            lambda connection: sightings.deletions_requested(connection, claim, epoch, keys, self.ports.now())
         )
         self.lease.check()
         self.delete_requested += len(mailbox.delete([item.entry for item in chosen]))
@@ -888,7 +889,7 @@ class _Poll:
             )
 
 
-def _spent_today(before: reads.BeforePoll, now: datetime) -> int:
+def _spent_today(before: BeforePoll, now: datetime) -> int:
     """The bytes that earlier polls of this account fetched today (UTC)."""
     return before.day_bytes if before.day == now.date() else 0
 

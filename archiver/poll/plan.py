@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import NamedTuple, Self
 
 from archiver import policy, pop3
-from archiver.db.reads import Known
+from archiver.db.sightings import Known
 from archiver.model import NEVER_DELETE, UNKNOWN_SIZE, DeletePolicy, Resolved, SightingKey, What
 
 ABSENCES_AT_ONCE = 5_000

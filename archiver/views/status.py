@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from archiver.db import history, reads
+from archiver.db import history, hosts
+from archiver.db import overview as reads
 from archiver.db.history import Day, Gap
 from archiver.states import AccountState
 
@@ -49,7 +50,7 @@ class Overview:
     lost: int
     gaps: int
     concerns: list[Concern]
-    hosts: list[Any]
+    hosts: list[hosts.Trouble]
     days: list[Day] | None
 
     @property
@@ -97,8 +98,8 @@ def overview(
         since=since,
         lost=sum(lost.values()),
         gaps=history.ended_gaps(connection, history.begin(since)),
-        concerns=[_concern(row, now, lost.get(row.id, 0)) for row in rows],
-        hosts=reads.failing_hosts(connection, limit),
+        concerns=[_concern(row, now, lost.get(row.account.id, 0)) for row in rows],
+        hosts=hosts.troubles(connection, limit=limit),
         days=None if days is None else history.days_of_all(connection, since, today),
     )
 
@@ -117,21 +118,21 @@ def ledger(connection: Connection, account_id: str, now: datetime, *, days: int)
     )
 
 
-def _concern(row: Any, now: datetime, lost: int) -> Concern:
-    failing = row.failures + row.refusals > 0
+def _concern(row: reads.AccountStatus, now: datetime, lost: int) -> Concern:
+    account = row.account
     troubles = {
         "lost messages": lost > 0,
-        "paused": row.state == AccountState.PAUSED,
-        "waiting": row.state == AccountState.WAITING,
-        "failing": failing and row.state == AccountState.ACTIVE,
-        "deletion suspended": row.deletion_suspended is not None,
+        "paused": account.state is AccountState.PAUSED,
+        "waiting": account.state is AccountState.WAITING,
+        "failing": row.is_failing and account.state is AccountState.ACTIVE,
+        "deletion suspended": account.deletion_suspended is not None,
         "quarantine": row.quarantined > 0,
         "not looked into": row.late_at is not None and row.late_at < now,
     }
     return Concern(
-        account=row.name,
+        account=account.name,
         troubles=tuple(name for name, found in troubles.items() if found),
-        reason=row.state_reason or (row.error if failing else None) or row.deletion_suspended,
+        reason=account.state_reason or (row.error if row.is_failing else None) or account.deletion_suspended,
         looked_at=row.looked_at,
         polled_at=row.ended_at,
         quarantined=row.quarantined,
@@ -213,9 +214,9 @@ def _concern_json(concern: Concern) -> dict[str, Any]:
     }
 
 
-def _host_json(row: Any) -> dict[str, Any]:
+def _host_json(row: hosts.Trouble) -> dict[str, Any]:
     return {
-        "host": row.name,
+        "host": row.host,
         "failures": row.failures,
         "failing_since": _iso(row.failing_since),
         "retry_at": _iso(row.retry_at),

@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from archiver import feed, observe
-from archiver.db import Database, accounts, reads, schedule
+from archiver.db import Database, accounts, overview, schedule
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 from archiver.states import AccountState
 from archiver.views import status as view
@@ -46,7 +46,7 @@ class Health:
 
     alive: Callable[[], bool]
     ready: Callable[[], None]
-    standing: Callable[[], reads.Overview]
+    standing: Callable[[], overview.Overview]
 
 
 def application(

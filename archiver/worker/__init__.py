@@ -26,9 +26,11 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from archiver import observe, policy, process
-from archiver.db import Database, endings, history, reads, schedule
+from archiver.db import Database, endings, history, hosts, leases
+from archiver.db import claims as claiming
+from archiver.db.before import BeforePoll, before_poll, before_polls
 from archiver.db.endings import Ended, Ending, ScheduleState
-from archiver.db.schedule import DEFAULT_SESSIONS, HostSessions
+from archiver.db.hosts import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, Claim, PollReport, mail_host
 from archiver.poll import Story, begin, finish, poll
@@ -94,7 +96,7 @@ class Polling:
     waits; it is the report as it was told.
     """
 
-    before: reads.BeforePoll
+    before: BeforePoll
     lease: ActiveLease
     story: Story
     in_person: bool = False
@@ -123,7 +125,7 @@ class Changeover(NamedTuple):
 
     ended: list[Ended | Exception]
     claims: list[Claim] | None
-    before: Mapping[str, reads.BeforePoll] | None
+    before: Mapping[str, BeforePoll] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,7 @@ class Worker:
         asked_at = self.ports.monotonic()
         try:
             kept = self.database.transact(
-                lambda connection: schedule.renew(connection, held, lease_seconds=self.lease_seconds)
+                lambda connection: leases.renew(connection, held, lease_seconds=self.lease_seconds)
             )
         except ArchiverError as error:
             observe.HEARTBEATS_FAILED.inc()
@@ -264,7 +266,7 @@ class Worker:
         return max(0, policy.threads_for_failing(self.workers) - failing)
 
     def _begin(
-        self, leases: list[ActiveLease], before: Mapping[str, reads.BeforePoll] | None = None
+        self, leases: list[ActiveLease], before: Mapping[str, BeforePoll] | None = None
     ) -> list[Future[PollReport]]:
         """Have each of these polls begin; what they begin with is read here, if it was not."""
         if not leases:
@@ -273,7 +275,7 @@ class Worker:
         try:
             if before is None:
                 with self.database.reading() as connection:
-                    before = reads.before_polls(connection, ids)
+                    before = before_polls(connection, ids)
             pollings = [self._polling(lease, before[lease.claim.account_id]) for lease in leases]
         except Exception:
             if len(leases) > 1:
@@ -288,7 +290,7 @@ class Worker:
                 self._begin_one(polling)
         return [polling.ended for polling in pollings]
 
-    def _polling(self, lease: ActiveLease, before: reads.BeforePoll, watch: Watch | None = None) -> Polling:
+    def _polling(self, lease: ActiveLease, before: BeforePoll, watch: Watch | None = None) -> Polling:
         return Polling(before, lease, self._story(before, lease, watch), in_person=watch is not None)
 
     def _begin_one(self, polling: Polling) -> None:
@@ -314,7 +316,7 @@ class Worker:
     def _line_up(self) -> None:
         try:
             self.database.transact(
-                lambda connection: schedule.queue_at_hosts(connection, sessions=self.sessions)
+                lambda connection: claiming.queue_at_hosts(connection, sessions=self.sessions)
             )
         except ArchiverError as error:
             self._tell_of_no_claim(error)
@@ -332,10 +334,10 @@ class Worker:
         hosts = {lease.claim.host for lease in long_ones}
         failing_limit = self._may_fail(())
         with self.database.reading() as connection:
-            lined = schedule.hosts_with_lines(connection, hosts)
+            lined = claiming.hosts_with_queues(connection, hosts)
             due = 0
             if free <= 0:
-                due = schedule.count_due(
+                due = claiming.count_due(
                     connection, limit=self.workers, failing_limit=failing_limit, sessions=self.sessions
                 )
         return Waiting(due, frozenset(lined))
@@ -476,11 +478,11 @@ class Worker:
             ended: list[Ended | Exception] = [*endings.write(connection, ends)] if ends else []
             if free <= 0:
                 return Changeover(ended, [], None)
-            if not schedule.take_turn(connection, may_wait=may_wait):
+            if not claiming.take_turn(connection, may_wait=may_wait):
                 return Changeover(ended, None, None)
             if self.stopping.is_set():  # while this waited for its turn
                 return Changeover(ended, [], None)
-            claims = schedule.claim_due(
+            claims = claiming.claim_due(
                 connection,
                 owner=self.owner,
                 lease_seconds=self.lease_seconds,
@@ -498,7 +500,7 @@ class Worker:
         claim, after_seconds = polling.lease.claim, (until - self.ports.now()).total_seconds()
         with self._abandoned([polling]):
             try:
-                self.database.transact(lambda connection: schedule.put_off(connection, claim, after_seconds))
+                self.database.transact(lambda connection: leases.put_off(connection, claim, after_seconds))
             except LeaseLost:
                 self.log.info("lease.lost", account=polling.account.name)
             except ArchiverError as error:
@@ -541,7 +543,7 @@ class Worker:
         """Poll in this thread, to the end; in person, if somebody watches."""
         try:
             with self.database.reading() as connection:
-                before = reads.before_poll(connection, account.id)
+                before = before_poll(connection, account.id)
         except Exception as error:
             # The lease runs out by itself. Held on to, it would be renewed for ever.
             self._let_go(lease)
@@ -559,7 +561,7 @@ class Worker:
             asked_at = self.ports.monotonic()
             claim = self.database.transact(
                 partial(
-                    schedule.claim_account,
+                    claiming.claim_account,
                     account_id=account.id,
                     owner=self.owner,
                     lease_seconds=self.lease_seconds,
@@ -570,7 +572,7 @@ class Worker:
             if claim is not None:
                 return self._hold(claim, asked_at)
             with self.database.reading() as connection:
-                holder = schedule.holder(connection, account.id)
+                holder = leases.holder(connection, account.id)
             tried, left_behind = left_behind, holder if self._is_left_behind(holder, account.id) else None
             if left_behind != tried:
                 continue
@@ -607,7 +609,7 @@ class Worker:
 
     # A poll, for both
 
-    def _story(self, before: reads.BeforePoll, lease: ActiveLease, watch: Watch | None = None) -> Story:
+    def _story(self, before: BeforePoll, lease: ActiveLease, watch: Watch | None = None) -> Story:
         """The poll's story, which ends in a report whatever goes wrong. Whoever watches asks in person."""
         account = before.account
         try:
@@ -639,7 +641,7 @@ class Worker:
         if lease_lost:
             lost = LeaseLost(f"account {account.name} is polled by another worker now")
             return replace(over.report, outcome=lost.outcome, error=str(lost))
-        if isinstance(host, schedule.Trouble):
+        if isinstance(host, hosts.Trouble):
             self.log.warning(
                 "host.backing_off",
                 host=host.host,
@@ -730,9 +732,9 @@ def _blackout_ends(account: Account, now: datetime) -> datetime | None:
         return None  # the poll says what is wrong with it
 
 
-def _read_before(connection: Connection, claims: Sequence[Claim]) -> Mapping[str, reads.BeforePoll] | None:
+def _read_before(connection: Connection, claims: Sequence[Claim]) -> Mapping[str, BeforePoll] | None:
     try:
-        return reads.before_polls(connection, [claim.account_id for claim in claims])
+        return before_polls(connection, [claim.account_id for claim in claims])
     except SQLAlchemyError:
         raise
     except Exception:  # noqa: BLE001 - whose row cannot be read is found out one by one, after the commit

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archiver import observe
-from archiver.db.reads import BeforePoll
+from archiver.db.before import BeforePoll
 from archiver.model import PollReport
 from archiver.worker import ActiveLease, Chance, Over, Worker
 from tests.bench.machine import cpu_seconds_of

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 
 from archiver import observe, pop3
 from archiver.bootstrap import Archiver
-from archiver.db import accounts, later, migrate, reads, record, schedule
+from archiver.db import accounts, captures, claims, later, migrate, record
 from archiver.db.tables import account as account_table
 from archiver.db.tables import journal as journal_table
 from archiver.db.tables import lease as lease_table
@@ -206,7 +206,7 @@ def _claimed(archiver: Archiver, name: str = "bench") -> tuple[Account, Claim]:
     account = Account(new_account_id(), name, f"pop3s://{name}@{_HOST}:995", "implicit", "prompt:")
     archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
     claim = archiver.database.transact(
-        partial(schedule.claim_account, account_id=account.id, owner="bench", lease_seconds=_LEASE_SECONDS)
+        partial(claims.claim_account, account_id=account.id, owner="bench", lease_seconds=_LEASE_SECONDS)
     )
     if claim is None:
         raise RuntimeError("nobody else is here to hold the lease")
@@ -250,7 +250,7 @@ def _segment(
 def _take_in(archiver: Archiver, claim: Claim, segment: Segment) -> None:
     digests = [line.sha256 for line in segment.lines if line.sha256 is not None]
     with archiver.database.reading() as connection:
-        reads.captured_contents(connection, segment.account_id, digests)
+        captures.contents(connection, segment.account_id, digests)
     archiver.database.transact(
         lambda connection: record.segment(connection, claim, segment, _digest_of(segment.sequence))
     )
@@ -287,7 +287,7 @@ def know(*, port: int, ca_file: str, password: str, user: str) -> Iterator[Work]
             archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
             claim = archiver.database.transact(
                 partial(
-                    schedule.claim_account,
+                    claims.claim_account,
                     account_id=account.id,
                     owner="bench",
                     lease_seconds=_LEASE_SECONDS,

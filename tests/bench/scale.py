@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from archiver.db import Database, migrate, reads, record
+from archiver.db import Database, captures, migrate, record, sightings
 from archiver.model import Claim, Resolved, Segment, ServerRecord, SightingKey, What
 from tests.harness.postgres import Postgres
 
@@ -159,17 +159,17 @@ def measure(sized: Sized, chance: random.Random) -> dict[str, Callable[[int], ob
 
     def present(n: int) -> None:
         with database.reading() as connection:
-            found = sum(1 for _ in reads.present_sightings(connection, accounts[n], 1))
+            found = sum(1 for _ in sightings.present(connection, accounts[n], 1))
         if found < _PRESENT_EACH:
             raise RuntimeError(f"{found} present sightings")
 
     def before(n: int) -> None:
         with database.reading() as connection:
-            reads.before_poll(connection, accounts[n])
+            before.before_poll(connection, accounts[n])
 
     def held(n: int) -> None:
         with database.reading() as connection:
-            reads.captured_contents(connection, accounts[n], [chance.randbytes(32) for _ in range(_BATCH)])
+            captures.contents(connection, accounts[n], [chance.randbytes(32) for _ in range(_BATCH)])
 
     def insert(n: int) -> None:
         account = accounts[n]

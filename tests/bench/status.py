@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from archiver.db import Database, history, migrate, reads
+from archiver.db import Database, history, migrate, overview
 from archiver.db.tables import account, lease, mailbox, poll, poll_day
 from archiver.views import status as view
 from tests.harness.postgres import postgres
@@ -112,13 +112,13 @@ def _for_each_account(connection: sa.Connection, into: sa.Table, values: dict[st
 def measure(database: Database, count: int, now: datetime) -> dict[str, float]:
     one = f"{count // 2:016x}"
     questions: dict[str, Callable[[sa.Connection], object]] = {
-        "metrics (standing)": lambda connection: reads.overview(connection, now),
+        "metrics (standing)": lambda connection: overview.overview(connection, now),
         "status": lambda connection: view.overview(connection, now),
         f"status --days {_DAYS}": lambda connection: view.overview(connection, now, days=_DAYS),
         "status --all": lambda connection: view.overview(connection, now, limit=None),
-        "account show: state": lambda connection: reads.account_states(connection, [one]),
+        "account show: state": lambda connection: overview.account_states(connection, [one]),
         "account show: days": lambda connection: view.ledger(connection, one, now, days=30),
-        "account list": reads.account_states,
+        "account list": overview.account_states,
     }
     found: dict[str, float] = {}
     for name, question in questions.items():

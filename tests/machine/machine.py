@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from archiver.db import accounts, record, schedule
+from archiver.db import accounts, leases, requests
 from archiver.db.tables import host, lease
 from archiver.model import NEVER_DELETE, DeletePolicy, PollReport, message_key, segment_key
 from archiver.poll.ports import Unwatched
@@ -335,7 +335,7 @@ class CrashMachine(RuleBasedStateMachine):
 
         def change(connection: sa.Connection) -> None:
             accounts.change(connection, changed, self.clock.now(), former=former)
-            record.allow_deletion(connection, ACCOUNT)
+            requests.allow_deletion(connection, ACCOUNT)
 
         self.archive.database.transact(change)
         self.look = None
@@ -356,7 +356,7 @@ class CrashMachine(RuleBasedStateMachine):
         assert self.copied is not None
         self.look, self.followed = self.copied
         if is_told:
-            self.archive.database.transact(schedule.doubt_journals)
+            self.archive.database.transact(leases.doubt_journals)
             self.look = None
         self.was_restored = True
 
@@ -676,7 +676,7 @@ class CrashMachine(RuleBasedStateMachine):
             # An older copy, whose operator did not have it catch up, and no mail came that would have.
             assert self.was_restored
             assert unknown <= {finding.key for finding in self.archive.verify(self.account).named}
-            self.archive.database.transact(schedule.doubt_journals)
+            self.archive.database.transact(leases.doubt_journals)
             self.poll_until_nothing_is_left()
             assert not self.segments_behind_the_database()
         self.nothing_is_lost()

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 import sqlalchemy as sa
 
 from archiver import policy, pop3
-from archiver.db import Database, accounts, migrate, reads, schedule
+from archiver.db import Database, accounts, before, captures, claims, migrate
 from archiver.db.tables import event, lease, mailbox, poll, sighting
 from archiver.evidence import journal
 from archiver.evidence.verify import Findings, verify
@@ -347,10 +347,10 @@ class Archive:
         with self.database.reading() as connection:
             return connection.execute(sa.select(mailbox).where(mailbox.c.account_id == account.id)).one()
 
-    def before(self, account: Account) -> reads.BeforePoll:
+    def before(self, account: Account) -> before.BeforePoll:
         """What a poll that begins now begins with."""
         with self.database.reading() as connection:
-            return reads.before_poll(connection, account.id)
+            return before.before_poll(connection, account.id)
 
     def fresh(self, account: Account) -> Account:
         """The account as the database has it now."""
@@ -360,7 +360,7 @@ class Archive:
         """Take the account's lease."""
         asked_at = self.clock.monotonic()
         claim = self.database.transact(
-            lambda connection: schedule.claim_account(
+            lambda connection: claims.claim_account(
                 connection, account.id, owner=owner, lease_seconds=LEASE_SECONDS
             )
         )
@@ -422,7 +422,7 @@ class Archive:
 
     def captures(self, account: Account) -> list[Any]:
         with self.database.reading() as connection:
-            return list(reads.captures(connection, account_id=account.id))
+            return list(captures.listed(connection, account_id=account.id))
 
     def events(self, account: Account) -> list[dict[str, Any]]:
         from archiver import feed

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from archiver import policy
-from archiver.db import accounts, reads, record
+from archiver.db import accounts, requests, sightings
 from archiver.db.tables import sighting
 from archiver.errors import TryLater
 from archiver.model import Account, DeletePolicy, SightingKey, What, message_key, segment_key
@@ -124,7 +124,7 @@ def verdicts(archive: Archive, account: Account, *, forbidden: bool = False) -> 
                 forbidden=forbidden,
                 now=archive.clock.now(),
             ).value
-            for key, known in reads.present_sightings(connection, account.id, account.epoch)
+            for key, known in sightings.present(connection, account.id, account.epoch)
         }
 
 
@@ -155,7 +155,7 @@ def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
 
     def present(after: SightingKey | None) -> list[SightingKey]:
         with archive.database.reading() as connection:
-            rows = reads.present_sightings(connection, account.id, account.epoch, after=after)
+            rows = sightings.present(connection, account.id, account.epoch, after=after)
             return [key for key, _ in rows]
 
     everything = present(None)
@@ -181,7 +181,7 @@ def test_what_was_there_comes_whole_and_never_at_once(archive: Archive, count: i
         archive.database.transact(lambda connection: connection.execute(sa.insert(sighting), rows))
     with archive.database.reading() as connection:
         sa.event.listen(connection, "before_cursor_execute", note)
-        present = [key.uidl for key, _ in reads.present_sightings(connection, account.id, 1)]
+        present = [key.uidl for key, _ in sightings.present(connection, account.id, 1)]
     assert present == uidls
     assert statements == [True] * (2 if count >= 1000 else 1)
 
@@ -303,7 +303,9 @@ def test_an_object_that_the_store_lost_is_put_back_from_the_mail_server(archive:
     path.unlink()
     archive.clock.advance(DAY)
     assert archive.sync(account).outcome == "integrity"
-    assert archive.database.transact(lambda connection: record.fetch_again(connection, account.id, b"a")) == 1
+    assert (
+        archive.database.transact(lambda connection: requests.fetch_again(connection, account.id, b"a")) == 1
+    )
     report = archive.sync(account)
     assert (report.outcome, report.new, report.known, report.delete_requested) == ("ok", 0, 1, 0)
     assert path.read_bytes() == message("a")

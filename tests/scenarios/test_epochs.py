@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from archiver.db import record
+from archiver.db import requests
 from archiver.model import Account, DeletePolicy, What
 from archiver.poll.ports import BatchLimits, Unwatched
 from tests.harness.scripted_pop3 import MailboxPlay
@@ -100,7 +100,7 @@ def test_nothing_is_deleted_until_somebody_has_looked(archive: Archive) -> None:
     assert len(play.messages) == len(NAMES)
     assert archive.poll_on_schedule(account).glanced
 
-    archive.database.transact(lambda connection: record.allow_deletion(connection, account.id))
+    archive.database.transact(lambda connection: requests.allow_deletion(connection, account.id))
     assert archive.poll_on_schedule(account).delete_requested == len(NAMES)
     assert play.messages == []
     row = archive.poll_on_schedule(account)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from archiver import feed
-from archiver.db import Database, record
+from archiver.db import Database, events
 from archiver.db.tables import event
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import Archive, message
@@ -30,7 +30,7 @@ def rows(writer: int, transaction: int) -> list[dict[str, Any]]:
 
 
 def publish(database: Database, events: list[dict[str, Any]]) -> None:
-    database.transact(lambda connection: record.publish(connection, events))
+    database.transact(lambda connection: events.publish(connection, events))
 
 
 def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:
@@ -73,10 +73,10 @@ def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:
 
 def test_a_position_is_never_given_out_again(lone_archive: Archive) -> None:
     database = lone_archive.database
-    database.transact(lambda connection: record.publish(connection, rows(1, 1)))
+    database.transact(lambda connection: events.publish(connection, rows(1, 1)))
     (*_, last) = feed.backlog(database, after=0)
     lone_archive.execute(event.delete())
-    database.transact(lambda connection: record.publish(connection, rows(1, 2)))
+    database.transact(lambda connection: events.publish(connection, rows(1, 2)))
     assert next(feed.backlog(database, after=0))["position"] > last["position"]
 
 
@@ -84,7 +84,7 @@ def test_a_transaction_that_fails_tells_nothing(lone_archive: Archive) -> None:
     database = lone_archive.database
 
     def work(connection: Any) -> None:
-        record.publish(connection, rows(1, 1))
+        events.publish(connection, rows(1, 1))
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from archiver import pop3
-from archiver.db import accounts, record
+from archiver.db import accounts, requests
 from archiver.model import Account, DeletePolicy, new_account_id
 from archiver.poll.ports import Ports
 from archiver.store import Body, PutResult
@@ -371,7 +371,7 @@ def test_somebody_who_wants_a_retry_has_the_mailbox_listed(archive: Archive) -> 
 
     def retry(uidl: bytes | None) -> int:
         return archive.database.transact(
-            lambda connection: record.retry_quarantined(connection, account.id, now, uidl)
+            lambda connection: requests.retry_quarantined(connection, account.id, now, uidl)
         )
 
     assert (retry(b"unheard of"), retry(b"bad")) == (0, 1)
@@ -432,11 +432,11 @@ def edits(archive: Archive, account: Account) -> None:
 
 
 def allows_deletion(archive: Archive, account: Account) -> None:
-    archive.database.transact(lambda connection: record.allow_deletion(connection, account.id))
+    archive.database.transact(lambda connection: requests.allow_deletion(connection, account.id))
 
 
 def fetches_again(archive: Archive, account: Account) -> None:
-    archive.database.transact(lambda connection: record.fetch_again(connection, account.id, b"a"))
+    archive.database.transact(lambda connection: requests.fetch_again(connection, account.id, b"a"))
 
 
 @pytest.mark.parametrize("act", [edits, allows_deletion, fetches_again])

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from structlog.testing import capture_logs
 
-from archiver.db import Database, accounts, endings, history, migrate, reads, schedule
+from archiver.db import Database, accounts, claims, endings, history, migrate, overview
 from archiver.db.endings import Ending
 from archiver.db.history import Day, Gap
 from archiver.db.tables import gap, poll, poll_day
@@ -42,7 +42,7 @@ class Log:
         setbacks = Setbacks(int(report.outcome != "ok"), 0)
 
         def end(connection: sa.Connection) -> None:
-            claim = schedule.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
+            claim = claims.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
             assert claim is not None
             endings.write(connection, [Ending(claim, report, ended_at, lambda _: NextPoll(after, setbacks))])
 
@@ -229,7 +229,7 @@ def test_the_newest_poll_of_an_account_is_never_removed(log: Log) -> None:
     now = ADDED + timedelta(days=100)
     assert log.tidy(now, keep_days=30).removed == 71
     with log.database.reading() as connection:
-        shown = {state.name: state for state in reads.account_states(connection)}
+        shown = {state.account.name: state for state in overview.account_states(connection)}
     assert (shown["quiet"].outcome, shown["quiet"].error) == ("try_later", "gone fishing")
     assert shown["busy"].ended_at == ADDED + timedelta(days=99)
 

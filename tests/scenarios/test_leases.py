@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from archiver.db import Database, accounts, reads, schedule
-from archiver.db.schedule import HostSessions
+from archiver.db import Database, accounts, claims, leases, overview, schedule
+from archiver.db.hosts import HostSessions
 from archiver.db.tables import account as account_table
 from archiver.db.tables import capture as capture_table
 from archiver.db.tables import journal as journal_table
@@ -70,7 +70,7 @@ def claim_due(
     archive: Archive, owner: str = "another", limit: int = 100, *, sessions: int = 1000, **others: Any
 ) -> list[Claim]:
     return archive.database.transact(
-        lambda connection: schedule.claim_due(
+        lambda connection: claims.claim_due(
             connection,
             owner=owner,
             lease_seconds=LEASE_SECONDS,
@@ -121,7 +121,7 @@ def test_of_many_who_want_one_account_one_gets_it(archive: Archive) -> None:
     def work(number: int) -> Claim | None:
         start.wait(10)
         return archive.database.transact(
-            lambda connection: schedule.claim_account(
+            lambda connection: claims.claim_account(
                 connection, account.id, owner=f"worker {number}", lease_seconds=LEASE_SECONDS
             )
         )
@@ -137,7 +137,7 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_journal_looked_at(lone_archi
     assert claim_due(archive) == []
     archive.run_out(account)
     with archive.database.reading() as connection:
-        assert reads.overview(connection, datetime.now(UTC)).overdue_seconds > 0
+        assert overview.overview(connection, datetime.now(UTC)).overdue_seconds > 0
     assert claim_due(archive) == [Claim(account.id, first.token + 1, recover=True)]
 
 
@@ -332,8 +332,8 @@ def test_a_database_that_was_restored_catches_up_without_new_mail(archive: Archi
     assert finding.key == segment_key(account.id, 1)
     assert "archiver db catch-up" in finding.detail
 
-    assert archive.database.transact(schedule.doubt_journals) >= 1
-    assert archive.database.transact(schedule.doubt_journals) == 0
+    assert archive.database.transact(leases.doubt_journals) >= 1
+    assert archive.database.transact(leases.doubt_journals) == 0
     archive.sync(account)
     assert len(archive.captures(account)) == 1
     assert archive.verify(account).clean
@@ -394,7 +394,7 @@ def test_a_heartbeat_after_the_release_changes_nothing(archive: Archive) -> None
     before = archive.lease(account)
     assert (
         archive.database.transact(
-            lambda connection: schedule.renew(connection, [held.claim], lease_seconds=LEASE_SECONDS)
+            lambda connection: leases.renew(connection, [held.claim], lease_seconds=LEASE_SECONDS)
         )
         == set()
     )
@@ -517,7 +517,7 @@ def test_ends_do_not_wait_for_a_claim_that_stands_still(postgres_url: str, tmp_p
         set_due(archive, third, sa.func.now())
         worker._serves = True
         with archive.database.engine.begin() as another:
-            assert schedule.take_turn(another, may_wait=False)
+            assert claims.take_turn(another, may_wait=False)
             for account in (first, second):
                 # The second ends when a claim has been waiting since the first one did.
                 worker._begin([leases[account.id]])
@@ -533,7 +533,7 @@ def test_a_claim_that_waited_for_its_turn_until_the_stop_takes_nothing(
         account = archive.add(archive.serve(mailbox("a")))
         worker: Worker = archive.worker()
         with archive.database.engine.begin() as another:
-            assert schedule.take_turn(another, may_wait=False)
+            assert claims.take_turn(another, may_wait=False)
             worker._tick()
             worker._changeovers.submit(threading.Event).result()
             assert is_claiming(worker)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from archiver.db import Database, accounts, schedule
-from archiver.db.schedule import HostSessions
+from archiver.db import Database, accounts, claims, hosts, leases, schedule
+from archiver.db.hosts import HostSessions
 from archiver.db.tables import host as host_table
 from archiver.db.tables import lease as lease_table
 from archiver.db.tables import mailbox as mailbox_table
@@ -54,7 +54,7 @@ def set_lease(archive: Archive, *account_ids: str, **values: Any) -> None:
 def claim(archive: Archive, limit: int = 100, *, cap: int = 20, **others: Any) -> list[Claim]:
     sessions = others.pop("sessions", HostSessions(cap))
     return archive.database.transact(
-        lambda connection: schedule.claim_due(
+        lambda connection: claims.claim_due(
             connection, owner="w", lease_seconds=LEASE_SECONDS, limit=limit, sessions=sessions, **others
         )
     )
@@ -62,7 +62,7 @@ def claim(archive: Archive, limit: int = 100, *, cap: int = 20, **others: Any) -
 
 def tidy(archive: Archive, cap: int = 20) -> int:
     return archive.database.transact(
-        lambda connection: schedule.queue_at_hosts(connection, sessions=HostSessions(cap))
+        lambda connection: claims.queue_at_hosts(connection, sessions=HostSessions(cap))
     )
 
 
@@ -72,11 +72,11 @@ def give_back(archive: Archive, *claims: Claim, after_seconds: float = 3600.0) -
 
 
 def put_off(database: Database, one: Claim, after_seconds: float) -> None:
-    database.transact(lambda connection: schedule.put_off(connection, one, after_seconds))
+    database.transact(lambda connection: leases.put_off(connection, one, after_seconds))
 
 
-def hosts(claims: list[Claim]) -> Counter[str]:
-    return Counter(one.host for one in claims)
+def hosts_of(claimed: list[Claim]) -> Counter[str]:
+    return Counter(one.host for one in claimed)
 
 
 def slots(archive: Archive) -> list[tuple[str, int]]:
@@ -97,15 +97,15 @@ def test_a_host_has_as_many_sessions_as_it_may_and_others_are_not_kept_waiting(a
     set_lease(archive, *full, due_at=LONG_AGO)
     add_many(archive, "other.example", 5)
     first = claim(archive, 10, cap=4)
-    assert hosts(first)["full.example"] == 4
-    assert hosts(first + claim(archive, 10, cap=4)) == {"full.example": 4, "other.example": 4}
+    assert hosts_of(first)["full.example"] == 4
+    assert hosts_of(first + claim(archive, 10, cap=4)) == {"full.example": 4, "other.example": 4}
     assert slots(archive) == [
         (name, number) for name in ("full.example", "other.example") for number in range(1, 5)
     ]
     assert claim(archive, 10, cap=4) == []
     # A slot that comes free is taken by the next, and it has the same number.
     give_back(archive, first[0])
-    assert hosts(claim(archive, 10, cap=4)) == {first[0].host: 1}
+    assert hosts_of(claim(archive, 10, cap=4)) == {first[0].host: 1}
     assert len(slots(archive)) == 8
 
 
@@ -138,10 +138,10 @@ def test_what_waits_for_a_host_is_put_in_line_once_and_leaves_it_when_claimed(ar
     assert tidy(archive, cap=2) == 0
     assert not archive.lease(other).queued
     with archive.database.reading() as connection:
-        assert schedule.hosts_with_lines(connection, {"full.example", "other.example"}) == {"full.example"}
+        assert claims.hosts_with_queues(connection, {"full.example", "other.example"}) == {"full.example"}
     give_back(archive, *(one for one in held if one.host == "full.example"))
     came = claim(archive, 9, cap=2)
-    assert hosts(came) == {"full.example": 2}
+    assert hosts_of(came) == {"full.example": 2}
     assert not any(archive.lease(replace(other, id=one.account_id)).queued for one in came)
 
 
@@ -149,7 +149,7 @@ def test_a_single_host_may_have_a_cap_of_its_own(archive: Archive) -> None:
     for name in ("few.example", "many.example", "usual.example"):
         add_many(archive, name, 9)
     sessions = HostSessions(3, {"few.example": 1, "many.example": 8})
-    assert hosts(claim(archive, sessions=sessions)) == {
+    assert hosts_of(claim(archive, sessions=sessions)) == {
         "few.example": 1,
         "many.example": 8,
         "usual.example": 3,
@@ -208,7 +208,7 @@ def test_an_account_that_moves_while_it_waits_waits_at_its_new_host(archive: Arc
     assert archive.lease(moving).queued
     moved = replace(moving, url=f"pop3s://{moving.id}@new.example")
     archive.database.transact(lambda connection: accounts.change(connection, moved, archive.clock.now()))
-    assert hosts(claim(archive, cap=1)) == {"new.example": 1}
+    assert hosts_of(claim(archive, cap=1)) == {"new.example": 1}
 
 
 def test_a_poll_by_name_takes_a_slot_or_says_that_there_is_none(archive: Archive) -> None:
@@ -253,17 +253,17 @@ def test_whatever_many_workers_do_no_cap_is_exceeded_and_no_host_starves(
             database = Database(postgres_url, pool_size=1)
             for round_number in range(rounds):
                 if round_number % 5 == number % 5:
-                    database.transact(lambda c: schedule.queue_at_hosts(c, sessions=HostSessions(cap)))
-                claims = database.transact(
-                    lambda c: schedule.claim_due(
+                    database.transact(lambda c: claims.queue_at_hosts(c, sessions=HostSessions(cap)))
+                claimed = database.transact(
+                    lambda c: claims.claim_due(
                         c, owner=f"w{number}", lease_seconds=60, limit=2, sessions=HostSessions(cap)
                     )
                 )
                 with lock:
-                    twice.extend(one.account_id for one in claims if one.account_id in held)
-                    held.update(one.account_id for one in claims)
-                    polled.update(one.account_id for one in claims)
-                for one in claims:
+                    twice.extend(one.account_id for one in claimed if one.account_id in held)
+                    held.update(one.account_id for one in claimed)
+                    polled.update(one.account_id for one in claimed)
+                for one in claimed:
                     with lock:
                         held.discard(one.account_id)
                     put_off(database, one, 0.0)
@@ -291,7 +291,7 @@ def test_whatever_many_workers_do_no_cap_is_exceeded_and_no_host_starves(
 
 def unreached(archive: Archive, name: str, times: int = 1, chance: float = 1.0) -> list[Any]:
     return [
-        archive.database.transact(lambda c: schedule.host_unreached(c, name, "timed out", chance))
+        archive.database.transact(lambda c: hosts.unreached(c, name, "timed out", chance))
         for _ in range(times)
     ]
 
@@ -307,7 +307,7 @@ def test_a_host_that_cannot_be_reached_is_left_alone_then_tried_by_one(archive: 
     assert unreached(archive, "down.example", HOST_FAILURES - 1) == [None] * (HOST_FAILURES - 1)
     (trouble,) = unreached(archive, "down.example")
     assert (trouble.failures, trouble.error) == (HOST_FAILURES, "timed out")
-    assert hosts(claim(archive)) == {"up.example": 2}
+    assert hosts_of(claim(archive)) == {"up.example": 2}
     tidy(archive)
     # Polls that began before it was closed do not prolong that.
     assert unreached(archive, "down.example", 3) == [None] * 3
@@ -322,12 +322,12 @@ def test_a_host_that_cannot_be_reached_is_left_alone_then_tried_by_one(archive: 
 
     reopen(archive, "down.example")
     (probe,) = claim(archive)
-    assert archive.database.transact(lambda c: schedule.host_reached(c, "down.example"))
-    assert not archive.database.transact(lambda c: schedule.host_reached(c, "down.example"))
+    assert archive.database.transact(lambda c: hosts.reached(c, "down.example"))
+    assert not archive.database.transact(lambda c: hosts.reached(c, "down.example"))
     give_back(archive, probe)
     assert len(claim(archive)) == 6
     with archive.database.reading() as connection:
-        assert schedule.troubles(connection) == []
+        assert hosts.troubles(connection) == []
 
 
 def test_polls_find_out_that_a_host_is_down_and_that_it_is_up(archive: Archive) -> None:
@@ -339,7 +339,7 @@ def test_polls_find_out_that_a_host_is_down_and_that_it_is_up(archive: Archive) 
         report = archive.sync(account, nowhere)
         assert (report.outcome, report.reached) == ("try_later", False)
     with archive.database.reading() as connection:
-        (trouble,) = schedule.troubles(connection, "localhost")
+        (trouble,) = hosts.troubles(connection, "localhost")
     assert (trouble.failures, trouble.retry_at is None) == (HOST_FAILURES, False)
     archive.run_out(account)
     set_lease(archive, account.id, owner=None, expires_at=None)
@@ -347,7 +347,7 @@ def test_polls_find_out_that_a_host_is_down_and_that_it_is_up(archive: Archive) 
     # Who asks by name is not kept waiting; and what works for one works for all.
     assert archive.sync(account).outcome == "ok"
     with archive.database.reading() as connection:
-        assert schedule.troubles(connection) == []
+        assert hosts.troubles(connection) == []
 
 
 def test_a_refused_login_says_nothing_against_the_host(archive: Archive) -> None:
@@ -356,7 +356,7 @@ def test_a_refused_login_says_nothing_against_the_host(archive: Archive) -> None
     report = archive.sync(account)
     assert (report.outcome, report.reached) == ("operator_needed", True)
     with archive.database.reading() as connection:
-        assert schedule.troubles(connection) == []
+        assert hosts.troubles(connection) == []
 
 
 # Accounts that fail.
@@ -587,7 +587,7 @@ def test_a_heartbeat_of_many_leases_is_one_statement(archive: Archive) -> None:
 
     sa.event.listen(archive.database.engine, "before_cursor_execute", note)
     kept = archive.database.transact(
-        lambda connection: schedule.renew(connection, held, lease_seconds=LEASE_SECONDS)
+        lambda connection: leases.renew(connection, held, lease_seconds=LEASE_SECONDS)
     )
     sa.event.remove(archive.database.engine, "before_cursor_execute", note)
     assert kept == set(held[1:])

@@ -17,9 +17,24 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db import Database, accounts, endings, history, migrate, reads, record, schedule
+from archiver.db import (
+    Database,
+    accounts,
+    before,
+    captures,
+    claims,
+    endings,
+    events,
+    history,
+    leases,
+    migrate,
+    overview,
+    record,
+    schedule,
+    sightings,
+)
 from archiver.db.endings import Ending
-from archiver.db.schedule import HostSessions
+from archiver.db.hosts import HostSessions
 from archiver.model import Claim, LastLook, PollReport, Resolved, Segment, ServerRecord, SightingKey, What
 from archiver.policy import NextPoll, Setbacks
 from tests.scenarios.plans import Plans, explained, nodes
@@ -48,7 +63,7 @@ def database(postgres: Any) -> Iterator[Database]:
         migrate.upgrade(database)
         database.transact(_fill)
         # What waits for the full host is put in line, some thousand at a time.
-        while database.transact(lambda connection: schedule.queue_at_hosts(connection, sessions=SESSIONS)):
+        while database.transact(lambda connection: claims.queue_at_hosts(connection, sessions=SESSIONS)):
             pass
         with database.engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM ANALYZE")
@@ -203,84 +218,86 @@ OF_ALL_ACCOUNTS = {"account": PASS, "lease": PASS, "mailbox": PASS}
 
 HOT = {
     # A poll, from its claim to its end.
-    "schedule.renew": Hot(lambda c: schedule.renew(c, [CLAIM, OTHER_CLAIM], lease_seconds=45), "pk_lease"),
-    "schedule.put_off": Hot(lambda c: schedule.put_off(c, CLAIM, 60), "pk_lease"),
+    "leases.renew": Hot(lambda c: leases.renew(c, [CLAIM, OTHER_CLAIM], lease_seconds=45), "pk_lease"),
+    "leases.put_off": Hot(lambda c: leases.put_off(c, CLAIM, 60), "pk_lease"),
     "schedule.ask": Hot(lambda c: schedule.ask(c, [ONE]), "pk_lease"),
-    "schedule.claim_account": Hot(
-        lambda c: schedule.claim_account(c, OTHER, owner="w", lease_seconds=45), "pk_lease uq_lease_host_slot"
+    "claims.claim_account": Hot(
+        lambda c: claims.claim_account(c, OTHER, owner="w", lease_seconds=45), "pk_lease uq_lease_host_slot"
     ),
-    "schedule.queue_at_hosts": Hot(
-        schedule.queue_at_hosts,
+    "claims.queue_at_hosts": Hot(
+        claims.queue_at_hosts,
         "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing",
         whole={"lease": "five thousand at once: of a hundred thousand, a good part"},
     ),
-    "schedule.claim_due": Hot(
-        lambda c: schedule.claim_due(c, owner="w", lease_seconds=45, limit=50),
+    "claims.claim_due": Hot(
+        lambda c: claims.claim_due(c, owner="w", lease_seconds=45, limit=50),
         "pk_lease uq_lease_host_slot ix_lease_due_well ix_lease_due_failing ix_lease_queued_well "
         "ix_lease_queued_failing",
     ),
-    "schedule.count_due": Hot(
-        lambda c: schedule.count_due(c, limit=50), "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing"
+    "claims.count_due": Hot(
+        lambda c: claims.count_due(c, limit=50), "uq_lease_host_slot ix_lease_due_well ix_lease_due_failing"
     ),
-    "schedule.hosts_with_lines": Hot(
-        lambda c: schedule.hosts_with_lines(c, ["h7.example"]), "ix_lease_queued_well ix_lease_queued_failing"
+    "claims.hosts_with_queues": Hot(
+        lambda c: claims.hosts_with_queues(c, ["h7.example"]), "ix_lease_queued_well ix_lease_queued_failing"
     ),
-    "schedule.holder": Hot(lambda c: schedule.holder(c, ONE), "pk_lease"),
+    "leases.holder": Hot(lambda c: leases.holder(c, ONE), "pk_lease"),
     "schedule.reconsider": Hot(lambda c: schedule.reconsider(c, ONE, "pop3s://u@h", None), "pk_lease"),
     "accounts.by_name": Hot(lambda c: accounts.by_name(c, "a77"), "uq_account_name"),
     "accounts.by_url": Hot(lambda c: accounts.by_url(c, "pop3s://u77@h"), "ix_account_url"),
     "accounts.page": Hot(lambda c: accounts.page(c, "a5", 100), "uq_account_name"),
-    "reads.before_polls": Hot(
-        lambda c: reads.before_polls(c, [ONE, OTHER]), "pk_account pk_journal pk_mailbox"
+    "before.before_polls": Hot(
+        lambda c: before.before_polls(c, [ONE, OTHER]), "pk_account pk_journal pk_mailbox"
     ),
-    "reads.present_sightings": Hot(lambda c: list(reads.present_sightings(c, ONE, 1)), "ix_sighting_by_uidl"),
-    "reads.present_sightings of a small one": Hot(
-        lambda c: list(reads.present_sightings(c, OTHER, 1)), "ix_sighting_by_uidl"
+    "sightings.present": Hot(lambda c: list(sightings.present(c, ONE, 1)), "ix_sighting_by_uidl"),
+    "sightings.present of a small one": Hot(
+        lambda c: list(sightings.present(c, OTHER, 1)), "ix_sighting_by_uidl"
     ),
-    "reads.present_sightings after": Hot(
-        lambda c: list(reads.present_sightings(c, ONE, 1, after=SEEN[100])), "ix_sighting_by_uidl"
+    "sightings.present after": Hot(
+        lambda c: list(sightings.present(c, ONE, 1, after=SEEN[100])), "ix_sighting_by_uidl"
     ),
-    "reads.absent_quarantined": Hot(lambda c: reads.absent_quarantined(c, ONE, 1), "ix_sighting_quarantined"),
-    "reads.provable": Hot(lambda c: reads.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture", each="uidl sha256"),
-    "reads.captured_contents": Hot(
-        lambda c: reads.captured_contents(c, ONE, [b"%032d" % n for n in range(300)]),
+    "sightings.absent_quarantined": Hot(
+        lambda c: sightings.absent_quarantined(c, ONE, 1), "ix_sighting_quarantined"
+    ),
+    "sightings.provable": Hot(
+        lambda c: sightings.provable(c, ONE, 1, SEEN_UIDLS), "pk_capture", each="uidl sha256"
+    ),
+    "captures.contents": Hot(
+        lambda c: captures.contents(c, ONE, [b"%032d" % n for n in range(300)]),
         "pk_capture",
         each="sha256",
     ),
     "record.segment": Hot(_segment, "pk_lease pk_journal pk_account pk_mailbox pk_sighting"),
-    "record.still_there": Hot(
-        lambda c: record.still_there(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
+    "sightings.listed_again": Hot(
+        lambda c: sightings.listed_again(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
     ),
-    "record.deletions_requested": Hot(
-        lambda c: record.deletions_requested(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
+    "sightings.deletions_requested": Hot(
+        lambda c: sightings.deletions_requested(c, CLAIM, 1, SEEN, NOW), "pk_lease pk_sighting", each="uidl"
     ),
-    "record.died_in_transit": Hot(
-        lambda c: record.died_in_transit(c, CLAIM, 1, SEEN[0], attempts=1, at=NOW), "pk_lease"
+    "sightings.died_in_transit": Hot(
+        lambda c: sightings.died_in_transit(c, CLAIM, 1, SEEN[0], attempts=1, at=NOW), "pk_lease"
     ),
     "endings.write": Hot(_endings, "pk_lease pk_account pk_mailbox pk_poll ix_sighting_by_uidl"),
     # What people and programs ask.
-    "reads.events": Hot(lambda c: reads.events(c, after=ACCOUNTS // 2, limit=500), "pk_event"),
-    "reads.events at the end": Hot(lambda c: reads.events(c, after=ACCOUNTS, limit=500), "pk_event"),
-    "reads.captures": Hot(
-        lambda c: list(reads.captures(c, account_id=ONE, limit=50, newest=True)),
+    "events.read": Hot(lambda c: events.read(c, after=ACCOUNTS // 2, limit=500), "pk_event"),
+    "events.read at the end": Hot(lambda c: events.read(c, after=ACCOUNTS, limit=500), "pk_event"),
+    "captures.listed": Hot(
+        lambda c: list(captures.listed(c, account_id=ONE, limit=50, newest=True)),
         "ix_capture_account_id_captured_at",
     ),
-    "reads.find_captures": Hot(
-        lambda c: reads.find_captures(
-            c, sha256_from=b"\1" * 32, sha256_to=b"\1" * 31 + b"\2", account_id=None
-        ),
+    "captures.find": Hot(
+        lambda c: captures.find(c, sha256_from=b"\1" * 32, sha256_to=b"\1" * 31 + b"\2", account_id=None),
         "ix_capture_sha256",
         # People name a capture by its digest alone.
         parts=32,
     ),
-    "reads.quarantined": Hot(lambda c: reads.quarantined(c, ONE), "ix_sighting_quarantined"),
-    "reads.polls": Hot(lambda c: reads.polls(c, ONE, 10), "pk_poll"),
-    "reads.account_states": Hot(
-        lambda c: reads.account_states(c, [ONE, OTHER]), "pk_account pk_lease pk_mailbox pk_poll"
+    "overview.quarantined": Hot(lambda c: overview.quarantined(c, ONE), "ix_sighting_quarantined"),
+    "overview.polls": Hot(lambda c: overview.polls(c, ONE, 10), "pk_poll"),
+    "overview.account_states": Hot(
+        lambda c: overview.account_states(c, [ONE, OTHER]), "pk_account pk_lease pk_mailbox pk_poll"
     ),
-    "reads.overview": Hot(lambda c: reads.overview(c, NOW), "", whole=OF_ALL_ACCOUNTS),
-    "reads.need_attention": Hot(
-        lambda c: reads.need_attention(c, NOW, lost=[ONE], limit=20), "pk_poll", whole=OF_ALL_ACCOUNTS
+    "overview.overview": Hot(lambda c: overview.overview(c, NOW), "", whole=OF_ALL_ACCOUNTS),
+    "overview.need_attention": Hot(
+        lambda c: overview.need_attention(c, NOW, lost=[ONE], limit=20), "pk_poll", whole=OF_ALL_ACCOUNTS
     ),
     "history.losses": Hot(
         lambda c: history.losses(c, NOW.date() - timedelta(days=7)), "ix_poll_lost ix_poll_day_lost"
@@ -372,37 +389,50 @@ def _looked_at(connection: Connection, statement: sa.TextClause, values: dict[st
     return rows
 
 
+OF_HOSTS = {"others": SESSIONS.others, "named": json.dumps(dict(SESSIONS.named))}
+
+
 def test_a_claim_costs_the_same_behind_a_full_host(database: Database) -> None:
-    statement_text = schedule._TIGHT + schedule._CHOSEN + schedule._CLAIM
     values: dict[str, Any] = {
         "owner": "w",
         "lease_seconds": 45.0,
         "most_of_all": CAP,
-        **schedule._limits(50, 25),
-        **schedule._values(SESSIONS),
+        "limit": 50,
+        "failing_limit": 25,
+        "looked_at": 50 * claims.LOOK_AHEAD,
+        **OF_HOSTS,
     }
+    statement = claims.statements("postgresql")["claim_due"]
     with database.engine.connect() as connection:
         queued = connection.execute(sa.text("SELECT count(*) FROM lease WHERE queued")).scalar_one()
         assert queued == OF_FULL_HOST - CAP
-        statement = schedule._worded(connection, statement_text, SESSIONS)
-        schedule.take_turn(connection)
+        claims.take_turn(connection)
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
-        # The full host has room again: its longest overdue come, and nothing else of its line is looked at.
-        schedule.take_turn(connection)
+        # The full host has room again: its longest overdue come, and the rest of its queue is not looked at.
+        claims.take_turn(connection)
         connection.execute(sa.text("UPDATE lease SET slot = NULL, owner = NULL WHERE slot <= 10"))
         assert _looked_at(connection, statement, values) < ROWS_AT_MOST
         connection.rollback()
 
 
-def test_a_claim_is_by_index_before_anybody_was_put_in_line(database: Database) -> None:
+def test_queueing_goes_by_index_while_nothing_is_queued_yet(database: Database) -> None:
     with database.engine.connect() as connection:
         connection.execute(sa.text("UPDATE lease SET queued = false WHERE queued"))
         connection.execute(sa.text("ANALYZE lease"))
-        statement = schedule._worded(connection, schedule._TIGHT + schedule._LINE_UP, SESSIONS)
-        values = {"lined_up": 100, **schedule._values(SESSIONS)}
-        assert _looked_at(connection, statement, values) < ROWS_AT_MOST
+        statement = claims.statements("postgresql")["queue_at_hosts"]
+        assert _looked_at(connection, statement, {"looked_at": 100, **OF_HOSTS}) < ROWS_AT_MOST
         connection.rollback()
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "sqlite"])
+def test_what_is_counted_as_due_is_what_would_be_claimed(dialect: str) -> None:
+    """Both statements are whole, so that they can be read; what they choose is worded the same."""
+    chosen, _, _ = claims.statements(dialect)["claim_due"].text.partition(",\nnumber(n) AS")
+    counted, _, _ = claims.statements(dialect)["count_due"].text.rpartition("SELECT count(*)")
+    assert counted.strip() == chosen.strip()
+    of_hosts, _, _ = chosen.partition("queued_well(host)" if dialect == "postgresql" else "candidates AS")
+    assert claims.statements(dialect)["queue_at_hosts"].text.startswith(of_hosts)
 
 
 # In SQLite, which has no index by digest alone.
@@ -420,6 +450,6 @@ def test_sqlite_looks_for_a_digest_by_the_key_of_each_accounts_captures(tmp_path
 
             sa.event.listen(database.engine, "before_cursor_execute", explain)
             digests = {"sha256_from": b"\1" * 32, "sha256_to": b"\1" * 31 + b"\2"}
-            assert reads.find_captures(connection, **digests, account_id=None) == []
+            assert captures.find(connection, **digests, account_id=None) == []
     of_captures = [step for step in said if "capture" in step]
     assert of_captures == ["SEARCH capture USING PRIMARY KEY (account_id=? AND sha256>? AND sha256<?)"]

@@ -299,9 +299,9 @@ def test_a_refused_message_without_id_is_tried_no_more_often(archive: Archive) -
     report = archive.sync(account)
     assert (report.known, report.quarantined, report.segments) == (3, 0, 0)
     with archive.database.reading() as connection:
-        from archiver.db import reads
+        from archiver.db import overview
 
-        assert reads.account_states(connection, [account.id])[0].quarantined == 0
+        assert overview.account_states(connection, [account.id])[0].quarantined == 0
 
 
 def test_a_message_over_the_limit_is_set_aside_and_leaves_nothing_behind(archive: Archive) -> None:

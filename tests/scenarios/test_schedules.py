@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from archiver import web
 from archiver.bootstrap import Archiver
 from archiver.cli import accounts_file, app
-from archiver.db import Database, accounts, migrate, reads, schedule
+from archiver.db import Database, accounts, hosts, migrate, overview, schedule
 from archiver.db.tables import lease as lease_table
 from archiver.errors import UsageError
 from archiver.model import Account
@@ -102,11 +102,11 @@ def test_why_an_account_waits_is_told(commands: Commands) -> None:
     commands.add()
     database = commands.database()
     for _ in range(5):
-        database.transact(lambda c: schedule.host_unreached(c, "pop.example.com", "timed out", 1.0))
+        database.transact(lambda c: hosts.unreached(c, "pop.example.com", "timed out", 1.0))
     text = commands.run("account", "show", "sales")
     assert "waits because its host pop.example.com fails since" in text
     assert "timed out" in text
-    database.transact(lambda c: schedule.host_reached(c, "pop.example.com"))
+    database.transact(lambda c: hosts.reached(c, "pop.example.com"))
     assert commands.shown()["schedule"]["waits_because"] is None
     database.transact(lambda c: c.execute(sa.update(lease_table).values(queued=True)))
     assert "as many sessions as it may have" in commands.shown()["schedule"]["waits_because"]
@@ -155,7 +155,7 @@ def ask(sqlite_url: str) -> Iterator[Callable[..., tuple[int, Any]]]:
     """POST for polls of an account, to a server that may have a token; the answer's status and body."""
     database = Database(sqlite_url)
     migrate.upgrade(database)
-    health = web.Health(lambda: True, lambda: None, lambda: reads.Overview({}, 0, 0.0))
+    health = web.Health(lambda: True, lambda: None, lambda: overview.Overview({}, 0, 0.0))
     account = Account("0" * 16, "sales/north", URL, "implicit", "env:NONE")
     database.transact(lambda c: accounts.add(c, account, Archiver.now()))
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from archiver import web
 from archiver.cli import app
-from archiver.db import Database, accounts, endings, history, migrate, reads, record, schedule
+from archiver.db import Database, accounts, claims, endings, history, migrate, overview, requests, schedule
 from archiver.db.endings import Ending
 from archiver.db.tables import account as account_table
 from archiver.db.tables import host as host_table
@@ -69,7 +69,7 @@ def assert_accounted_for(life: Life) -> None:
         if row.listed is not None:
             assert row.listed == row.new + row.known + row.quarantined + row.to_come, row
     with archive.database.reading() as connection:
-        (state,) = reads.account_states(connection, [account.id])
+        (state,) = overview.account_states(connection, [account.id])
         ledger = view.ledger(connection, account.id, archive.clock.now(), days=30)
     for day in ledger.days:
         if day.listed is not None:
@@ -144,7 +144,7 @@ def test_a_wrong_count_is_found_and_mended(archive: Archive) -> None:
     )
     findings = archive.verify(life.account)
     assert (findings.miscounted, findings.clean) == (1, False)
-    mend = partial(record.recount, account_id=life.account.id)
+    mend = partial(requests.recount, account_id=life.account.id)
     assert [archive.database.transact(mend), archive.database.transact(mend)] == [True, False]
     assert archive.verify(life.account).clean
     assert_accounted_for(life)
@@ -176,7 +176,7 @@ class Commands:
         report = PollReport(account.name, **({"outcome": "ok"} | what))
 
         def end(connection: sa.Connection) -> None:
-            claim = schedule.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
+            claim = claims.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
             assert claim is not None
             endings.write(connection, [Ending(claim, report, self.now, lambda _: NextPoll(300.0, setbacks))])
 
@@ -302,9 +302,9 @@ def test_http_tells_what_the_commands_tell(commands: Commands, forbidden: bool) 
     account = commands.add("work/of anna")
     commands.poll(account, listed=5, new=3, quarantined=1, lost=2)
 
-    def standing() -> reads.Overview:
+    def standing() -> overview.Overview:
         with commands.database.reading() as connection:
-            return reads.overview(connection, commands.now)
+            return overview.overview(connection, commands.now)
 
     health = web.Health(lambda: True, lambda: None, standing)
     with web.serving(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from archiver.db import record
+from archiver.db import requests
 from archiver.db.tables import capture, lease
 from archiver.db.tables import journal as journal_table
 from archiver.errors import OperatorNeeded, TryLater
@@ -204,7 +204,7 @@ def test_a_database_that_was_put_back(scene: Scene) -> None:
         sa.delete(capture).where(capture.c.account_id == scene.account.id, capture.c.sequence > 1)
     )
     # What is counted was put back, too.
-    scene.archive.database.transact(partial(record.recount, account_id=scene.account.id))
+    scene.archive.database.transact(partial(requests.recount, account_id=scene.account.id))
     assert scene.findings() == {("unrecorded", segment_key(scene.account.id, number)) for number in (2, 3)}
 
 

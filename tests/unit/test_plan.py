@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archiver.db.reads import Known
+from archiver.db.sightings import Known
 from archiver.model import UNKNOWN_SIZE, DeletePolicy, SightingKey, What
 from archiver.poll import plan as planning
 from archiver.poll.plan import Plan

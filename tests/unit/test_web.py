@@ -15,11 +15,11 @@ import pytest
 import sqlalchemy as sa
 
 from archiver import web
-from archiver.db import Database, migrate, reads, record
+from archiver.db import Database, events, migrate, overview
 from archiver.errors import OperatorNeeded, TryLater, UsageError
 
 TOKEN = "a token of the api"
-STANDING = reads.Overview({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
+STANDING = overview.Overview({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def publish(database: Database, count: int) -> None:
         {"kind": "captured", "account_id": "a", "at": datetime.now(UTC), "body": f'{{"n":{number}}}'}
         for number in range(count)
     ]
-    database.transact(lambda connection: record.publish(connection, rows))
+    database.transact(lambda connection: events.publish(connection, rows))
 
 
 # Who may read.
@@ -185,7 +185,7 @@ def test_what_the_probes_say(serve: Serve) -> None:
 
 
 def test_metrics_are_there_when_the_database_is_not(database: Database) -> None:
-    def away() -> reads.Overview:
+    def away() -> overview.Overview:
         raise TryLater("no database")
 
     health = web.Health(lambda: True, lambda: None, away)

@@ -1,0 +1,119 @@
+"""What a poll begins with: its account, its journal's head, what its mailbox looked like."""
+
+from collections.abc import Sequence
+from datetime import date
+from functools import cache
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from archiver.db import bulk
+from archiver.db.tables import account, journal, mailbox
+from archiver.model import Account, DeletePolicy, JournalHead, LastLook
+from archiver.states import AccountState
+
+
+class BeforePoll(NamedTuple):
+    """What a poll begins with: the account, and where journal and mailbox stand, as far as is known here.
+
+    ``listed`` and ``quarantined`` are of the last listing, by which ``last_look``
+    is; it is None where the mailbox must be listed anew. ``day_bytes`` were
+    fetched on ``day`` (UTC).
+    """
+
+    account: Account
+    head: JournalHead
+    last_look: LastLook | None
+    listed: int
+    quarantined: int
+    day: date | None = None
+    day_bytes: int = 0
+
+
+def before_poll(connection: Connection, account_id: str) -> BeforePoll:
+    """All that a poll must know before it connects, in one query."""
+    return before_polls(connection, [account_id])[account_id]
+
+
+def before_polls(connection: Connection, account_ids: Sequence[str]) -> dict[str, BeforePoll]:
+    """The same for many, by account's id."""
+    rows = connection.execute(_of_before(connection.dialect.name), {"ids": account_ids})
+    return {row.id: _before(row) for row in rows}
+
+
+def account_of(row: Any) -> Account:
+    """The account that a row with all of its columns is."""
+    return Account(
+        id=row.id,
+        name=row.name,
+        url=row.url,
+        tls=row.tls,
+        secret_reference=row.secret_reference,
+        ca_file=row.ca_file,
+        delete=DeletePolicy.parse(row.delete_policy),
+        interval_seconds=row.interval_seconds,
+        timeout_seconds=row.timeout_seconds,
+        epoch=row.epoch,
+        state=AccountState(row.state),
+        state_reason=row.state_reason,
+        tls_pins=tuple(row.tls_pins.split()),
+        tls_minimum=row.tls_minimum,
+        tls_server_name=row.tls_server_name,
+        client_certificate=row.client_certificate,
+        client_key=row.client_key,
+        cron=row.cron,
+        time_zone=row.time_zone,
+        interval_max_seconds=row.interval_max_seconds,
+        blackout=row.blackout,
+        day_bytes=row.day_bytes,
+        avoids=tuple(row.avoids.split()),
+        deletion_suspended=row.deletion_suspended,
+    )
+
+
+def _before(row: Any) -> BeforePoll:
+    last_look = None
+    if row.trusted_until is not None:
+        last_look = LastLook(row.stat_count, row.stat_size, row.last_number, row.last_uidl, row.trusted_until)
+    return BeforePoll(
+        account_of(row),
+        JournalHead(row.sequence, row.digest),
+        last_look,
+        row.listed or 0,
+        row.quarantined or 0,
+        row.day,
+        row.fetched_bytes or 0,
+    )
+
+
+@cache
+def _of_before(dialect: str) -> sa.Select[Any]:
+    return (
+        sa.select(
+            account,
+            journal.c.sequence,
+            journal.c.digest,
+            mailbox.c.listed,
+            mailbox.c.quarantined,
+            mailbox.c.stat_count,
+            mailbox.c.stat_size,
+            mailbox.c.last_number,
+            mailbox.c.last_uidl,
+            mailbox.c.trusted_until,
+            mailbox.c.day,
+            mailbox.c.day_bytes.label("fetched_bytes"),
+        )
+        .join(journal, journal.c.account_id == account.c.id)
+        # An older release, which may run beside this one, adds accounts without it.
+        .outerjoin(mailbox, mailbox.c.account_id == account.c.id)
+        .where(bulk.among(dialect, account.c.id, "ids"))
+    )
+
+
+def journal_head(connection: Connection, account_id: str) -> JournalHead:
+    """Where the account's journal stands, as far as the database knows."""
+    row = connection.execute(
+        sa.select(journal.c.sequence, journal.c.digest).where(journal.c.account_id == account_id)
+    ).one()
+    return JournalHead(row.sequence, row.digest)
