@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from archiver.db import Database, captures, migrate, record, sightings
+from archiver.db.before import before_poll
 from archiver.model import Claim, Resolved, Segment, ServerRecord, SightingKey, What
 from tests.harness.postgres import Postgres
 
@@ -165,7 +166,7 @@ def measure(sized: Sized, chance: random.Random) -> dict[str, Callable[[int], ob
 
     def before(n: int) -> None:
         with database.reading() as connection:
-            before.before_poll(connection, accounts[n])
+            before_poll(connection, accounts[n])
 
     def held(n: int) -> None:
         with database.reading() as connection:

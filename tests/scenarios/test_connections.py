@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from archiver import db
 from archiver.db import PREPARED_AFTER, Database, bulk, migrate
+from archiver.db.captures import CapturedContent, contents
 from archiver.db.tables import capture, event
 from archiver.errors import TryLater
 from tests.conftest import require
@@ -131,10 +132,10 @@ def test_rows_come_out_as_they_went_in(database_url: str) -> None:
             found = connection.execute(sa.select(capture).order_by(capture.c.token)).mappings().all()
             assert [dict(row) for row in found] == captures[:2]
             digests = [bytes([n]) * 32 for n in range(256)]
-            held = {digests[n]: captures.CapturedContent(AT, 2**40 + n) for n in (0, 1)}
-            assert captures.contents(connection, "a", digests) == held
-            assert captures.contents(connection, "a", digests[1:2]) == {digests[1]: held[digests[1]]}
-            assert captures.contents(connection, "a", []) == captures.contents(connection, "b", digests) == {}
+            held = {digests[n]: CapturedContent(AT, 2**40 + n) for n in (0, 1)}
+            assert contents(connection, "a", digests) == held
+            assert contents(connection, "a", digests[1:2]) == {digests[1]: held[digests[1]]}
+            assert contents(connection, "a", []) == contents(connection, "b", digests) == {}
 
 
 def test_a_list_of_any_length_is_one_parameter(database_url: str) -> None:

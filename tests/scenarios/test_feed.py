@@ -29,8 +29,8 @@ def rows(writer: int, transaction: int) -> list[dict[str, Any]]:
     ]
 
 
-def publish(database: Database, events: list[dict[str, Any]]) -> None:
-    database.transact(lambda connection: events.publish(connection, events))
+def publish(database: Database, written: list[dict[str, Any]]) -> None:
+    database.transact(lambda connection: events.publish(connection, written))
 
 
 def test_a_reader_misses_none_of_many_writers(lone_archive: Archive) -> None:

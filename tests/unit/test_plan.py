@@ -13,6 +13,7 @@ from archiver.poll import plan as planning
 from archiver.poll.plan import Plan
 from archiver.pop3 import Listing
 from archiver.pop3.listing import SizeColumn, UidlColumn, join
+from archiver.states import SightingState
 
 NOW = datetime(2024, 2, 29, 12, tzinfo=UTC)
 DIGEST = bytes(32)
@@ -39,7 +40,7 @@ def known(state: str = "captured", *, requested: bool = False, attempts: int = 0
     retry_at = NOW + timedelta(hours=1) if state == "quarantined" else None
     seen_at = NOW - timedelta(days=1)
     tries = (0, None, attempts, None) if state == "captured" else (attempts, retry_at, 0, None)
-    return Known(state, sha256, seen_at, *tries, requested)
+    return Known(SightingState(state), sha256, seen_at, *tries, requested)
 
 
 LAST = SightingKey(b"last", 1)
