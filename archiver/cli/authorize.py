@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from archiver.bootstrap import Archiver
     from archiver.model import Account
     from archiver.oauth import Credential, Poster, Provider
-    from archiver.outbound import Client
+    from archiver.oauth.endpoint import Client
     from archiver.pop3 import Endpoint
 
 BY_TOKEN = ("XOAUTH2", "OAUTHBEARER")
@@ -78,7 +78,7 @@ def authorize(
     from archiver import oauth
     from archiver.bootstrap import Archiver
     from archiver.errors import UsageError
-    from archiver.outbound import Client
+    from archiver.oauth.endpoint import Client
     from archiver.secrets import from_file
     from archiver.settings import load
 
@@ -152,7 +152,8 @@ def _provider(
     """The provider that the options describe. Raises UsageError."""
     from archiver.errors import UsageError
     from archiver.oauth import MICROSOFT, PROVIDERS, Provider
-    from archiver.oauth.credential import ANY_TENANT, check_endpoint
+    from archiver.oauth.credential import ANY_TENANT
+    from archiver.outbound import check_url
 
     known = PROVIDERS.get(name or "")
     if name is not None and known is None:
@@ -168,7 +169,7 @@ def _provider(
     base = known or Provider("the provider", "", "")
     for endpoint in filter(None, (token_endpoint, device_endpoint, consent_endpoint)):
         try:
-            check_endpoint(endpoint)
+            check_url(endpoint)
         except ValueError as error:
             raise UsageError(f"{endpoint!r}: {error}") from None
     return replace(
@@ -200,8 +201,8 @@ def _try(poster: "Poster", credential: "Credential", user: str, name: str) -> No
     import time
 
     from archiver.errors import OperatorNeeded
+    from archiver.oauth.endpoint import Refusal
     from archiver.oauth.tokens import access_token, request
-    from archiver.outbound import Refusal
 
     try:
         access_token(request(poster, credential, user, now=time.time()), name)

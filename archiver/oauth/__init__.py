@@ -24,8 +24,8 @@ from archiver.oauth.credential import (
     is_oauth,
     reference_to,
 )
+from archiver.oauth.endpoint import Poster
 from archiver.oauth.tokens import AccessTokens
-from archiver.outbound import Poster
 
 __all__ = [
     "GOOGLE",

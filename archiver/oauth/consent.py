@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from archiver.errors import ArchiverError, OperatorNeeded, TryLater
 from archiver.oauth.credential import Credential, Provider
-from archiver.outbound import Client, Poster, Refusal
+from archiver.oauth.endpoint import Client, Poster, Refusal
 
 INTERVAL_SECONDS: Final = 5.0
 """Between two questions, where the provider does not say (RFC 8628 section 3.2)."""

@@ -15,13 +15,13 @@ that provider; for any other, ``token_endpoint`` and ``scope`` are given.
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from archiver.errors import OperatorNeeded, UsageError
-from archiver.outbound import Client
+from archiver.oauth.endpoint import Client
+from archiver.outbound import check_url
 from archiver.secrets import OAUTH
 
 _FIELDS: Final = ("token_endpoint", "client_id", "client_secret", "refresh_token", "private_key", "scope")
@@ -143,7 +143,7 @@ class Credential:
         for name in ("token_endpoint", "client_id", "scope"):
             if values[name] is None:
                 raise ValueError(f"it has no {name}, and no provider that implies one")
-        endpoint = check_endpoint(values["token_endpoint"] or "")
+        endpoint = check_url(values["token_endpoint"] or "")
         return cls(
             endpoint,
             Client(values["client_id"] or "", values["client_secret"]),
@@ -172,19 +172,6 @@ class Credential:
         """
         whose = account_id if self.refresh_token else user if self.private_key else ""
         return hashlib.sha256(json.dumps([self.document(), whose]).encode()).digest()
-
-
-def check_endpoint(url: str) -> str:
-    """An endpoint's address, if it is one to which secrets may be sent. Raises ValueError."""
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
-        bare = parts.username is None and not parts.fragment
-    except ValueError:
-        whole = bare = False
-    if not (whole and bare and re.fullmatch("[!-~]+", url)):
-        raise ValueError("an endpoint is an https:// address without a user name")
-    return url
 
 
 def _of_provider(told: dict[str, Any]) -> dict[str, Any]:

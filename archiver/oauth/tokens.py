@@ -19,7 +19,7 @@ from archiver import observe
 from archiver.errors import OperatorNeeded
 from archiver.model import Account
 from archiver.oauth.credential import Credential
-from archiver.outbound import Poster, Refusal
+from archiver.oauth.endpoint import Poster, Refusal
 from archiver.secrets import OAUTH, Secrets, is_sealed
 
 MARGIN_SECONDS: Final = 300.0

@@ -24,7 +24,8 @@ from archiver.errors import ArchiverError, OperatorNeeded, TryLater, UsageError
 from archiver.model import Account
 from archiver.oauth import GOOGLE, MICROSOFT, AccessTokens, Credential, Poster, Provider
 from archiver.oauth.consent import Browser, ask_device_code, await_device
-from archiver.outbound import ANSWER_BYTES, Client
+from archiver.oauth.endpoint import Client
+from archiver.outbound import ANSWER_BYTES
 from archiver.secrets import Secrets, check_reference
 from tests.harness.oauth_provider import (
     CLIENT,
@@ -372,7 +373,11 @@ FAILURES: list[tuple[Fault, type[ArchiverError], str]] = [
     (error("consent_required"), OperatorNeeded, "consent_required"),
     (error("invalid_grant", "x" * 5000), OperatorNeeded, r"x{300}\.\.\."),
     (error("invalid_grant", "a\x1b[31m\r\nb"), OperatorNeeded, r"a \[31m b"),
-    (Say(302, b"", (("Location", "https://elsewhere.example/"),)), OperatorNeeded, "points elsewhere"),
+    (
+        Say(302, b"", (("Location", "https://elsewhere.example/"),)),
+        OperatorNeeded,
+        "a redirect, which is not followed",
+    ),
     (Say(404, b"not here"), OperatorNeeded, "answered 404, and not as OAuth does"),
     (Say(200, b"<html>Welcome to the hotel"), OperatorNeeded, "not as OAuth does"),
     (Say(200, b"[]"), OperatorNeeded, "not as OAuth does"),
@@ -380,7 +385,7 @@ FAILURES: list[tuple[Fault, type[ArchiverError], str]] = [
     (Say(200, b"{}"), OperatorNeeded, "without a bearer token"),
     (Say(200, b'{"access_token": 5}'), OperatorNeeded, "without a bearer token"),
     (Say(200, b'{"access_token": "x", "token_type": "mac"}'), OperatorNeeded, "without a bearer token"),
-    (Flood(), OperatorNeeded, f"more than {ANSWER_BYTES} octets"),
+    (Flood(), OperatorNeeded, f"more than {ANSWER_BYTES} bytes"),
 ]
 
 
