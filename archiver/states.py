@@ -47,7 +47,7 @@ SIGHTING_TRANSITIONS: Mapping[SightingState, frozenset[SightingState]] = {
     SightingState.PENDING: frozenset({SightingState.CAPTURED, SightingState.QUARANTINED}),
     # A retry captures it, or dies again on the way.
     SightingState.QUARANTINED: frozenset({SightingState.CAPTURED, SightingState.PENDING}),
-    # What is there may be another message under the same UIDL: then it is fetched again, and may fail.
+    # Another message may have taken the same UIDL: then it is fetched again, and may fail.
     SightingState.CAPTURED: frozenset({SightingState.PENDING, SightingState.QUARANTINED}),
 }
 
