@@ -66,7 +66,7 @@ lint-prose: setup
 	@$(BIN)/python tools/prose.py
 
 .PHONY: format
-format: setup ## Let ruff lay out the code and mend what it can
+format: setup ## Let ruff lay out the code and fix what it can
 	@$(BIN)/ruff format
 	@$(BIN)/ruff check --fix
 

@@ -36,7 +36,7 @@ class TryLater(ArchiverError):
 
 
 class OperatorNeeded(ArchiverError):
-    """Only a person can mend it: credentials, a certificate, a missing bucket, a refused access."""
+    """Only an operator can fix it: credentials, a certificate, a missing bucket, a refused access."""
 
     outcome = "operator_needed"
 

@@ -17,26 +17,25 @@ from archiver.states import AccountState
 from archiver.timetable import Timetable
 
 ACCOUNTS_LOCK = 0x61636374
-"""The advisory lock of whoever brings many accounts: "acct" in ASCII."""
+"""The advisory lock of a process that adds many accounts: "acct" in ASCII."""
 
 
 def take_turn(connection: Connection) -> None:
-    """Wait for others that have their turn, to their commit, so that what they added is seen from here on.
+    """Wait for the commit of another process that adds accounts, and see what it added from here on.
 
-    For processes that start together and bring the same accounts. SQLite has
-    one writer anyway.
+    For processes that start together and add the same accounts. SQLite has one
+    writer anyway.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ACCOUNTS_LOCK)))
 
 
 def add(connection: Connection, new: Account, at: datetime) -> Account:
-    """Add an account, due at once or as its cron expression says, and return it as it is kept.
+    """Add an account, due now or as its cron expression says, and return it as it is stored.
 
-    A removed account comes back, with the id under which its archive lies,
-    when name and URL are those it had. Raises UsageError when the name or the
-    URL is taken; not when ``new`` itself is there already, by a transaction
-    whose answer was lost.
+    A removed account comes back, with the id of its archive, when name and URL are
+    the same. Raises UsageError when the name or the URL is taken; but not when ``new``
+    itself is there already, by a transaction whose answer was lost.
     """
     with Session(bind=connection) as session:
         row = session.exec(select(AccountRow).where(AccountRow.name == new.name)).first()
@@ -86,7 +85,7 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
 
 
 def exchange_secret(connection: Connection, account_id: str, old: str, new: str) -> bool:
-    """Put one reference to a secret in the place of another; false when another stands there by now."""
+    """Replace a reference to a secret; returns False when it has been replaced by another meanwhile."""
     exchanged = connection.execute(
         sa.update(account)
         .where(account.c.id == account_id, account.c.secret_reference.in_([old, new]))
@@ -107,7 +106,7 @@ def page(connection: Connection, after: str, limit: int) -> list[Account]:
 
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
-    """Stop archiving an account and forget its secret. What was captured, and its record, stay."""
+    """Stop archiving an account and forget its secret. Its captures and their record stay."""
     schedule.stop(connection, account_id, AccountState.REMOVED)
     connection.execute(
         sa.update(account).where(account.c.id == account_id).values(removed_at=at, secret_reference="")

@@ -15,20 +15,20 @@ from archiver.states import AccountState
 
 
 class BeforePoll(NamedTuple):
-    """What a poll begins with: the account, and where journal and mailbox stand, as far as is known here.
-
-    ``listed`` and ``quarantined`` are of the last listing, by which ``last_look``
-    is; it is None where the mailbox must be listed anew. ``day_bytes`` were
-    fetched on ``day`` (UTC).
-    """
+    """What the database knows of an account when a poll of it begins."""
 
     account: Account
     head: JournalHead
+    """The last journal segment that the database has."""
     last_look: LastLook | None
+    """What the mailbox looked like at the last listing; None when the mailbox must be listed."""
     listed: int
+    """Messages in the last listing."""
     quarantined: int
+    """Those of them that were in quarantine."""
     day: date | None = None
     day_bytes: int = 0
+    """Bytes fetched on ``day`` (UTC)."""
 
 
 def before_poll(connection: Connection, account_id: str) -> BeforePoll:

@@ -84,7 +84,7 @@ def present(
 ) -> Iterator[tuple[SightingKey, Known]]:
     """What the last listing showed, in the order of its keys, after ``after``.
 
-    The first thousand are read at once, and a small mailbox has no more; the rest is
+    The first thousand are read at once, which is all of a small mailbox; the rest is
     streamed, which takes PostgreSQL three statements. Read all of it within one
     transaction, so that both parts are of one state. Bytes are ordered as by memcmp on
     both databases.
@@ -113,7 +113,7 @@ def is_any_present(connection: Connection, account_id: str, epoch: int, uidls: S
 
 
 def absent_quarantined(connection: Connection, account_id: str, epoch: int) -> dict[SightingKey, Known]:
-    """What is in quarantine and not listed any more. If it comes back, its next retry stays when it was."""
+    """Messages in quarantine that are not listed any more. Their next retry stays, should they come back."""
     rows = connection.execute(_ABSENT_QUARANTINED, {"of_account": account_id, "of_epoch": epoch})
     return dict(map(_known, rows))
 

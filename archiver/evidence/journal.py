@@ -1,11 +1,11 @@
-"""The journal: an account's hash-chained record of what was captured, one object a batch.
+"""The journal: an account's hash-chained record of what was captured, one object for each batch.
 
 A segment is NDJSON: a header line, then a line for each sighting that was
-resolved. Its header names the SHA-256 of the whole segment before it, so no
-segment can be changed, dropped or slipped in without breaking the chain; its
-number follows from its predecessor and its object is written once, so of two
-writers one finds the number taken. The format is described for auditors in
-docs/compliance.md; ``SCHEMA`` grows when a reader must know better.
+resolved. Its header names the SHA-256 of the whole segment before it. So no segment
+can be changed, dropped or inserted without breaking the chain. Its number follows
+from its predecessor and its object is written once, so of two writers one finds the
+number taken. docs/compliance.md describes the format for auditors. ``SCHEMA`` grows
+when an older reader would misread a segment.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ from archiver.store import ObjectNotFound, Store
 SCHEMA = 1
 LARGEST_NUMBER = 2**63 - 1
 SEGMENT_BYTES = 64 * 1024 * 1024
-"""More than any batch writes. What is larger is not a segment of ours, and is not read into memory."""
+"""More than any batch writes. A larger object is not a segment, and is not read into memory."""
 
 
 def encode(segment: Segment) -> bytes:
-    """The octets of a segment as they lie in the store; the same segment gives the same octets."""
+    """A segment as it is stored. The same segment always gives the same bytes."""
     header = {
         "schema": SCHEMA,
         "account": {"id": segment.account_id, "name": segment.account_name, "url": segment.account_url},
@@ -68,10 +68,10 @@ def encode(segment: Segment) -> bytes:
     return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
-def decode(octets: bytes, where: str) -> Segment:
+def decode(data: bytes, where: str) -> Segment:
     """Read a segment back. Raises IntegrityError, naming ``where``, for anything that is not one."""
     try:
-        header, *lines = (json.loads(line) for line in octets.splitlines())
+        header, *lines = (json.loads(line) for line in data.splitlines())
         if (schema := _whole(header["schema"])) != SCHEMA:
             raise IntegrityError(
                 f"{where} has the journal schema {schema}, which this release does not know",
@@ -116,21 +116,21 @@ def read(store: Store, account_id: str, sequence: int) -> tuple[Segment, bytes] 
     key = segment_key(account_id, sequence)
     try:
         with store.get(key) as chunks:
-            octets = bytearray()
+            data = bytearray()
             for chunk in chunks:
-                octets += chunk
-                if len(octets) > SEGMENT_BYTES:
+                data += chunk
+                if len(data) > SEGMENT_BYTES:
                     raise IntegrityError(f"{key} is too large for a journal segment")
     except ObjectNotFound:
         return None
-    segment = decode(bytes(octets), key)
+    segment = decode(bytes(data), key)
     if (segment.account_id, segment.sequence) != (account_id, sequence):
         raise IntegrityError(f"{key} holds segment {segment.sequence} of account {segment.account_id!a}")
-    return segment, hashlib.sha256(octets).digest()
+    return segment, hashlib.sha256(data).digest()
 
 
 def follows(segment: Segment, head: JournalHead) -> bool:
-    """Whether a segment is the next link of the chain behind ``head``."""
+    """Whether a segment is the next link of the chain after ``head``."""
     return (segment.sequence, segment.previous) == (head.sequence + 1, head.digest)
 
 
@@ -178,20 +178,20 @@ def _resolved(line: dict[str, Any]) -> Resolved:
     )
 
 
-# What lies in a bucket may have been written by anybody.
+# Anyone with write access to the bucket may have written what is in it.
 
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value <= LARGEST_NUMBER:
-        raise ValueError(f"no whole number: {value!r}")
+        raise ValueError(f"not a whole number: {value!r}")
     return value
 
 
 def _digest(text: str) -> bytes:
-    octets = bytes.fromhex(text)
-    if len(octets) != len(NO_DIGEST):
-        raise ValueError("no SHA-256")
-    return octets
+    digest = bytes.fromhex(text)
+    if len(digest) != len(NO_DIGEST):
+        raise ValueError("not a SHA-256")
+    return digest
 
 
 def _time(text: str) -> datetime:
