@@ -31,7 +31,7 @@ def run() -> None:
     """
     from archiver import observe
     from archiver.bootstrap import Archiver
-    from archiver.cli import accounts_file
+    from archiver.accounts import file as accounts_file
     from archiver.settings import load, unknown
 
     settings = load()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from archiver.bootstrap import Archiver
-from archiver.cli.accounts_file import take_in
+from archiver.accounts.file import take_in
 from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import Account

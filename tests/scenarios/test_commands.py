@@ -244,7 +244,7 @@ def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
 
 def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Path) -> None:
     from archiver.bootstrap import Archiver
-    from archiver.cli.accounts_file import take_in
+    from archiver.accounts.file import take_in
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"
@@ -280,7 +280,7 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
     from threading import Event
 
     from archiver.bootstrap import Archiver
-    from archiver.cli.accounts_file import take_in
+    from archiver.accounts.file import take_in
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"

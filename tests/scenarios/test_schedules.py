@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from archiver import web
 from archiver.bootstrap import Archiver
-from archiver.cli import accounts_file, app
+from archiver.accounts import file as accounts_file
+from archiver.cli import app
 from archiver.db import Database, accounts, hosts, migrate, overview, schedule
 from archiver.db.tables import lease as lease_table
 from archiver.errors import UsageError
