@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from archiver import oauth, policy, pop3
+from archiver.accounts import file, rules
 from archiver.db import Database, accounts, migrate
 from archiver.db.hosts import HostSessions
 from archiver.errors import UsageError
@@ -94,6 +95,12 @@ class Archiver:
         _ = self.store
         self.make_database()
 
+    def take_in(self, accounts_file: Path) -> int:
+        """Bring the accounts of a file into the database, and count what changed. Raises UsageError."""
+        return file.take_in(
+            self.database, accounts_file, self.now(), interval_seconds=self.settings.interval_seconds
+        )
+
     @cached_property
     def secrets(self) -> Secrets:
         key = self.settings.secret_key
@@ -169,7 +176,7 @@ class Archiver:
         settings = self.settings
         return pop3.connect(
             pop3.parse_url(account.url, pop3.Tls(account.tls)),
-            tls_settings=tls_settings(account),
+            tls_settings=rules.tls_settings(account),
             limits=pop3.Limits(
                 connect_seconds=account.timeout_seconds or settings.connect_seconds,
                 greeting_seconds=account.timeout_seconds or settings.greeting_seconds,
@@ -206,42 +213,3 @@ class Archiver:
 
 def _user(account: Account) -> str:
     return pop3.parse_url(account.url, pop3.Tls(account.tls)).user
-
-
-def tls_settings(account: Account) -> pop3.TlsSettings:
-    """How this account's server is verified. Raises UsageError for choices that do not go together."""
-
-    try:
-        return _tls_settings(
-            account.ca_file,
-            frozenset(account.tls_pins),
-            account.tls_minimum,
-            account.client_certificate,
-            account.client_key,
-            account.tls_server_name,
-        )
-    except ValueError as error:
-        raise UsageError(f"account {account.name}: {error}") from None
-
-
-# Of many accounts few differ in this, and each poll asks.
-@lru_cache(maxsize=1024)
-def _tls_settings(
-    ca_file: str | None,
-    pins: frozenset[str],
-    minimum_version: str,
-    client_certificate: str | None,
-    client_key: str | None,
-    server_name: str | None,
-) -> pop3.TlsSettings:
-    def path(name: str | None) -> Path | None:
-        return None if name is None else Path(name)
-
-    return pop3.TlsSettings(
-        ca_file=path(ca_file),
-        pins=pins,
-        minimum_version=minimum_version,
-        client_certificate=path(client_certificate),
-        client_key=path(client_key),
-        server_name=server_name,
-    )

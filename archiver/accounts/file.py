@@ -1,159 +1,125 @@
-"""Accounts from a file, as a cluster's configuration has them.
+"""Accounts from a file, as the configuration of a cluster has them.
 
-TOML, a table ``[[account]]`` for each: ``name`` and ``url``, and where wanted
-``password`` (``file:/path`` or ``env:NAME``, never the password;
-``oauth:file:/path`` for an OAuth credential), ``tls``,
-``ca_file``, ``delete``, ``interval_seconds``, ``interval_max_seconds``,
-``cron``, ``time_zone``, ``blackout``, ``day_bytes``, ``timeout_seconds``,
-``tls_pins``, ``tls_minimum``, ``tls_server_name``, ``client_certificate``,
-``client_key``. Accounts are added and changed to what the file says. One that
-is no longer in it goes on: an archive must not stop because a line was lost.
+The file is TOML, with a table ``[[account]]`` for each account; ``fields`` lists
+what a table may hold. Accounts are added, and changed to what the file says. An
+account that is no longer in the file is still polled: an archive must not stop
+because a line was lost.
 """
 
+import difflib
+import json
+import re
 import tomllib
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
-from archiver import secrets
-from archiver.bootstrap import tls_settings
-from archiver.db import accounts
+from archiver.accounts import rules
+from archiver.accounts.fields import BY_NAME, FIELDS
+from archiver.db import Database, accounts
 from archiver.errors import UsageError
-from archiver.model import NEVER_DELETE, Account, DeletePolicy, new_account_id
-from archiver.pop3 import Tls, UrlError, parse_pin, parse_url
+from archiver.model import Account, new_account_id
 from archiver.states import AccountState
-from archiver.timetable import Timetable
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from archiver.bootstrap import Archiver
+HINT = "docs/reference/settings.md describes the accounts file"
+
+_TABLE = re.compile(r"^[ \t]*\[\[[ \t]*account[ \t]*\]\]", re.MULTILINE)
 
 
-def _printable(name: str) -> str:
-    if not name.isprintable() or not name.strip():
-        raise ValueError("it holds nothing, or what cannot be printed")
-    return name
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One table of the file, its values read."""
+
+    place: str
+    """Which table it is, for messages."""
+    settings: dict[str, Any]
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
-    url: str
-    password: str
-    tls: Literal["implicit", "starttls", "none"] | None = None
-    ca_file: str | None = None
-    delete: str = str(NEVER_DELETE)
-    interval_seconds: Annotated[float, Field(ge=1)] | None = None
-    interval_max_seconds: Annotated[float, Field(ge=1)] | None = None
-    cron: str | None = None
-    time_zone: str = "UTC"
-    blackout: str = ""
-    day_bytes: Annotated[int, Field(gt=0)] | None = None
-    timeout_seconds: Annotated[float, Field(ge=1)] | None = None
-    tls_pins: list[str] = []
-    tls_minimum: str = "1.2"
-    tls_server_name: str | None = None
-    client_certificate: str | None = None
-    client_key: str | None = None
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    account: list[_Entry] = []
-
-
-def take_in(archiver: "Archiver", path: Path) -> int:
+def take_in(database: Database, path: Path, at: datetime, *, interval_seconds: float) -> int:
     """Bring the accounts of a file into the database; returns how many were added or changed.
 
-    All or none. Raises UsageError that names the account and what is wrong with it.
+    All or none. ``interval_seconds`` is for accounts that name none. Raises
+    UsageError that names the account and what is wrong with it.
     """
-    entries = _read(path)
-    wanted = [_account(archiver, path, entry) for entry in entries]
-    for name, times in Counter(account.name for account in wanted).items():
-        if times > 1:
-            raise UsageError(f"{path}: account {name} stands there twice")
+    wanted = [account_of(entry, interval_seconds) for entry in read(path)]
 
     def work(connection: "Connection") -> int:
-        changed = 0
         accounts.take_turn(connection)
-        for account in wanted:
-            found = accounts.by_name(connection, account.name)
-            if found is None or found.state is AccountState.REMOVED:
-                accounts.add(connection, account, archiver.now())
-                changed += 1
-                continue
-            same = replace(
-                account,
-                id=found.id,
-                epoch=found.epoch,
-                state=found.state,
-                state_reason=found.state_reason,
-                avoids=found.avoids,
-                deletion_suspended=found.deletion_suspended,
-            )
-            if same != found:
-                accounts.change(connection, same, archiver.now())
-                changed += 1
-        return changed
+        return sum(_take(connection, account, at) for account in wanted)
 
-    return archiver.database.transact(work)
+    return database.transact(work)
 
 
-def _read(path: Path) -> list[_Entry]:
+def _take(connection: "Connection", account: Account, at: datetime) -> bool:
+    found = accounts.by_name(connection, account.name)
+    if found is None or found.state is AccountState.REMOVED:
+        accounts.add(connection, account, at)
+        return True
+    same = replace(found, **{field.attribute: getattr(account, field.attribute) for field in FIELDS})
+    if same == found:
+        return False
+    accounts.change(connection, same, at)
+    return True
+
+
+def read(path: Path) -> list[Entry]:
+    """The tables of a file. Raises UsageError that says where it is wrong."""
     try:
-        return _File.model_validate(tomllib.loads(path.read_text("utf-8"))).account
+        text = path.read_text("utf-8")
+        content = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read the accounts file {path}: {error.strerror}") from error
-    except ValidationError as error:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"])
-        raise UsageError(
-            f"{path}: {where}: {found['msg']}", hint="docs/reference/settings.md describes the file"
-        ) from None
     except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+        raise UsageError(f"{path} is not TOML: {error}", hint=HINT) from None
+    tables = content.pop("account", [])
+    for name in content:
+        raise UsageError(f"{path}: unknown key {name!r}: each account is a table [[account]]", hint=HINT)
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path}: each account is a table [[account]]", hint=HINT)
+    lines = [text.count("\n", 0, found.end()) + 1 for found in _TABLE.finditer(text)]
+    entries: list[Entry] = []
+    names: set[str] = set()
+    for index, table in enumerate(tables):
+        name = table.get("name")
+        told = [json.dumps(name, ensure_ascii=not name.isprintable())] if isinstance(name, str) else []
+        # Text in a string that looks like a table's head would shift the lines: better none than wrong ones.
+        told += [f"line {lines[index]}"] if len(lines) == len(tables) else []
+        place = f"{path}: entry {index + 1}" + (f" ({', '.join(told)})" if told else "")
+        entries.append(Entry(place, _settings(place, table)))
+        if name in names:
+            raise UsageError(f"{place}: an entry before it has the same name")
+        names.add(str(name))
+    return entries
 
 
-def _account(archiver: "Archiver", path: Path, entry: _Entry) -> Account:
+def _settings(place: str, table: dict[str, Any]) -> dict[str, Any]:
+    missing = [field.name for field in FIELDS if field.required and field.name not in table]
+    unknown = [name for name in table if name not in BY_NAME]
+    wrong = [f"no {name}" for name in missing] + [_unknown(name) for name in unknown]
+    if wrong:
+        raise UsageError(f"{place}: {'; '.join(wrong)}", hint=HINT)
+    settings = {}
+    for name, value in table.items():
+        try:
+            settings[name] = BY_NAME[name].kind.read(value)
+        except ValueError as error:
+            raise UsageError(f"{place}: {name}: {error}", hint=HINT) from None
+    return settings
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, BY_NAME, 1)
+    return f"unknown key {name}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def account_of(entry: Entry, interval_seconds: float) -> Account:
+    """The account that a table describes, with an id of its own. Raises UsageError."""
+    account = Account(new_account_id(), name="", url="", tls="", secret_reference="")
     try:
-        endpoint = parse_url(entry.url, None if entry.tls is None else Tls(entry.tls))
-        delete = DeletePolicy.parse(entry.delete)
-        pins = tuple(sorted({parse_pin(pin) for pin in entry.tls_pins}))
-        reference = secrets.check_reference(entry.password)
-    except (UrlError, ValueError, UsageError) as error:
-        raise UsageError(f"{path}: account {entry.name}: {error}") from None
-    account = Account(
-        id=new_account_id(),
-        name=entry.name,
-        url=endpoint.url,
-        tls=endpoint.tls.value,
-        secret_reference=reference,
-        ca_file=entry.ca_file,
-        delete=delete,
-        interval_seconds=entry.interval_seconds or archiver.settings.interval_seconds,
-        interval_max_seconds=entry.interval_max_seconds,
-        cron=entry.cron,
-        time_zone=entry.time_zone,
-        blackout=entry.blackout,
-        day_bytes=entry.day_bytes,
-        timeout_seconds=entry.timeout_seconds,
-        tls_pins=pins,
-        tls_minimum=entry.tls_minimum,
-        tls_server_name=entry.tls_server_name,
-        client_certificate=entry.client_certificate,
-        client_key=entry.client_key,
-    )
-    try:
-        tls_settings(account)
-        Timetable.of(account)
+        return rules.changed(account, {"interval_seconds": interval_seconds} | entry.settings)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: account {entry.name}: {error}") from None
-    return account
+        raise UsageError(f"{entry.place}: {error}", hint=error.hint) from None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from archiver.accounts.fields import BY_NAME, Group, as_json
 from archiver.cli import lookup, options
 from archiver.cli.authorize import BY_TOKEN, authorize
 from archiver.cli.calendar import ScheduleShown
@@ -28,6 +29,8 @@ app = typer.Typer(
     no_args_is_help=True, help="The mailboxes that are archived: add, look, check, pause, remove."
 )
 
+EVERY_GROUP = (Group.CONNECTION, Group.DELETION, Group.SCHEDULE)
+
 POLLS_SHOWN = 10
 
 WITHOUT_PASSWORD = {"EXTERNAL": NONE, "GSSAPI": NONE} | dict.fromkeys(BY_TOKEN, PROMPT)
@@ -38,37 +41,21 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.",
 
 
 @app.command()
+@options.account_options(*EVERY_GROUP)
 def add(
     name: Name,
     url: Annotated[
         str, typer.Argument(metavar="URL", help="Such as pop3s://you@mail.example.com", show_default=False)
     ],
-    password_file: options.PasswordFile = None,
-    password_env: options.PasswordEnv = None,
-    password_stdin: options.PasswordStdin = False,
-    tls: options.TlsMode = None,
-    ca_file: options.CaFile = None,
-    delete: options.Delete = None,
-    timeout: options.Timeout = None,
-    tls_pin: options.TlsPin = None,
-    tls_minimum: options.TlsMinimum = None,
-    tls_server_name: options.TlsServerName = None,
-    client_certificate: options.ClientCertificate = None,
-    client_key: options.ClientKey = None,
-    interval: options.Interval = None,
-    interval_max: options.IntervalMax = None,
-    cron: options.Cron = None,
-    time_zone: options.TimeZone = None,
-    blackout: options.Blackout = None,
-    day_bytes: options.DayBytes = None,
+    given: options.Given,
     json: Json = False,
 ) -> None:
-    """Add a mailbox to those that `archiver run` polls.
+    """Add a mailbox that `archiver run` polls from now on.
 
-    The password is read at each poll from the file or the variable that you
-    name. One that is typed in, or given on standard input, is sealed in the
-    database with the key in ARCHIVER_SECRET_KEY. None is asked for where the
-    URL fixes a way to log in that needs none.
+    With --password-file or --password-env, the password is read at each poll.
+    A password that you type, or give on standard input, is kept in the database,
+    encrypted with ARCHIVER_SECRET_KEY. URLs with ;AUTH=EXTERNAL or ;AUTH=GSSAPI
+    need no password.
     """
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
@@ -76,35 +63,22 @@ def add(
     from archiver.model import Account
     from archiver.settings import load
 
-    given = options.Given.of(
-        password_file=password_file,
-        password_env=password_env,
-        password_stdin=password_stdin,
-        tls=tls,
-        ca_file=ca_file,
-        delete=delete,
-        timeout=timeout,
-        tls_pin=tls_pin,
-        tls_minimum=tls_minimum,
-        tls_server_name=tls_server_name,
-        client_certificate=client_certificate,
-        client_key=client_key,
-    )
-    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_bytes)
     endpoint = given.endpoint(url)
-    if not name.isprintable() or "://" in name or not name.strip():
-        raise UsageError(f"{name!r} cannot be an account's name", hint="use a word, or the mail address")
+    try:
+        BY_NAME["name"].kind.read(name)
+    except ValueError as error:
+        raise UsageError(f"{name!r} cannot be an account's name: {error}") from None
     given.check_password()
     with Archiver(load()) as archiver:
         new = Account(
             id=_id_for(archiver, name),
             name=name,
-            url=endpoint.url,
-            tls=endpoint.tls.value,
+            url="",
+            tls="",
             secret_reference="",
             interval_seconds=archiver.settings.interval_seconds,
         )
-        new = calendar.applied_to(given.applied_to(new))
+        new = given.applied_to(new, url=url)
         if endpoint.mechanism in WITHOUT_PASSWORD and not given.names_password:
             new = replace(new, secret_reference=WITHOUT_PASSWORD[endpoint.mechanism])
         else:
@@ -121,60 +95,25 @@ def add(
 
 
 @app.command()
+@options.account_options(*EVERY_GROUP)
 def edit(
     name: Name,
-    url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Another address of the same mailbox.")
-    ] = None,
-    password_file: options.PasswordFile = None,
-    password_env: options.PasswordEnv = None,
-    password_stdin: options.PasswordStdin = False,
-    tls: options.TlsMode = None,
-    ca_file: options.CaFile = None,
-    delete: options.Delete = None,
-    timeout: options.Timeout = None,
-    tls_pin: options.TlsPin = None,
-    tls_minimum: options.TlsMinimum = None,
-    tls_server_name: options.TlsServerName = None,
-    client_certificate: options.ClientCertificate = None,
-    client_key: options.ClientKey = None,
-    interval: options.Interval = None,
-    interval_max: options.IntervalMax = None,
-    cron: options.Cron = None,
-    time_zone: options.TimeZone = None,
-    blackout: options.Blackout = None,
-    day_bytes: options.DayBytes = None,
+    given: options.Given,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="The mailbox's new address.")] = None,
     forget_quirks: Annotated[
-        bool, typer.Option("--forget-quirks", help="Ask the server again for what it tripped over.")
+        bool,
+        typer.Option("--forget-quirks", help="Try again the commands at which the server failed before."),
     ] = False,
 ) -> None:
-    """Change how a mailbox is archived. What is not named stays as it is."""
+    """Change an account's settings. Settings that you do not name stay as they are."""
     from archiver.bootstrap import Archiver
     from archiver.db import accounts
     from archiver.settings import load
 
-    given = options.Given.of(
-        password_file=password_file,
-        password_env=password_env,
-        password_stdin=password_stdin,
-        tls=tls,
-        ca_file=ca_file,
-        delete=delete,
-        timeout=timeout,
-        tls_pin=tls_pin,
-        tls_minimum=tls_minimum,
-        tls_server_name=tls_server_name,
-        client_certificate=client_certificate,
-        client_key=client_key,
-    )
-    calendar = options.Calendar(interval, interval_max, cron, time_zone, blackout, day_bytes)
     given.check_password()
     with Archiver(load()) as archiver:
         former = lookup.active_account(archiver, name)
-        account = calendar.applied_to(given.applied_to(former))
-        if url is not None or tls is not None:
-            endpoint = given.endpoint(url or account.url)
-            account = replace(account, url=endpoint.url, tls=endpoint.tls.value)
+        account = given.applied_to(former, url=url)
         if given.reference() is not None or given.password_stdin:
             account = replace(account, secret_reference=_secret(archiver, account, given))
         if forget_quirks:
@@ -249,18 +188,12 @@ def show_account(
     if json:
         emit(
             _state_json(state)
+            | as_json(account)
             | {
-                "tls": account.tls,
-                "tls_pins": account.tls_pins,
-                "tls_minimum": account.tls_minimum,
-                "tls_server_name": account.tls_server_name,
-                "client_certificate": account.client_certificate,
                 "secret": _secret_kind(account),
-                "delete": str(account.delete),
                 "deletion_suspended": account.deletion_suspended,
                 "deletion_forbidden": forbidden,
                 "epoch": account.epoch,
-                "interval_seconds": account.interval_seconds,
                 "avoids": [
                     {"name": quirk.name, "since": quirk.since, "until": quirk.until, "reason": quirk.reason}
                     for quirk in quirks(account.avoids)
@@ -375,9 +308,11 @@ def poll(
         raise UsageError("name the accounts to poll, or say --all")
     with Archiver(load()) as archiver:
         chosen = None if every else [lookup.active_account(archiver, name) for name in names or []]
-        paused = [account.name for account in chosen or [] if account.state is not AccountState.ACTIVE]
-        if paused:
-            raise UsageError(f"{paused[0]} is not active", hint=f"archiver account resume {paused[0]}")
+        for account in chosen or []:
+            if account.state is not AccountState.ACTIVE:
+                raise UsageError(
+                    f"{account.name} is {account.state}", hint=f"archiver account resume {account.name}"
+                )
         ids = None if chosen is None else [account.id for account in chosen]
         asked = archiver.database.transact(lambda connection: schedule.ask(connection, ids))
     say(f"{asked} accounts are due now")

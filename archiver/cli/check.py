@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archiver.accounts.fields import Group
 from archiver.cli import lookup, options
 from archiver.cli.output import Json, complain, emit, say, size
 
@@ -19,21 +20,12 @@ CERTIFICATE_DAYS = 21
 """So long before its end a certificate is worth a word."""
 
 
+@options.account_options(Group.CONNECTION)
 def check(
     target: Annotated[
         str, typer.Argument(metavar="NAME|URL", help="An account, or a POP URL.", show_default=False)
     ],
-    password_file: options.PasswordFile = None,
-    password_env: options.PasswordEnv = None,
-    password_stdin: options.PasswordStdin = False,
-    tls: options.TlsMode = None,
-    ca_file: options.CaFile = None,
-    timeout: options.Timeout = None,
-    tls_pin: options.TlsPin = None,
-    tls_minimum: options.TlsMinimum = None,
-    tls_server_name: options.TlsServerName = None,
-    client_certificate: options.ClientCertificate = None,
-    client_key: options.ClientKey = None,
+    given: options.Given,
     json: Json = False,
 ) -> None:
     """Look at a mail server and its mailbox, and say in plain words what to expect.
@@ -47,31 +39,14 @@ def check(
     from archiver.secrets import PROMPT
     from archiver.settings import load
 
-    given = options.Given.of(
-        password_file=password_file,
-        password_env=password_env,
-        password_stdin=password_stdin,
-        tls=tls,
-        ca_file=ca_file,
-        delete=None,
-        timeout=timeout,
-        tls_pin=tls_pin,
-        tls_minimum=tls_minimum,
-        tls_server_name=tls_server_name,
-        client_certificate=client_certificate,
-        client_key=client_key,
-    )
     with Archiver(load()) as archiver:
         if "://" in target:
             endpoint = given.endpoint(target)
             account = Account("", endpoint.url, endpoint.url, endpoint.tls.value, PROMPT)
         else:
             account = lookup.active_account(archiver, target)
-        account = replace(
-            given.applied_to(account),
-            secret_reference=given.reference() or account.secret_reference,
-            tls=given.tls or account.tls,
-        )
+        account = given.applied_to(account)
+        account = replace(account, secret_reference=given.reference() or account.secret_reference)
         if given.password_stdin or account.secret_reference == PROMPT:
             ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
             archiver.passwords[account.id] = ask()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archiver.cli import lookup
+from archiver.cli import lookup, options
 from archiver.cli.output import Json, emit, say, show, size, table
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def retry(
     Exit code 1 when the poll did not end well.
     """
     from archiver.bootstrap import Archiver
-    from archiver.cli.sync import sync
+    from archiver.cli.sync import poll
     from archiver.db import requests
     from archiver.errors import UsageError
     from archiver.model import uidl_bytes
@@ -152,7 +152,7 @@ def retry(
                 else f"the mail server shows no message of UIDL {uidl!a}"
             )
             raise UsageError(f"{what} for {account}", hint=f"archiver account show {account}")
-    sync([account], json=json)
+    poll([account], options.Given({}), json=json)
 
 
 def _find(archiver: "Archiver", text: str) -> Any:

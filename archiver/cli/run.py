@@ -31,7 +31,6 @@ def run() -> None:
     """
     from archiver import observe
     from archiver.bootstrap import Archiver
-    from archiver.accounts import file as accounts_file
     from archiver.settings import load, unknown
 
     settings = load()
@@ -50,7 +49,7 @@ def run() -> None:
             log.info("http.listening", address=address)
         if _open(archiver, stop, log):
             if settings.accounts_file is not None:
-                changed = accounts_file.take_in(archiver, settings.accounts_file)
+                changed = archiver.take_in(settings.accounts_file)
                 log.info("accounts.read", file=str(settings.accounts_file), changed=changed)
             worker = archiver.worker
             opened.set()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from archiver.accounts.fields import Group
 from archiver.cli import options
 from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, size
 from archiver.states import AccountState
@@ -21,7 +22,9 @@ def register(app: typer.Typer) -> None:
     app.command()(sync)
 
 
+@options.account_options(Group.CONNECTION, Group.DELETION)
 def sync(
+    given: options.Given,
     targets: Annotated[
         list[str] | None,
         typer.Argument(
@@ -30,18 +33,6 @@ def sync(
             show_default=False,
         ),
     ] = None,
-    password_file: options.PasswordFile = None,
-    password_env: options.PasswordEnv = None,
-    password_stdin: options.PasswordStdin = False,
-    tls: options.TlsMode = None,
-    ca_file: options.CaFile = None,
-    delete: options.Delete = None,
-    timeout: options.Timeout = None,
-    tls_pin: options.TlsPin = None,
-    tls_minimum: options.TlsMinimum = None,
-    tls_server_name: options.TlsServerName = None,
-    client_certificate: options.ClientCertificate = None,
-    client_key: options.ClientKey = None,
     json: Json = False,
 ) -> None:
     """Poll mailboxes now, once, and show what was archived.
@@ -51,30 +42,21 @@ def sync(
     for. Exit code 1 when a poll did not end well, or left messages to come that
     no day's budget holds back.
     """
+    poll(targets or [], given, json=json)
+
+
+def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
+    """Poll accounts and URLs now, or every account, and report. Exits with 1 where ``sync`` does."""
     from archiver.bootstrap import Archiver
     from archiver.settings import load
 
-    given = options.Given.of(
-        password_file=password_file,
-        password_env=password_env,
-        password_stdin=password_stdin,
-        tls=tls,
-        ca_file=ca_file,
-        delete=delete,
-        timeout=timeout,
-        tls_pin=tls_pin,
-        tls_minimum=tls_minimum,
-        tls_server_name=tls_server_name,
-        client_certificate=client_certificate,
-        client_key=client_key,
-    )
-    endpoints = {target: given.endpoint(target) for target in targets or [] if "://" in target}
+    endpoints = {target: given.endpoint(target) for target in targets if "://" in target}
     settings = load()
     options.log_quietly()
     with Archiver(settings) as archiver:
-        _check(archiver, targets or [], endpoints, given)
+        _check(archiver, targets, endpoints, given)
         archiver.open_archive()
-        chosen = _choose(archiver, targets or [], endpoints, given)
+        chosen = _choose(archiver, targets, endpoints, given)
         _ask_passwords(archiver, chosen, given, named=bool(targets))
         worker = archiver.worker
         worker.start_clock(claim=False)
@@ -152,7 +134,7 @@ def _check(
                     f"there is no account named {target}", hint="archiver account list, or give a URL"
                 )
             if endpoint is not None:
-                given.applied_to(found or Account("", target, endpoint.url, endpoint.tls.value, PROMPT))
+                given.applied_to(found or Account("", target, "", "", PROMPT), url=target)
             unknown = found is None or found.secret_reference == PROMPT
             if unknown and given.reference() is None and not given.password_stdin:
                 options.need_terminal(target)
@@ -192,12 +174,12 @@ def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given
     account = found or Account(
         id=new_account_id(),
         name=endpoint.url,
-        url=endpoint.url,
-        tls=endpoint.tls.value,
+        url="",
+        tls="",
         secret_reference=PROMPT,
         interval_seconds=archiver.settings.interval_seconds,
     )
-    account = replace(given.applied_to(account), tls=endpoint.tls.value)
+    account = given.applied_to(account, url=endpoint.url)
     account = replace(account, secret_reference=given.reference() or account.secret_reference)
     if found is None:
         return archiver.database.transact(

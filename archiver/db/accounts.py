@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import Session, select
 
-from archiver.db import before, requests, schedule
+from archiver.db import requests, schedule
+from archiver.db.account_columns import account_of, columns_of, settings_of
 from archiver.db.tables import AccountRow, JournalRow, LeaseRow, MailboxRow, account
 from archiver.errors import UsageError
 from archiver.model import NO_DIGEST, Account, mail_host
@@ -54,7 +54,7 @@ def add(connection: Connection, new: Account, at: datetime) -> Account:
             schedule.reconsider(connection, again.id, again.url, _first_due(again, at))
             return again
         _refuse_second(connection, new)
-        session.add(_row(new, at))
+        session.add(AccountRow(created_at=at, **columns_of(new)))
         session.flush()
         late_at = at + timedelta(seconds=late_after_seconds(None))
         session.add(LeaseRow(account_id=new.id, due_at=None, host=mail_host(new.url), late_at=late_at))
@@ -75,8 +75,8 @@ def change(connection: Connection, changed: Account, at: datetime, *, former: Ac
     its cron expression says. Raises UsageError when another account has the URL.
     """
     _refuse_second(connection, changed)
-    before = {} if former is None else _settings(former)
-    values = dict(_settings(changed).items() - before.items())
+    before = {} if former is None else settings_of(former)
+    values = dict(settings_of(changed).items() - before.items())
     if values:
         connection.execute(sa.update(account).where(account.c.id == changed.id).values(**values))
     schedule.reconsider(connection, changed.id, changed.url, _first_due(changed, at))
@@ -102,7 +102,7 @@ def page(connection: Connection, after: str, limit: int) -> list[Account]:
         .order_by(account.c.name)
         .limit(limit)
     )
-    return [before.account_of(row) for row in rows]
+    return [account_of(row) for row in rows]
 
 
 def remove(connection: Connection, account_id: str, at: datetime) -> None:
@@ -128,12 +128,12 @@ def all_active(connection: Connection) -> list[Account]:
     rows = connection.execute(
         sa.select(account).where(account.c.removed_at.is_(None)).order_by(account.c.name)
     )
-    return [before.account_of(row) for row in rows]
+    return [account_of(row) for row in rows]
 
 
 def every(connection: Connection) -> list[Account]:
     """Every account that ever was, removed ones too: their archives are still to be proved."""
-    return [before.account_of(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
+    return [account_of(row) for row in connection.execute(sa.select(account).order_by(account.c.name))]
 
 
 def _first_due(wanted: Account, at: datetime) -> datetime | None:
@@ -153,41 +153,4 @@ def _refuse_second(connection: Connection, wanted: Account) -> None:
 
 def _one(connection: Connection, wanted: sa.ColumnElement[bool]) -> Account | None:
     row = connection.execute(sa.select(account).where(wanted)).first()
-    return None if row is None else before.account_of(row)
-
-
-def _settings(of: Account) -> dict[str, Any]:
-    """The columns that an operator may change."""
-    return {
-        "url": of.url,
-        "tls": of.tls,
-        "secret_reference": of.secret_reference,
-        "ca_file": of.ca_file,
-        "delete_policy": str(of.delete),
-        "interval_seconds": of.interval_seconds,
-        "timeout_seconds": of.timeout_seconds,
-        "avoids": " ".join(of.avoids),
-        "tls_pins": " ".join(of.tls_pins),
-        "tls_minimum": of.tls_minimum,
-        "tls_server_name": of.tls_server_name,
-        "client_certificate": of.client_certificate,
-        "client_key": of.client_key,
-        "cron": of.cron,
-        "time_zone": of.time_zone,
-        "interval_max_seconds": of.interval_max_seconds,
-        "blackout": of.blackout,
-        "day_bytes": of.day_bytes,
-    }
-
-
-def _row(new: Account, at: datetime) -> AccountRow:
-    return AccountRow(
-        id=new.id,
-        name=new.name,
-        epoch=new.epoch,
-        state=new.state,
-        state_reason=new.state_reason,
-        deletion_suspended=new.deletion_suspended,
-        created_at=at,
-        **_settings(new),
-    )
+    return None if row is None else account_of(row)

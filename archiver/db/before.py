@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from archiver.db import bulk
+from archiver.db.account_columns import account_of
 from archiver.db.tables import account, journal, mailbox
-from archiver.model import Account, DeletePolicy, JournalHead, LastLook
-from archiver.states import AccountState
+from archiver.model import Account, JournalHead, LastLook
 
 
 class BeforePoll(NamedTuple):
@@ -40,36 +40,6 @@ def before_polls(connection: Connection, account_ids: Sequence[str]) -> dict[str
     """The same for many, by account's id."""
     rows = connection.execute(_of_before(connection.dialect.name), {"ids": account_ids})
     return {row.id: _before(row) for row in rows}
-
-
-def account_of(row: Any) -> Account:
-    """The account that a row with all of its columns is."""
-    return Account(
-        id=row.id,
-        name=row.name,
-        url=row.url,
-        tls=row.tls,
-        secret_reference=row.secret_reference,
-        ca_file=row.ca_file,
-        delete=DeletePolicy.parse(row.delete_policy),
-        interval_seconds=row.interval_seconds,
-        timeout_seconds=row.timeout_seconds,
-        epoch=row.epoch,
-        state=AccountState(row.state),
-        state_reason=row.state_reason,
-        tls_pins=tuple(row.tls_pins.split()),
-        tls_minimum=row.tls_minimum,
-        tls_server_name=row.tls_server_name,
-        client_certificate=row.client_certificate,
-        client_key=row.client_key,
-        cron=row.cron,
-        time_zone=row.time_zone,
-        interval_max_seconds=row.interval_max_seconds,
-        blackout=row.blackout,
-        day_bytes=row.day_bytes,
-        avoids=tuple(row.avoids.split()),
-        deletion_suspended=row.deletion_suspended,
-    )
 
 
 def _before(row: Any) -> BeforePoll:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from archiver.db.before import account_of
+from archiver.db.account_columns import account_of
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.errors import Outcome
 from archiver.model import Account

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from archiver.bootstrap import Archiver
-from archiver.accounts.file import take_in
 from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import Account
@@ -90,10 +89,10 @@ def test_what_is_chosen_is_kept_until_it_is_taken_away(commands: Commands, tmp_p
     [
         (("--tls-pin", "none", "--tls-pin", PIN), "64 hex digits"),
         (("--tls-pin", "abc"), "64 hex digits"),
-        (("--tls-minimum", "0.9"), "--tls-minimum 0.9 is unknown"),
+        (("--tls-minimum", "0.9"), "--tls-minimum: 0.9 is unknown"),
         (("--tls-server-name", ".example"), "cannot be a server's name"),
-        (("--client-certificate", "nowhere.pem"), "there is no client certificate"),
-        (("--client-key", "nowhere.key"), "there is no client key"),
+        (("--client-certificate", "nowhere.pem"), "--client-certificate: there is no file"),
+        (("--client-key", "nowhere.key"), "--client-key: there is no file"),
     ],
 )
 @pytest.mark.parametrize("command", [("sync", URL), ("account", "add", "sales", URL)], ids=["sync", "add"])
@@ -141,7 +140,7 @@ def taken_in(commands: Commands, file: Path) -> dict[str, Any]:
     )
     with Archiver(settings) as archiver:
         archiver.make_database()
-        take_in(archiver, file)
+        archiver.take_in(file)
         with archiver.database.reading() as connection:
             return {account.name: account for account in accounts.every(connection)}
 
@@ -162,5 +161,5 @@ def test_the_accounts_file_has_the_same_choices(commands: Commands, tmp_path: Pa
     assert (account.tls_pins, account.tls_minimum, account.client_certificate) == ((), "1.2", None)
     for wrong in ('tls_pins = ["abc"]', 'tls_minimum = "2"', 'client_key = "/etc/c.key"'):
         file.write_text(f"{table}{wrong}\n")
-        with pytest.raises(UsageError, match="account sales"):
+        with pytest.raises(UsageError, match=r'entry 1 \("sales", line 1\)'):
             taken_in(commands, file)

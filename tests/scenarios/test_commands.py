@@ -244,7 +244,6 @@ def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
 
 def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Path) -> None:
     from archiver.bootstrap import Archiver
-    from archiver.accounts.file import take_in
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"
@@ -256,20 +255,20 @@ def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Pa
     with Archiver(settings) as archiver:
         archiver.make_database()
         for bad, words in (
-            (good.format("a", "other"), "account a stands there twice"),
-            (good.format("\\u001b[2J", "b"), "cannot be printed"),
+            (good.format("a", "other"), "has the same name"),
+            (good.format("\\u001b[2J", "b"), "printable characters"),
             (good.format("b", "b").replace("env:P", "sesame"), "file:/path or env:NAME"),
             (good.format("b", "b").replace("env:P", "file:/a\\u0000"), "file:/path or env:NAME"),
             (good.format("b", "a"), "archives pop3s://a@mail.example.com already"),
         ):
             file.write_text(good.format("a", "a") + bad)
             with pytest.raises(UsageError, match=words) as caught:
-                take_in(archiver, file)
+                archiver.take_in(file)
             assert "sesame" not in str(caught.value)
             with archiver.database.reading() as connection:
                 assert accounts.every(connection) == []
         file.write_text("".join(good.format(name, name) for name in "abc"))
-        assert (take_in(archiver, file), take_in(archiver, file)) == (3, 0)
+        assert (archiver.take_in(file), archiver.take_in(file)) == (3, 0)
 
 
 def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
@@ -280,7 +279,6 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
     from threading import Event
 
     from archiver.bootstrap import Archiver
-    from archiver.accounts.file import take_in
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"
@@ -307,13 +305,13 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
             return looked.is_set() or observer.execute(waiting).fetchone() == (1,)
 
         def before_commit(_connection: object) -> None:
-            starts.append(pool.submit(take_in, second, file))
+            starts.append(pool.submit(second.take_in, file))
             wait_for(is_there_too, "the second looks, or waits")
 
         sa.event.listen(second.database.engine, "after_cursor_execute", after_look)
         sa.event.listen(first.database.engine, "commit", before_commit)
         try:
-            assert take_in(first, file) == 1
+            assert first.take_in(file) == 1
         finally:
             committed.set()
         assert [start.result(60) for start in starts] == [0]

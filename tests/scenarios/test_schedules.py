@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from archiver import web
 from archiver.bootstrap import Archiver
-from archiver.accounts import file as accounts_file
 from archiver.cli import app
 from archiver.db import Database, accounts, hosts, migrate, overview, schedule
 from archiver.db.tables import lease as lease_table
@@ -89,7 +88,7 @@ def test_a_schedule_is_said_shown_changed_and_taken_away(commands: Commands) -> 
         (("--blackout", "at night"), "no blackout"),
         (("--interval", "600", "--interval-max", "60"), "shorter"),
         (("--day-bytes", "0"), "above 0"),
-        (("--interval-max", "-5"), "above 0"),
+        (("--interval-max", "-5"), "at least 1"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused_and_nothing_is_added(
@@ -137,7 +136,7 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
     )
     with Archiver(settings) as archiver:
         archiver.make_database()
-        assert [accounts_file.take_in(archiver, file) for _ in range(2)] == [1, 0]
+        assert [archiver.take_in(file) for _ in range(2)] == [1, 0]
         with archiver.database.reading() as connection:
             (found,) = accounts.all_active(connection)
         assert (found.cron, found.time_zone, found.blackout) == (
@@ -147,8 +146,8 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
         )
         assert (found.interval_max_seconds, found.day_bytes) == (900.0, 1000)
         file.write_text(head + 'blackout = "never"\n')
-        with pytest.raises(UsageError, match=r"account sales: .*no blackout"):
-            accounts_file.take_in(archiver, file)
+        with pytest.raises(UsageError, match=r'"sales", line 1\): .*no blackout'):
+            archiver.take_in(file)
 
 
 @pytest.fixture
