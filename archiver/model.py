@@ -5,10 +5,10 @@ The words are the glossary's (docs/concepts.md). Wire data is bytes here;
 """
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from archiver.errors import Outcome
@@ -258,51 +258,89 @@ class LastLook:
 
 
 @dataclass(frozen=True, slots=True)
-class PollReport:
-    """What one poll did. ``listed`` is None when it ended before a listing was had.
+class Counts:
+    """What a poll counted, as one value: from the poll to its report, its row, its JSON and its log line.
 
-    Of the listed messages, ``new`` were captured, ``known`` were held before,
-    ``quarantined`` are set aside with a reason, and the rest is ``to_come``.
-    Of those that are listed no more, ``deleted`` went by our hand and ``gone``
-    by another's, both archived; ``lost`` went before they were. ``glanced``:
-    there was no listing, as the mailbox was seen to be unchanged; else
-    ``last_look`` is by what the next poll may see that.
-    ``login_delay_seconds`` is the least time that the server wants between two
-    logins; ``warnings`` are sentences for whoever runs this. ``reached`` is
-    false where the session could not even begin, and None where none was tried;
-    ``held_back`` tells why no more was fetched although there was more.
+    The names are those of the columns of ``poll``.
     """
 
+    new: int = 0
+    """Listed messages that this poll captured."""
+    known: int = 0
+    """Listed messages that were in the archive already."""
+    quarantined: int = 0
+    """Listed messages that are in quarantine, each with a reason."""
+    delete_requested: int = 0
+    """Messages that the server was asked to delete."""
+    deleted: int = 0
+    """Messages that the server no longer shows because we asked it to delete them."""
+    gone: int = 0
+    """Archived messages that the server no longer shows, though we did not ask it to delete them."""
+    lost: int = 0
+    """Messages that disappeared from the server before they were archived."""
+    fetched_bytes: int = 0
+    """Bytes of the messages that were read from the server."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all counts."""
+        return tuple(each.name for each in fields(cls))
+
+    @classmethod
+    def of(cls, row: Any) -> Self:
+        """The counts of a row that has the columns of ``poll``."""
+        return cls(*(getattr(row, name) for name in cls.names()))
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        return Counts(*(one - two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def resolved(self) -> int:
+        """Listed messages that are archived or in quarantine."""
+        return self.new + self.known + self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class PollReport:
+    """What one poll did."""
+
     account: str
+    """The account's name."""
     outcome: Outcome
     listed: int | None = None
-    new: int = 0
-    known: int = 0
-    quarantined: int = 0
-    delete_requested: int = 0
-    deleted: int = 0
-    gone: int = 0
-    lost: int = 0
-    fetched_bytes: int = 0
+    """Messages in the mailbox; None when the poll ended before it had a listing."""
+    counts: Counts = Counts()
     seconds: float = 0.0
     glanced: bool = False
+    """Whether the mailbox looked unchanged, so that it was not listed."""
     last_look: LastLook | None = None
+    """How the next poll recognises the mailbox as unchanged; None if it must list it."""
     error: str | None = None
     hint: str | None = None
     segments: int = 0
+    """Journal segments that were written."""
     wait_seconds: float | None = None
+    """How long the server asked us to wait."""
     journal_uncertain: bool = False
+    """Whether the store may have objects or a journal segment that the database does not know."""
     avoid: tuple[str, ...] = ()
+    """Commands and capabilities that the server certainly trips over."""
     suspect: tuple[str, ...] = ()
+    """Commands and capabilities that the server may have tripped over."""
     login_delay_seconds: float | None = None
+    """The least time that the server wants between two logins."""
     implementation: str | None = None
     warnings: tuple[str, ...] = ()
+    """Sentences for the operator."""
     reached: bool | None = None
+    """Whether a session began; None if the poll did not try to connect."""
     held_back: HeldBack | None = None
+    """Why the poll stopped fetching although messages were left."""
 
     @property
     def to_come(self) -> int | None:
-        """How many listed messages are neither archived nor set aside yet."""
-        if self.listed is None:
-            return None
-        return self.listed - self.new - self.known - self.quarantined
+        """How many listed messages are neither archived nor in quarantine yet."""
+        return None if self.listed is None else self.listed - self.counts.resolved

@@ -287,7 +287,7 @@ def next_poll(
         outcome = "try_later"
     match outcome:
         case "ok":
-            stands_at = timetable.adapted_seconds(stands_at, news=report.new > 0)
+            stands_at = timetable.adapted_seconds(stands_at, news=report.counts.new > 0)
             after, again = _after_success(report, timetable, stands_at, now, uniform), Setbacks()
         case "try_later" | "lease_lost":
             bound = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2.0 ** min(failures, 10))

@@ -239,7 +239,8 @@ def show_account(
     )
     for poll in polls:
         listed = "-" if poll.listed is None else str(poll.listed)
-        numbers = (poll.new, poll.known, poll.quarantined, poll.to_come or 0)
+        counts = poll.counts
+        numbers = (counts.new, counts.known, counts.quarantined, poll.to_come or 0)
         made.add_row(
             str(poll.token),
             ago(poll.ended_at, now),
@@ -449,21 +450,16 @@ def _state_json(state: "AccountStatus") -> dict[str, Any]:
 
 
 def _poll_json(poll: "PastPoll") -> dict[str, Any]:
+    from archiver.views.poll import counts_json
+
     return {
         "token": poll.token,
         "ended_at": poll.ended_at,
         "outcome": poll.outcome,
         "listed": poll.listed,
-        "new": poll.new,
-        "known": poll.known,
-        "quarantined": poll.quarantined,
-        "to_come": poll.to_come,
-        "delete_requested": poll.delete_requested,
-        "deleted": poll.deleted,
-        "gone": poll.gone,
-        "lost": poll.lost,
+        **counts_json(poll.counts, poll.to_come),
         "glanced": poll.glanced,
-        "bytes": poll.fetched_bytes,
+        "bytes": poll.counts.fetched_bytes,
         "seconds": poll.seconds,
         "error": poll.error,
     }

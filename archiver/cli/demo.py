@@ -194,9 +194,9 @@ def _reports(reports: "list[PollReport]") -> None:
         made.add_row(
             report.account,
             str(report.listed),
-            str(report.new),
-            str(report.known),
-            size(report.fetched_bytes),
+            str(report.counts.new),
+            str(report.counts.known),
+            size(report.counts.fetched_bytes),
             f"{report.seconds:.2f}",
         )
     show(made)

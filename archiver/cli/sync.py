@@ -75,19 +75,14 @@ def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
 
 def as_json(report: "PollReport") -> dict[str, Any]:
     """A report in the form that scripts rely on."""
+    from archiver.views.poll import counts_json
+
     return {
         "account": report.account,
         "outcome": report.outcome,
         "listed": report.listed or 0,
-        "new": report.new,
-        "known": report.known,
-        "quarantined": report.quarantined,
-        "to_come": report.to_come or 0,
-        "delete_requested": report.delete_requested,
-        "deleted": report.deleted,
-        "gone": report.gone,
-        "lost": report.lost,
-        "bytes": report.fetched_bytes,
+        **counts_json(report.counts, report.to_come or 0),
+        "bytes": report.counts.fetched_bytes,
         "seconds": round(report.seconds, 3),
         "error": report.error,
         "warnings": report.warnings,
@@ -223,24 +218,25 @@ def _tell(report: "PollReport") -> None:
         say(f"{report.account}: {report.outcome.replace('_', ' ')}: {one_line(report.error)}")
         if report.hint:
             say(f"  hint: {one_line(report.hint)}")
-    counts = [f"{report.new} new", f"{report.known} known"]
-    if report.quarantined:
-        counts.append(f"{report.quarantined} in quarantine")
+    found = report.counts
+    counts = [f"{found.new} new", f"{found.known} known"]
+    if found.quarantined:
+        counts.append(f"{found.quarantined} in quarantine")
     if report.to_come:
         counts.append(f"{report.to_come} still to come{_why_held_back(report)}")
-    if report.delete_requested:
-        counts.append(f"{report.delete_requested} asked to be deleted")
-    if report.deleted:
-        counts.append(f"{report.deleted} deleted as we had asked")
-    if report.gone:
-        counts.append(f"{report.gone} not shown any more")
-    if report.lost:
-        counts.append(f"{report.lost} lost: gone before they were archived")
+    if found.delete_requested:
+        counts.append(f"{found.delete_requested} asked to be deleted")
+    if found.deleted:
+        counts.append(f"{found.deleted} deleted as we had asked")
+    if found.gone:
+        counts.append(f"{found.gone} not shown any more")
+    if found.lost:
+        counts.append(f"{found.lost} lost: gone before they were archived")
     if report.listed is not None:
-        rate = f", {report.new / report.seconds:.0f}/s" if report.new and report.seconds else ""
+        rate = f", {found.new / report.seconds:.0f}/s" if found.new and report.seconds else ""
         say(
             f"{report.account}: {report.listed} on the server: {', '.join(counts)}; "
-            f"{size(report.fetched_bytes)} in {report.seconds:.1f} s{rate}"
+            f"{size(found.fetched_bytes)} in {report.seconds:.1f} s{rate}"
         )
     for warning in report.warnings:
         say(f"  warning: {one_line(warning)}")

@@ -9,7 +9,7 @@ answer to its commit was lost, changes nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
@@ -128,16 +128,9 @@ def _poll_row(ending: Ending) -> dict[str, Any]:
         "seconds": report.seconds,
         "outcome": report.outcome,
         "listed": report.listed,
-        "new": report.new,
-        "known": report.known,
-        "quarantined": report.quarantined,
+        **asdict(report.counts),
         "to_come": report.to_come,
-        "delete_requested": report.delete_requested,
-        "fetched_bytes": report.fetched_bytes,
         "error": report.error,
-        "deleted": report.deleted,
-        "gone": report.gone,
-        "lost": report.lost,
         "glanced": report.glanced,
     }
 
@@ -170,7 +163,7 @@ def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: d
     tripped = [each for each in endings if each.report.listed is None and each.report.glanced]
     if tripped:
         connection.execute(_DISTRUST, [{"b_account_id": each.claim.account_id} for each in tripped])
-    spent = [_spent_row(each) for each in endings if each.report.fetched_bytes]
+    spent = [_spent_row(each) for each in endings if each.report.counts.fetched_bytes]
     if spent:
         connection.execute(_SPEND, spent)
 
@@ -180,7 +173,7 @@ def _count_requests(connection: Connection, endings: list[Ending]) -> None:
     ids = [
         each.claim.account_id
         for each in endings
-        if each.report.delete_requested and each.report.outcome == "ok"
+        if each.report.counts.delete_requested and each.report.outcome == "ok"
     ]
     if ids:
         connection.execute(_COUNT_REQUESTS, {"ids": ids})
@@ -198,7 +191,7 @@ def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
         "b_account_id": ending.claim.account_id,
         "listed_at": ending.ended_at,
         "listed": report.listed,
-        "quarantined": report.quarantined,
+        "quarantined": report.counts.quarantined,
         "to_come": report.to_come,
         "stat_count": look and look.stat_count,
         "stat_size": look and look.stat_size,
@@ -211,7 +204,8 @@ def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
 def _spent_row(ending: Ending) -> dict[str, Any]:
     """What was fetched counts against the account's budget of this day (UTC)."""
     today = ending.ended_at.astimezone(UTC).date()
-    return {"b_account_id": ending.claim.account_id, "b_today": today, "b_bytes": ending.report.fetched_bytes}
+    fetched_bytes = ending.report.counts.fetched_bytes
+    return {"b_account_id": ending.claim.account_id, "b_today": today, "b_bytes": fetched_bytes}
 
 
 def _released(

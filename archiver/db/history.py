@@ -23,6 +23,7 @@ from sqlalchemy.engine import Connection
 
 from archiver.db import Database
 from archiver.db.tables import account, gap, lease, mailbox, poll, poll_day
+from archiver.model import Counts
 
 TIDY_LOCK = 0x74696479
 """The advisory lock that lets one process at a time tidy up: "tidy" in ASCII."""
@@ -78,18 +79,10 @@ class Day:
 
 
 _STATES = ("listed", "archived", "quarantined", "to_come")
-_SUMS = (
-    "polls",
-    "failed",
-    "looks",
-    "new",
-    "delete_requested",
-    "deleted",
-    "gone",
-    "lost",
-    "fetched_bytes",
-    "seconds",
-)
+FLOWS = tuple(name for name in Counts.names() if name not in ("known", "quarantined"))
+"""Those counts of polls that add up to a day's: ``known`` and ``quarantined`` describe one listing."""
+
+_SUMS = ("polls", "failed", "looks", *FLOWS, "seconds")
 
 
 class Gap(NamedTuple):
@@ -382,22 +375,17 @@ _COLUMNS = ("day", *_SUMS, *_STATES, *_LOOKS)
 
 def of_poll(row: Any) -> Day:
     """A poll as the part of a day. A pure function."""
-    saw = row.listed is not None
+    saw, counts = row.listed is not None, Counts.of(row)
     return Day(
         day=row.ended_at.astimezone(UTC).date(),
         polls=1,
         failed=int(row.outcome != "ok"),
         looks=int(saw),
         listed=row.listed,
-        new=row.new,
-        archived=row.new + row.known if saw else None,
-        quarantined=row.quarantined if saw else None,
+        archived=counts.new + counts.known if saw else None,
+        quarantined=counts.quarantined if saw else None,
         to_come=row.to_come,
-        delete_requested=row.delete_requested,
-        deleted=row.deleted,
-        gone=row.gone,
-        lost=row.lost,
-        fetched_bytes=row.fetched_bytes,
+        **{name: getattr(counts, name) for name in FLOWS},
         seconds=row.seconds,
         first_look_at=row.ended_at if saw else None,
         last_look_at=row.ended_at if saw else None,

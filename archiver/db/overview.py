@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from archiver.db.account_columns import account_of
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.errors import Outcome
-from archiver.model import Account
+from archiver.model import Account, Counts
 from archiver.states import AccountState, SightingState
 
 
@@ -49,34 +49,27 @@ def quarantined(connection: Connection, account_id: str) -> list[Quarantined]:
 
 
 class PastPoll(NamedTuple):
-    """A poll that ended; the counts are those of ``model.PollReport``."""
+    """A poll that ended."""
 
+    counts: Counts
     token: int
     ended_at: datetime
     seconds: float
     outcome: Outcome
     listed: int | None
-    new: int
-    known: int
-    quarantined: int
-    """Messages in quarantine."""
     to_come: int | None
-    delete_requested: int
-    deleted: int
-    gone: int
-    lost: int
     glanced: bool
-    fetched_bytes: int
     error: str | None
 
 
 def polls(connection: Connection, account_id: str, limit: int) -> list[PastPoll]:
     """The last polls of an account, the newest first."""
-    columns = [poll.c[name] for name in PastPoll._fields]
+    _, *others = PastPoll._fields
+    columns = [poll.c[name] for name in (*others, *Counts.names())]
     query = (
         sa.select(*columns).where(poll.c.account_id == account_id).order_by(poll.c.token.desc()).limit(limit)
     )
-    return [PastPoll(*row) for row in connection.execute(query)]
+    return [PastPoll(Counts.of(row), *row[: len(others)]) for row in connection.execute(query)]
 
 
 class AccountStatus(NamedTuple):

@@ -30,6 +30,7 @@ from archiver.errors import (
 )
 from archiver.evidence import journal
 from archiver.model import (
+    Counts,
     HeldBack,
     JournalHead,
     LastLook,
@@ -127,10 +128,9 @@ class _Poll:
         self.spooled: dict[int, SpooledMessage] = {}
         self.uploads: set[Future[PutResult]] = set()
         self.unrecorded = Unrecorded(ports.batch, self.started_at)
-        self.recording: tuple[Batch, Future[Counter[What]]] | None = None
-        self.new = self.known = self.quarantined = 0
-        self.delete_requested = self.fetched_bytes = self.segments = 0
-        self.deleted = self.gone = self.lost = 0
+        self.recording: tuple[Batch, Future[Counts]] | None = None
+        self.counts = Counts()
+        self.segments = 0
         self.calling = False
         self.held_back: HeldBack | None = None
         self.glanced = False
@@ -267,7 +267,7 @@ class _Poll:
             ):
                 return None
         before = self.before
-        self.known, self.quarantined = before.listed - before.quarantined, before.quarantined
+        self.counts += _as_listed(before)
         self.trusted_until = last.trusted_until
         return tail
 
@@ -286,8 +286,7 @@ class _Poll:
                 delete=delete,
                 now=self.ports.now(),
             )
-        self.known += plan.known
-        self.quarantined += plan.quarantined
+        self.counts += plan.counts
         if plan.still_there:
             claim, now = self.lease.claim, self.ports.now()
             self.ports.database.transact(
@@ -336,7 +335,7 @@ class _Poll:
     def _tell_absences(self, plan: Plan) -> None:
         """What is not shown any more, some thousands at a time."""
         while lines := plan.take_absent():
-            self._write_segment(lines)
+            self.counts += self._write_segment(lines)
             if not plan.overflows:
                 return
             with self.ports.database.reading() as connection:
@@ -352,7 +351,7 @@ class _Poll:
         still to come, may be any of them.
         """
         vanished = plan.contents - self.seen_contents
-        if not vanished or not plan.believed or self._left() or self.quarantined:
+        if not vanished or not plan.believed or self._left() or self.counts.quarantined:
             return
         with self.ports.database.reading() as connection:
             present = sightings.present(connection, self.account.id, self.account.epoch)
@@ -376,12 +375,12 @@ class _Poll:
             for sighting in sorted(vanished)
         ]
         for start in range(0, len(lines), ABSENCES_AT_ONCE):
-            self._write_segment(lines[start : start + ABSENCES_AT_ONCE])
+            self.counts += self._write_segment(lines[start : start + ABSENCES_AT_ONCE])
 
     def _left(self) -> int:
         """How many listed messages are neither archived nor set aside yet."""
         listed = 0 if self.listing is None else self.listing.count
-        return listed - self.new - self.known - self.quarantined
+        return listed - self.counts.resolved
 
     def _supply(self, plan: Plan) -> Iterator[pop3.Entry]:
         """The entries to ask for, until something holds back. The client takes them as its window moves."""
@@ -396,14 +395,14 @@ class _Poll:
 
     def _asking_for(self, item: Item) -> pop3.Entry:
         self.asked_messages += 1
-        self.asked_bytes = max(self.asked_bytes, self.fetched_bytes) + (item.entry.size or 0)
+        self.asked_bytes = max(self.asked_bytes, self.counts.fetched_bytes) + (item.entry.size or 0)
         self.asked[item.entry.number] = item
         return item.entry
 
     def _holds_back(self, size: int) -> HeldBack | None:
         """What keeps this poll from asking for one message more, of that size."""
         budget, seconds = self.ports.budget, self.ports.monotonic() - self.started_at
-        asked_for = max(self.asked_bytes, self.fetched_bytes)
+        asked_for = max(self.asked_bytes, self.counts.fetched_bytes)
         if budget.ends_at is not None and self.ports.now() >= budget.ends_at:
             return "blackout"
         day_bytes = self.account.day_bytes or budget.day_bytes
@@ -508,9 +507,9 @@ class _Poll:
     def _record(self, batch: Batch, plan: Plan) -> None:
         self._count_batch(batch, self._write_down(batch, plan), plan)
 
-    def _write_down(self, batch: Batch, plan: Plan) -> Counter[What]:
-        """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns how many of what."""
-        counts: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
+    def _write_down(self, batch: Batch, plan: Plan) -> Counts:
+        """Steps 3 and 4 of a batch that is stored: journal segment, then rows. Returns what it counted."""
+        whats: Counter[What] = Counter(resolved.what for resolved in batch.resolved)
         with self.ports.database.reading() as connection:
             held = captures.contents(
                 connection, self.account.id, [fetched.sha256 for fetched in batch.fetched]
@@ -522,7 +521,7 @@ class _Poll:
             sighting = fetched.item.sighting
             what = What.KNOWN if fetched.sha256 in captured else What.CAPTURED
             captured.add(fetched.sha256)
-            counts[what] += 1
+            whats[what] += 1
             if sighting in plan.contents:
                 continue  # It is fetched at every poll, and nothing about it is new.
             lines.append(
@@ -536,16 +535,18 @@ class _Poll:
                     attempts=fetched.attempts,
                 )
             )
-        if lines or begins_epoch:
-            self._write_segment(lines)
-        return counts
+        counts = Counts(
+            new=whats[What.CAPTURED], known=whats[What.KNOWN], quarantined=whats[What.QUARANTINED]
+        )
+        if begins_epoch:
+            # Of the ids that were found still, nothing is known in the new epoch.
+            counts -= plan.counts
+        return counts + self._write_segment(lines) if lines or begins_epoch else counts
 
-    def _count_batch(self, batch: Batch, counts: Counter[What], plan: Plan) -> None:
+    def _count_batch(self, batch: Batch, counts: Counts, plan: Plan) -> None:
         """The batch is recorded. Not before: a report must not count what the database does not know."""
         self.uploads.difference_update(fetched.upload for fetched in batch.fetched)
-        self.new += counts[What.CAPTURED]
-        self.known += counts[What.KNOWN]
-        self.quarantined += counts[What.QUARANTINED]
+        self.counts += counts
         now = self.ports.now()
         for fetched in batch.fetched:
             if fetched.item.certain and policy.may_delete(plan.delete, fetched.captured_at, now):
@@ -569,12 +570,10 @@ class _Poll:
         hold = policy.why_suspended(epoch, self.ports.now())
         self.account = replace(self.account, epoch=epoch, deletion_suspended=hold)
         plan.begin_epoch()
-        # Of the ids that were found still, nothing is known in the new epoch.
-        self.known -= plan.known
-        self.quarantined -= plan.quarantined
         return True
 
-    def _write_segment(self, lines: list[Resolved]) -> None:
+    def _write_segment(self, lines: list[Resolved]) -> Counts:
+        """Write a segment and record it. Returns the absences that it counts."""
         if self.server is None or self.listing is None:
             raise RuntimeError("a segment tells of a listing, and there was none")
         segment = Segment(
@@ -606,9 +605,11 @@ class _Poll:
         self.segments += 1
         # One that is known otherwise is there still.
         absent = [line for line in lines if line.what in (What.DELETED, What.GONE) and line.reason is None]
-        self.deleted += sum(line.what is What.DELETED for line in absent)
-        self.gone += sum(line.what is What.GONE and line.sha256 is not None for line in absent)
-        self.lost += sum(line.sha256 is None for line in absent)
+        return Counts(
+            deleted=sum(line.what is What.DELETED for line in absent),
+            gone=sum(line.what is What.GONE and line.sha256 is not None for line in absent),
+            lost=sum(line.sha256 is None for line in absent),
+        )
 
     def _settle(self, ours: Segment, digest: bytes) -> None:
         """The segment's number was taken: by our own PUT whose answer was lost, or by another writer."""
@@ -737,7 +738,7 @@ class _Poll:
                 sha256=former,
             )
         )
-        self.known -= 1
+        self.counts -= Counts(known=1)
         self._send_to_store(item, spooled, plan)
 
     def _put_off_deletion(self, item: Item) -> None:
@@ -752,7 +753,7 @@ class _Poll:
             spooled.close()
 
     def _count_read(self, size: int) -> None:
-        self.fetched_bytes += size
+        self.counts += Counts(fetched_bytes=size)
         self.watch.fetched(size)
 
     def _prove(self, candidates: list[_Candidate]) -> list[Item]:
@@ -798,7 +799,8 @@ class _Poll:
             lambda connection: sightings.deletions_requested(connection, claim, epoch, keys, self.ports.now())
         )
         self.lease.check()
-        self.delete_requested += len(mailbox.delete([item.entry for item in chosen]))
+        asked = len(mailbox.delete([item.entry for item in chosen]))
+        self.counts += Counts(delete_requested=asked)
 
     def _look_back(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Remember what the mailbox looks like, if nothing is left to do: by that the next poll knows it.
@@ -808,7 +810,7 @@ class _Poll:
         """
         entries = plan.listing.entries
         last = entries[-1] if entries else None
-        if self._left() or self.delete_requested or not plan.is_clear:
+        if self._left() or self.counts.delete_requested or not plan.is_clear:
             return
         now = self.ports.now()
         until = policy.trusted_until(now, self.ports.full_listing_seconds, plan.due_at(), self.ports.uniform)
@@ -837,14 +839,13 @@ class _Poll:
         try:
             mailbox.quit()
         except pop3.Pop3Error:
-            if self.delete_requested:
+            if self.counts.delete_requested:
                 raise
 
     def _report_unchanged(self) -> PollReport:
         """The mailbox is as it was when it was listed last, and so is what is known of its messages."""
         before = self.before
-        self.quarantined = before.quarantined
-        self.known = before.listed - before.quarantined
+        self.counts += _as_listed(before)
         return self._report("ok", None, listed=before.listed)
 
     def _report(
@@ -855,14 +856,7 @@ class _Poll:
             account=self.account.name,
             outcome=outcome,
             listed=listed if self.listing is None else self.listing.count,
-            new=self.new,
-            known=self.known,
-            quarantined=self.quarantined,
-            delete_requested=self.delete_requested,
-            deleted=self.deleted,
-            gone=self.gone,
-            lost=self.lost,
-            fetched_bytes=self.fetched_bytes,
+            counts=self.counts,
             seconds=self.ports.monotonic() - self.started_at,
             error=None if error is None else str(error),
             hint=None if error is None else error.hint,
@@ -883,15 +877,21 @@ class _Poll:
 
     def _of_budget(self) -> Iterator[str]:
         if self.held_back == "day":
+            spent = self.spent_today + self.counts.fetched_bytes
             yield (
-                f"the day's budget is spent: {self.spent_today + self.fetched_bytes} bytes fetched since "
-                f"00:00 UTC, and {self._left()} messages wait for tomorrow"
+                f"the day's budget is spent: {spent} bytes fetched since 00:00 UTC, "
+                f"and {self._left()} messages wait for tomorrow"
             )
 
 
 def _spent_today(before: BeforePoll, now: datetime) -> int:
     """The bytes that earlier polls of this account fetched today (UTC)."""
     return before.day_bytes if before.day == now.date() else 0
+
+
+def _as_listed(before: BeforePoll) -> Counts:
+    """What is known of the messages that were listed last."""
+    return Counts(known=before.listed - before.quarantined, quarantined=before.quarantined)
 
 
 def _as_seen(look: LastLook | None) -> pop3.Glance | None:

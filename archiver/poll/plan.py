@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 
 from archiver import policy, pop3
 from archiver.db.sightings import Known
-from archiver.model import NEVER_DELETE, UNKNOWN_SIZE, DeletePolicy, Resolved, SightingKey, What
+from archiver.model import NEVER_DELETE, UNKNOWN_SIZE, Counts, DeletePolicy, Resolved, SightingKey, What
 
 ABSENCES_AT_ONCE = 5_000
 """Absences that are held in memory, and go into one segment: of a mailbox that was emptied there are many."""
@@ -123,6 +123,11 @@ class Plan:
     def is_clear(self) -> bool:
         """Whether all of the listing was understood, and each of its messages has an id of its own."""
         return self.listing.is_legible and not self.uncertain and not self.suspect
+
+    @property
+    def counts(self) -> Counts:
+        """What the listing shows that needs nothing done now."""
+        return Counts(known=self.known, quarantined=self.quarantined)
 
     def bytes_to_fetch(self) -> int | None:
         """How many bytes are to be fetched, by the listing; None where it does not say."""

@@ -37,6 +37,7 @@ from archiver.poll import Story, begin, finish, poll
 from archiver.poll.ports import Ports, Watch
 from archiver.pop3 import Loop
 from archiver.timetable import Timetable
+from archiver.views.poll import counts_json
 
 TICK_SECONDS = 1.0
 LINE_UP_SECONDS = 2.0
@@ -528,7 +529,9 @@ class Worker:
         while True:
             report = self._poll_by_name(account, watch)
             total = report if total is None else _sum(total, report)
-            more = report.outcome == "ok" and report.to_come and report.new and report.held_back != "day"
+            more = (
+                report.outcome == "ok" and report.to_come and report.counts.new and report.held_back != "day"
+            )
             if not more or self.stopping.is_set() or policy.is_too_early(report):
                 return total
 
@@ -692,10 +695,10 @@ class Worker:
     def _tell(self, report: PollReport, lease: ActiveLease) -> None:
         observe.POLLS.labels(report.outcome).inc()
         observe.POLL_SECONDS.observe(report.seconds)
-        observe.CAPTURED.inc(report.new)
-        observe.CAPTURED_BYTES.inc(report.fetched_bytes)
-        observe.DELETE_REQUESTED.inc(report.delete_requested)
-        observe.LOST.inc(report.lost)
+        observe.CAPTURED.inc(report.counts.new)
+        observe.CAPTURED_BYTES.inc(report.counts.fetched_bytes)
+        observe.DELETE_REQUESTED.inc(report.counts.delete_requested)
+        observe.LOST.inc(report.counts.lost)
         say = self.log.info if report.outcome == "ok" and not report.warnings else self.log.warning
         if report.outcome == "integrity":
             say = self.log.error
@@ -706,16 +709,9 @@ class Worker:
             token=lease.claim.token,
             outcome=report.outcome,
             listed=report.listed,
-            new=report.new,
-            known=report.known,
-            quarantined=report.quarantined,
-            to_come=report.to_come,
-            delete_requested=report.delete_requested,
-            deleted=report.deleted,
-            gone=report.gone,
-            lost=report.lost,
+            **counts_json(report.counts, report.to_come),
             glanced=report.glanced,
-            bytes=report.fetched_bytes,
+            bytes=report.counts.fetched_bytes,
             segments=report.segments,
             seconds=round(report.seconds, 3),
             implementation=report.implementation,
@@ -755,15 +751,12 @@ def _timetable(account: Account, *, fall_back: bool = False) -> Timetable:
 
 def _sum(first: PollReport, second: PollReport) -> PollReport:
     """Two polls of one mailbox, as if they had been one."""
+    # Of the listing, what the second poll knew or found in quarantine counts once.
+    known = max(0, second.counts.known - first.counts.new)
+    flows = replace(first.counts, known=0, quarantined=0) + second.counts
     return replace(
         second,
-        new=first.new + second.new,
-        known=max(0, second.known - first.new),
-        fetched_bytes=first.fetched_bytes + second.fetched_bytes,
+        counts=replace(flows, known=known),
         seconds=first.seconds + second.seconds,
         segments=first.segments + second.segments,
-        delete_requested=first.delete_requested + second.delete_requested,
-        deleted=first.deleted + second.deleted,
-        gone=first.gone + second.gone,
-        lost=first.lost + second.lost,
     )

@@ -101,9 +101,9 @@ def _sum(reports: list[PollReport]) -> dict[str, Any]:
         raise RuntimeError(f"{len(failed)} polls failed: {failed[0].error}")
     return {
         "polls": len(reports),
-        "count": sum(report.new for report in reports),
-        "known": sum(report.known for report in reports),
-        "octets": sum(report.fetched_bytes for report in reports),
+        "count": sum(report.counts.new for report in reports),
+        "known": sum(report.counts.known for report in reports),
+        "octets": sum(report.counts.fetched_bytes for report in reports),
     }
 
 

@@ -692,7 +692,7 @@ class CrashMachine(RuleBasedStateMachine):
             self.run_out(clocks_agree=True)
             report = self.start_worker([], at_once=True, due=False)
             assert report is not None
-            to_do = report.to_come or report.quarantined or report.delete_requested
+            to_do = report.to_come or report.counts.quarantined or report.counts.delete_requested
             ends = ends + 1 if report.outcome == "ok" and not to_do else 0
             if ends == 2:
                 return

@@ -22,9 +22,10 @@ from archiver.cli.sync import _is_done
 from archiver.db import Database, accounts, migrate
 from archiver.db.tables import account as account_table
 from archiver.errors import ArchiverError, UsageError
-from archiver.model import Account, PollReport
+from archiver.model import Account
 from archiver.states import AccountState
 from tests.harness.cli import wait_for
+from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import HangUp, MailboxPlay, ScriptedPop3, Send
 from tests.scenarios.story import message
 
@@ -369,7 +370,7 @@ def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) 
     ],
 )
 def test_a_sync_that_left_messages_to_come_does_not_end_well(left: dict[str, Any], done: bool) -> None:
-    report = replace(PollReport("x", "ok", listed=1, known=1), **left)
+    report = poll_report("x", **({"listed": 1, "known": 1} | left))
     assert _is_done(report) == done
 
 

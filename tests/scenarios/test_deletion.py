@@ -34,11 +34,11 @@ def test_three_ways_to_vanish_are_told_apart(archive: Archive) -> None:
     archive.sync(account)
     del play.messages[1:]
     report = archive.sync(account)
-    assert (report.deleted, report.gone, report.lost) == (0, 1, 1)
+    assert (report.counts.deleted, report.counts.gone, report.counts.lost) == (0, 1, 1)
     archive.clock.advance(DAY)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     report = archive.sync(account)
-    assert (report.deleted, report.gone, report.lost) == (1, 0, 0)
+    assert (report.counts.deleted, report.counts.gone, report.counts.lost) == (1, 0, 0)
     absences = {line.sighting.uidl: line for line in archive.lines(account) if line.what is not What.CAPTURED}
     assert absences[b"ours"].what is What.DELETED
     assert absences[b"theirs"].what is What.GONE
@@ -56,14 +56,14 @@ def test_a_request_that_the_server_did_not_heed_is_taken_back(archive: Archive) 
     """GMX says +OK and deletes nothing (quirk Y6). Whoever deletes it later, it was not us."""
     play = mailbox("a", faults={"DELE 1": Send(b"+OK\r\n")})
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert archive.sightings(account)[0].delete_requested_at is not None
     change(archive, account, delete=DeletePolicy())
-    assert archive.sync(account).deleted == 0
+    assert archive.sync(account).counts.deleted == 0
     assert archive.sightings(account)[0].delete_requested_at is None
     play.messages.clear()
     report = archive.sync(account)
-    assert (report.deleted, report.gone) == (0, 1)
+    assert (report.counts.deleted, report.counts.gone) == (0, 1)
 
 
 def test_it_is_asked_for_again_as_long_as_the_policy_says_so(archive: Archive) -> None:
@@ -84,19 +84,19 @@ def test_sessions_that_break_before_quit_do_not_put_a_deletion_off(archive: Arch
     play = mailbox("a", faults={"QUIT": HangUp()})
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
     reports = [archive.sync(account) for _ in range(4)]
-    assert [(report.outcome, report.delete_requested) for report in reports] == [("try_later", 1)] * 4
+    assert [(report.outcome, report.counts.delete_requested) for report in reports] == [("try_later", 1)] * 4
     play.faults = {}
-    assert archive.sync(account).delete_requested == 1
-    assert archive.sync(account).deleted == 1
+    assert archive.sync(account).counts.delete_requested == 1
+    assert archive.sync(account).counts.deleted == 1
 
 
 def test_what_took_the_place_of_a_deleted_message_is_read_under_any_policy(archive: Archive) -> None:
     play = MailboxPlay([(b"1", message("a"))])
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     play.messages[:] = [(b"1", message("b"))]
     change(archive, account, delete=DeletePolicy())
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
     assert message("b") in archive.archived(account)
 
 
@@ -105,9 +105,9 @@ def test_where_deletion_is_forbidden_no_policy_deletes(archive: Archive) -> None
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
     forbidding = archive.ports(forbid_deletion=True)
     for _ in range(2):
-        assert archive.sync(account, forbidding).delete_requested == 0
+        assert archive.sync(account, forbidding).counts.delete_requested == 0
     assert len(play.messages) == 2
-    assert archive.sync(account).delete_requested == 2
+    assert archive.sync(account).counts.delete_requested == 2
 
 
 def verdicts(archive: Archive, account: Account, *, forbidden: bool = False) -> dict[bytes, str]:
@@ -151,7 +151,7 @@ def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
     uidls = [b"b", b"a", b"B", b"\xff", b"\x80", b"aa", b"~", b"a b"]
     play = MailboxPlay([(uidl, message(str(number))) for number, uidl in enumerate(uidls)])
     account = archive.add(archive.serve(play))
-    assert archive.sync(account).new == len(uidls)
+    assert archive.sync(account).counts.new == len(uidls)
 
     def present(after: SightingKey | None) -> list[SightingKey]:
         with archive.database.reading() as connection:
@@ -193,7 +193,7 @@ def given_again(archive: Archive, **settings: Any) -> tuple[MailboxPlay, Account
     """Under the id of a captured message, which had the same size, there is another one."""
     play = MailboxPlay([(b"1", message("a")), (b"2", message("c"))])
     account = archive.add(archive.serve(play))
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
     archive.clock.advance(2 * DAY)
     play.messages[0] = (b"1", message("b"))
     change(archive, account, **settings)
@@ -203,23 +203,23 @@ def given_again(archive: Archive, **settings: Any) -> tuple[MailboxPlay, Account
 def test_an_id_given_again_between_two_polls_loses_nothing(archive: Archive) -> None:
     play, account = given_again(archive, delete=AFTER_ARCHIVED)
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.known, report.to_come) == ("ok", 1, 1, 0)
-    assert (report.gone, report.delete_requested) == (1, 2)
+    assert (report.outcome, report.counts.new, report.counts.known, report.to_come) == ("ok", 1, 1, 0)
+    assert (report.counts.gone, report.counts.delete_requested) == (1, 2)
     assert play.messages == []
     assert set(archive.archived(account)) == {message("a"), message("b"), message("c")}
     former = hashlib.sha256(message("a")).digest()
     assert [line.sha256 for line in archive.lines(account) if line.what is What.GONE] == [former]
     report = archive.sync(account)
-    assert (report.deleted, report.gone, report.lost) == (2, 0, 0)
+    assert (report.counts.deleted, report.counts.gone, report.counts.lost) == (2, 0, 0)
     assert archive.verify(account).clean
 
 
 def test_what_came_under_the_id_of_another_waits_for_its_own_days(archive: Archive) -> None:
     play, account = given_again(archive, delete=DeletePolicy(2.0))
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert play.messages == [(b"1", message("b"))]
     archive.clock.advance(2 * DAY)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert play.messages == []
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_read_again_stays(archive: Archive) -> None:
     play, account = given_again(archive, delete=AFTER_ARCHIVED)
     play.faults = {"RETR 1": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
     report = archive.sync(account)
-    assert (report.outcome, report.delete_requested) == ("ok", 1)
+    assert (report.outcome, report.counts.delete_requested) == ("ok", 1)
     assert play.messages == [(b"1", message("b"))]
     play.faults = {}
     assert archive.poll_on_schedule(account).new == 1
@@ -238,16 +238,16 @@ def test_a_connection_lost_while_reading_again_loses_nothing(archive: Archive) -
     play, account = given_again(archive, delete=AFTER_ARCHIVED)
     play.faults = {"RETR 2": HangUp()}
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.delete_requested) == ("try_later", 1, 0)
+    assert (report.outcome, report.counts.new, report.counts.delete_requested) == ("try_later", 1, 0)
     assert len(play.messages) == 2
     # What costs the connection each time is in the way of nothing: it is read again a day later.
     report = archive.sync(account)
-    assert (report.outcome, report.delete_requested) == ("ok", 1)
+    assert (report.outcome, report.counts.delete_requested) == ("ok", 1)
     assert play.messages == [(b"2", message("c"))]
     play.faults = {}
-    assert archive.sync(account).delete_requested == 0
+    assert archive.sync(account).counts.delete_requested == 0
     archive.clock.advance(DAY)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert play.messages == []
 
 
@@ -277,7 +277,7 @@ def test_nothing_is_deleted_without_its_segment_in_the_store(archive: Archive) -
     play = mailbox("a", "b", "c")
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
     report = archive.sync(account, archive.ports(store=StoreWithoutJournal(archive.directory / "store")))
-    assert (report.outcome, report.delete_requested) == ("integrity", 0)
+    assert (report.outcome, report.counts.delete_requested) == ("integrity", 0)
     assert "journal/" in str(report.error)
     assert len(play.messages) == 3
 
@@ -291,7 +291,7 @@ def test_nothing_is_deleted_whose_segment_of_an_earlier_poll_is_missing(archive:
     change(archive, account, delete=AFTER_ARCHIVED)
     (archive.directory / "store" / segment_key(account.id, 1)).unlink()
     report = archive.sync(account)
-    assert (report.outcome, report.delete_requested) == ("integrity", 0)
+    assert (report.outcome, report.counts.delete_requested) == ("integrity", 0)
     assert len(play.messages) == 2
 
 
@@ -307,23 +307,24 @@ def test_an_object_that_the_store_lost_is_put_back_from_the_mail_server(archive:
         archive.database.transact(lambda connection: requests.fetch_again(connection, account.id, b"a")) == 1
     )
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.known, report.delete_requested) == ("ok", 0, 1, 0)
+    assert (report.outcome, report.counts.new) == ("ok", 0)
+    assert (report.counts.known, report.counts.delete_requested) == (1, 0)
     assert path.read_bytes() == message("a")
     assert archive.verify(account).clean
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
 
 
 def test_a_deletion_is_told_though_another_message_has_no_id(archive: Archive) -> None:
     """Unless it has the size of that message: then it may be it."""
     play = mailbox("a")
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     change(archive, account, delete=DeletePolicy())
     play.messages[:] = [(b"none", message("b")), (b"z", message("z"))]
     play.faults = {"UIDL": Send(b"+OK\r\n2 z\r\n.\r\n")}
-    assert archive.sync(account).deleted == 0
+    assert archive.sync(account).counts.deleted == 0
     play.messages[0] = (b"none", message("of another size"))
-    assert archive.sync(account).deleted == 1
+    assert archive.sync(account).counts.deleted == 1
 
 
 def test_a_message_that_only_list_shows_is_archived_and_told_once(archive: Archive) -> None:
@@ -332,12 +333,12 @@ def test_a_message_that_only_list_shows_is_archived_and_told_once(archive: Archi
     play.faults = {"UIDL": Send(b"+OK\r\n1 a\r\n.\r\n")}
     account = archive.add(archive.serve(play))
     report = archive.sync(account)
-    assert (report.listed, report.new, report.to_come) == (2, 2, 0)
+    assert (report.listed, report.counts.new, report.to_come) == (2, 2, 0)
     report = archive.sync(account)
-    assert (report.new, report.known, report.gone) == (0, 2, 0)
+    assert (report.counts.new, report.counts.known, report.counts.gone) == (0, 2, 0)
     play.faults = {}
     report = archive.sync(account)
-    assert (report.new, report.known, report.gone, report.to_come) == (0, 2, 0, 0)
+    assert (report.counts.new, report.counts.known, report.counts.gone, report.to_come) == (0, 2, 0, 0)
     assert archive.verify(account).clean
 
 
@@ -347,13 +348,13 @@ def test_without_list_nothing_is_told_as_gone(archive: Archive) -> None:
     play = mailbox("a", "b")
     play.faults = {**only_one_has_an_id}
     account = archive.add(archive.serve(play))
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
     play.faults = {**only_one_has_an_id, "LIST": Send(b"-ERR not now\r\n")}
     report = archive.sync(account)
-    assert (report.outcome, report.listed, report.gone) == ("ok", 1, 0)
+    assert (report.outcome, report.listed, report.counts.gone) == ("ok", 1, 0)
     play.faults = {**only_one_has_an_id}
     report = archive.sync(account)
-    assert (report.known, report.new, report.gone) == (2, 0, 0)
+    assert (report.counts.known, report.counts.new, report.counts.gone) == (2, 0, 0)
 
 
 # Messages that their ids do not tell apart.
@@ -366,13 +367,13 @@ def test_one_of_two_with_the_same_id_is_gone(archive: Archive) -> None:
     play.messages.insert(0, (b"same", message("z")))
     del play.messages[1]
     report = archive.sync(account)
-    assert (report.new, report.gone, report.lost) == (1, 1, 0)
+    assert (report.counts.new, report.counts.gone, report.counts.lost) == (1, 1, 0)
     gone = [line.sha256 for line in archive.lines(account) if line.what is What.GONE]
     assert gone == [row.sha256 for row in archive.captures(account) if row.size and row.sha256 in gone]
     assert archive.sync(account).segments == 0
     del play.messages[:2]
     report = archive.sync(account)
-    assert (report.listed, report.known, report.gone) == (1, 1, 2)
+    assert (report.listed, report.counts.known, report.counts.gone) == (1, 1, 2)
 
 
 def test_one_that_has_its_id_for_itself_again_is_still_there(archive: Archive) -> None:
@@ -393,7 +394,7 @@ def test_one_that_is_set_aside_may_be_any_of_those_without_id(archive: Archive) 
     play.messages[0] = (b"same", message("another one"))
     play.faults = {"RETR 1": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
     report = archive.sync(account)
-    assert (report.quarantined, report.gone) == (1, 0)
+    assert (report.counts.quarantined, report.counts.gone) == (1, 0)
 
 
 # Trouble of the whole session, or of the store, marks no message.
@@ -418,12 +419,12 @@ def test_trouble_of_the_session_marks_no_message(archive: Archive, said: str) ->
     account = archive.add(archive.serve(play))
     for _ in range(4):
         report = archive.sync(account)
-        assert (report.outcome, report.quarantined, report.lost) == ("try_later", 0, 0)
+        assert (report.outcome, report.counts.quarantined, report.counts.lost) == ("try_later", 0, 0)
     assert {(row.uidl, row.state, row.attempts) for row in archive.sightings(account)} == {
         (b"a", "captured", 0)
     }
     play.faults = {}
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
 
 
 def test_a_store_that_is_away_has_the_poll_stop_soon(archive: Archive) -> None:
@@ -448,5 +449,5 @@ def test_a_store_that_is_away_has_the_poll_stop_soon(archive: Archive) -> None:
     # It may be a few messages until the first upload has failed.
     assert server.commands["RETR"] < 100
     assert server.commands["QUIT"] == 0
-    assert archive.sync(account, archive.ports(batch=BatchLimits())).new == 300
+    assert archive.sync(account, archive.ports(batch=BatchLimits())).counts.new == 300
     assert archive.verify(account).clean

@@ -22,7 +22,7 @@ def renumber(play: MailboxPlay) -> None:
 def renumbered(archive: Archive, **settings: Any) -> tuple[MailboxPlay, Account]:
     play = mailbox(*NAMES)
     account = archive.add(archive.serve(play), **settings)
-    assert archive.sync(account).new == len(NAMES)
+    assert archive.sync(account).counts.new == len(NAMES)
     renumber(play)
     return play, account
 
@@ -55,8 +55,9 @@ def expect_new_epoch(archive: Archive, account: Account) -> None:
 def test_a_renumbered_mailbox_begins_an_epoch(archive: Archive) -> None:
     _, account = renumbered(archive)
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.known, report.to_come) == ("ok", 0, len(NAMES), 0)
-    assert (report.deleted, report.gone, report.lost) == (0, 0, 0)
+    assert (report.outcome, report.counts.new) == ("ok", 0)
+    assert (report.counts.known, report.to_come) == (len(NAMES), 0)
+    assert (report.counts.deleted, report.counts.gone, report.counts.lost) == (0, 0, 0)
     expect_new_epoch(archive, account)
     assert archive.sync(account).segments == 0
     assert archive.poll_on_schedule(account).glanced
@@ -96,7 +97,7 @@ def test_nothing_is_deleted_until_somebody_has_looked(archive: Archive) -> None:
         )
     )
     for _ in range(3):
-        assert archive.sync(account).delete_requested == 0
+        assert archive.sync(account).counts.delete_requested == 0
     assert len(play.messages) == len(NAMES)
     assert archive.poll_on_schedule(account).glanced
 
@@ -113,7 +114,7 @@ def test_an_emptied_mailbox_with_new_mail_is_no_epoch(archive: Archive) -> None:
     archive.sync(account)
     play.messages[:] = [(b"fresh", message("fresh"))]
     report = archive.sync(account)
-    assert (report.new, report.gone) == (1, len(NAMES))
+    assert (report.counts.new, report.counts.gone) == (1, len(NAMES))
     assert archive.fresh(account).epoch == 1
 
 
@@ -126,7 +127,7 @@ def test_a_window_of_a_mailbox_that_moves_on_is_no_epoch(archive: Archive) -> No
             (b"%d-%d" % (part, number), message(f"{part}-{number}")) for number in range(len(NAMES))
         ]
         report = archive.sync(account)
-        assert (report.outcome, report.new) == ("ok", len(NAMES))
+        assert (report.outcome, report.counts.new) == ("ok", len(NAMES))
     fresh = archive.fresh(account)
     assert (fresh.epoch, fresh.deletion_suspended) == (1, None)
     gone = [line for line in archive.lines(account) if line.what is What.GONE]
@@ -139,19 +140,19 @@ def test_what_we_deleted_ourselves_makes_no_epoch(archive: Archive) -> None:
     archive.sync(account)
     play.messages[:] = [(b"new-%d" % number, message(name)) for number, name in enumerate(NAMES)]
     report = archive.sync(account)
-    assert (report.known, report.deleted) == (len(NAMES), len(NAMES))
+    assert (report.counts.known, report.counts.deleted) == (len(NAMES), len(NAMES))
     assert archive.fresh(account).epoch == 1
 
 
 def test_a_poll_that_is_stopped_before_it_saw_a_content_decides_nothing(archive: Archive) -> None:
     _, account = renumbered(archive, delete=DeletePolicy(0.0))
     account_without = archive.add(archive.serve(mailbox("a")))
-    assert archive.sync(account_without).new == 1
+    assert archive.sync(account_without).counts.new == 1
     play, account = renumbered(archive)
     report = archive.sync(account, archive.ports(stopping=lambda: True))
-    assert (report.outcome, report.gone, report.segments) == ("ok", 0, 0)
+    assert (report.outcome, report.counts.gone, report.segments) == ("ok", 0, 0)
     assert archive.fresh(account).epoch == 1
-    assert archive.sync(account).known == len(play.messages)
+    assert archive.sync(account).counts.known == len(play.messages)
     expect_new_epoch(archive, account)
 
 
@@ -161,7 +162,7 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
     stale = archive.fresh(account)
     archive.sync(account)
     (report,) = archive.worker().poll_now([stale], lambda _: Unwatched())
-    assert report.known == len(NAMES)
+    assert report.counts.known == len(NAMES)
     expect_new_epoch(archive, account)
 
 

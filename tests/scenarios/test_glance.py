@@ -161,7 +161,7 @@ def test_of_a_mailbox_that_grew_only_what_came_is_listed(
     # From there on it is known by the new look, and the whole listing finds nothing else.
     row = archive.poll_on_schedule(account, sparing(archive))
     assert (row.glanced, row.listed, row.known) == (True, 5, 5)
-    assert archive.sync(account).known == 5
+    assert archive.sync(account).counts.known == 5
     assert archive.verify(account).clean
 
 
@@ -532,5 +532,5 @@ def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mai
     row = archive.poll_on_schedule(account, replace(ports, spared_lines=1))
     assert (row.glanced, row.listed, row.new, row.known) == (False, 5, 2, 3)
     assert archive.segments(account)[-1].listing_first == 4
-    assert archive.sync(account, ports).known == 5
+    assert archive.sync(account, ports).counts.known == 5
     assert set(archive.archived(account)) == {message(name) for name in "abcdef"}

@@ -15,9 +15,10 @@ from archiver.db import Database, accounts, claims, endings, history, migrate, o
 from archiver.db.endings import Ending
 from archiver.db.history import Day, Gap
 from archiver.db.tables import gap, poll, poll_day
-from archiver.model import Account, PollReport, new_account_id
+from archiver.model import Account, new_account_id
 from archiver.policy import NextPoll, Setbacks
 from archiver.views import status as view
+from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Death, Fuse, MortalDatabase, message
 
@@ -38,7 +39,7 @@ class Log:
 
     def poll(self, account: Account, ended_at: datetime, *, after: float = INTERVAL, **what: Any) -> None:
         """A poll, by the functions that polls call."""
-        report = replace(PollReport(account.name, "ok", seconds=5.0), **what)
+        report = poll_report(account.name, **({"seconds": 5.0} | what))
         setbacks = Setbacks(int(report.outcome != "ok"), 0)
 
         def end(connection: sa.Connection) -> None:

@@ -30,6 +30,7 @@ from archiver.model import (
     NO_DIGEST,
     Account,
     Claim,
+    Counts,
     DeletePolicy,
     PollReport,
     Segment,
@@ -275,13 +276,13 @@ def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive
     ports, database = watched(archive, AtTheSegment())
     report = archive.sync(account, ports)
     database.close()
-    assert (report.outcome, report.new, report.delete_requested) == ("try_later", 0, 0)
+    assert (report.outcome, report.counts.new, report.counts.delete_requested) == ("try_later", 0, 0)
     assert "earlier poll" in str(report.error)
     assert archive.lease(account).recover
     assert archive.fresh(account).state is AccountState.ACTIVE
 
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.delete_requested) == ("ok", 2, 2)
+    assert (report.outcome, report.counts.new, report.counts.delete_requested) == ("ok", 2, 2)
     assert [segment.token for segment in archive.segments(account)] == [1, 3]
     assert archive.verify(account).clean
 
@@ -314,7 +315,7 @@ def test_a_database_that_was_restored_learns_what_the_journal_has(archive: Archi
     )
     archive.run_out(account)
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.known) == ("ok", 1, 1)
+    assert (report.outcome, report.counts.new, report.counts.known) == ("ok", 1, 1)
     assert len(archive.captures(account)) == 2
     assert len(archive.segments(account)) == 2
     assert archive.verify(account).clean
@@ -566,7 +567,7 @@ def test_an_end_that_cannot_be_written_takes_no_other_along(lone_archive: Archiv
         for account in chosen
     ]
     what_no_column_takes: Any = object()
-    mistaken = replace(over[1].report, quarantined=what_no_column_takes)
+    mistaken = replace(over[1].report, counts=Counts(quarantined=what_no_column_takes))
     worker._end_and_begin([over[0], over[1]._replace(report=mistaken), over[2]], 0)
     assert [len(archive.polls(account)) for account in chosen] == [1, 0, 1]
     assert [archive.lease(account).owner for account in chosen] == [None, worker.owner, None]
@@ -634,7 +635,7 @@ def test_a_named_poll_that_works_disproves_trouble_but_not_a_decision(
 ) -> None:
     account = archive.add(archive.serve(mailbox("a")))
     stop(archive, account, state)
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
     assert (archive.fresh(account).state is AccountState.ACTIVE) is goes_on
     assert (archive.lease(account).due_at is not None) is goes_on
 
@@ -646,7 +647,7 @@ def test_a_paused_account_whose_named_poll_dies_stays_paused(lone_archive: Archi
     archive.poll_until_death(account, archive.mortal_ports(Fuse(3)))
     assert claim_due(archive) == []
     report = archive.sync(account)
-    assert (report.outcome, report.new) == ("ok", 1)
+    assert (report.outcome, report.counts.new) == ("ok", 1)
 
 
 def test_three_refused_logins_are_waited_for_and_the_fourth_pauses(archive: Archive) -> None:
@@ -717,7 +718,7 @@ def test_a_release_that_fails_is_left_to_the_end_of_the_lease(archive: Archive) 
     assert archive.lease(account).owner == worker.owner
     assert worker._held == {}
     archive.run_out(account)
-    assert archive.sync(account).known == 1
+    assert archive.sync(account).counts.known == 1
 
 
 # The end of the process.

@@ -35,8 +35,9 @@ from archiver.db import (
 )
 from archiver.db.endings import Ending
 from archiver.db.hosts import HostSessions
-from archiver.model import Claim, LastLook, PollReport, Resolved, Segment, ServerRecord, SightingKey, What
+from archiver.model import Claim, LastLook, Resolved, Segment, ServerRecord, SightingKey, What
 from archiver.policy import NextPoll, Setbacks
+from tests.harness.reports import poll_report
 from tests.scenarios.plans import Plans, explained, nodes
 
 pytestmark = pytest.mark.xdist_group("plans")
@@ -190,7 +191,7 @@ def _endings(connection: Connection) -> None:
     look = LastLook(2, 18, 2, b"2", NOW)
 
     def ending(claim: Claim, outcome: Any, **what: Any) -> Ending:
-        report = PollReport("a", outcome, seconds=1.0, **what)
+        report = poll_report("a", outcome, seconds=1.0, **what)
         return Ending(
             claim, report, NOW + timedelta(hours=9), lambda _: NextPoll(300.0, Setbacks()), ("CAPA",)
         )

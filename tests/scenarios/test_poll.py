@@ -144,12 +144,12 @@ def test_a_failed_store_leaves_everything_on_the_server_and_counts_nothing(archi
     report = archive.sync(account, archive.ports(store=Refusing(archive.directory / "store")))
 
     assert (report.outcome, report.listed, report.wait_seconds) == ("try_later", 3, 77.0)
-    assert (report.new, report.known, report.quarantined, report.to_come) == (0, 0, 0, 3)
+    assert (report.counts.new, report.counts.known, report.counts.quarantined, report.to_come) == (0, 0, 0, 3)
     assert len(play.messages) == 3
     # It hides nothing that a server would hide after QUIT.
     assert server.commands["QUIT"] == 0
     assert archive.polls(account)[0].to_come == 3
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
 
 
 # What comes again, and what is odd.
@@ -158,11 +158,11 @@ def test_a_failed_store_leaves_everything_on_the_server_and_counts_nothing(archi
 def test_a_second_poll_fetches_nothing_and_writes_nothing(archive: Archive) -> None:
     server = archive.serve(mailbox("a", "b", "c"))
     account = archive.add(server)
-    assert archive.sync(account).new == 3
+    assert archive.sync(account).counts.new == 3
     segments = len(archive.segments(account))
 
     report = archive.sync(account)
-    assert (report.new, report.known, report.segments) == (0, 3, 0)
+    assert (report.counts.new, report.counts.known, report.segments) == (0, 3, 0)
     assert server.commands["RETR"] == 3
     assert len(archive.segments(account)) == segments
 
@@ -184,16 +184,17 @@ def test_messages_without_an_id_of_their_own_are_told_apart_by_content(archive: 
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
 
     first = archive.sync(account)
-    assert (first.outcome, first.listed, first.new, first.known) == ("ok", 4, 3, 1)
+    assert (first.outcome, first.listed, first.counts.new, first.counts.known) == ("ok", 4, 3, 1)
     assert set(archive.archived(account)) == of("x", "y", "z")
     # Only what has an id of its own may be deleted.
     certain = uidls.count("other")
-    assert first.delete_requested == certain == 4 - len(play.messages)
+    assert first.counts.delete_requested == certain == 4 - len(play.messages)
 
     play.faults = {"UIDL": Send(uidls.replace("4 other\r\n", "").encode())}
     for segments in (certain, 0):  # of the deletion; and then there is nothing new
         report = archive.sync(account)
-        assert (report.outcome, report.new, report.known, report.to_come) == ("ok", 0, 4 - certain, 0)
+        assert (report.outcome, report.counts.new) == ("ok", 0)
+        assert (report.counts.known, report.to_come) == (4 - certain, 0)
         assert report.segments == segments
     assert archive.verify(account).clean
 
@@ -211,7 +212,7 @@ def test_a_message_that_vanishes_and_returns_is_not_stored_again(archive: Archiv
     # Its id may have been given again: only its content tells that it is the same.
     play.messages.append(gone)
     report = archive.sync(account)
-    assert (report.new, report.known, report.segments) == (0, 2, 1)
+    assert (report.counts.new, report.counts.known, report.segments) == (0, 2, 1)
     assert server.commands["RETR"] == 3
     assert archive.sync(account).segments == 0
     play.messages.remove(gone)
@@ -254,24 +255,24 @@ def test_a_refused_message_is_set_aside_and_tried_again_later(archive: Archive) 
     server = archive.serve(play)
     account = archive.add(server, delete=AFTER_ARCHIVED)
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.quarantined, report.to_come) == ("ok", 2, 1, 0)
+    assert (report.outcome, report.counts.new, report.counts.quarantined, report.to_come) == ("ok", 2, 1, 0)
     assert "corrupt" in str(archive.sightings(account)[1].reason)
 
     server.commands.clear()
     report = archive.sync(account)
-    assert (report.quarantined, report.segments) == (1, 1)  # of the two that were deleted
+    assert (report.counts.quarantined, report.segments) == (1, 1)  # of the two that were deleted
     assert server.commands["RETR"] == 0
     assert archive.sync(account).segments == 0
 
     archive.clock.advance(3601)
     play.faults = {"RETR 1": Send(b"-ERR [SYS/PERM] corrupt\r\n")}
-    assert archive.sync(account).quarantined == 1
+    assert archive.sync(account).counts.quarantined == 1
     archive.clock.advance(3601)
     assert archive.sync(account).segments == 0  # the wait has doubled
     archive.clock.advance(3601)
     play.faults = {}
     report = archive.sync(account)
-    assert (report.new, report.quarantined) == (1, 0)
+    assert (report.counts.new, report.counts.quarantined) == (1, 0)
     assert play.messages == []
     assert archive.verify(account).checked == 3
 
@@ -283,21 +284,21 @@ def test_a_refused_message_without_id_is_tried_no_more_often(archive: Archive) -
     server = archive.serve(play)
     account = archive.add(server)
     report = archive.sync(account)
-    assert (report.new, report.quarantined, report.to_come) == (2, 1, 0)
+    assert (report.counts.new, report.counts.quarantined, report.to_come) == (2, 1, 0)
     segments, events = len(archive.segments(account)), len(archive.events(account))
 
     for _ in range(2):
         report = archive.sync(account)
-        assert (report.new, report.known, report.quarantined) == (0, 2, 1)
+        assert (report.counts.new, report.counts.known, report.counts.quarantined) == (0, 2, 1)
     assert (len(archive.segments(account)), len(archive.events(account))) == (segments, events)
     assert server.received.count((b"RETR 2", False)) == 1
 
     archive.clock.advance(3601)
     play.faults = {"UIDL": Send(b"-ERR unknown\r\n")}
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
     # It is known by its content now, and nothing is left of the sighting that had none.
     report = archive.sync(account)
-    assert (report.known, report.quarantined, report.segments) == (3, 0, 0)
+    assert (report.counts.known, report.counts.quarantined, report.segments) == (3, 0, 0)
     with archive.database.reading() as connection:
         from archiver.db import overview
 
@@ -311,7 +312,7 @@ def test_a_message_over_the_limit_is_set_aside_and_leaves_nothing_behind(archive
     ports = archive.ports()
     ports = replace(ports, connect=lambda account: archive.connect(account, message_bytes=1000))
     report = archive.sync(account, ports)
-    assert (report.new, report.quarantined) == (2, 1)
+    assert (report.counts.new, report.counts.quarantined) == (2, 1)
     assert [uidl for uidl, _ in play.messages] == [b"large"]
     assert ports.spool.memory_in_use == 0
     assert len(archive.objects(account)) == 2
@@ -329,9 +330,9 @@ def test_a_message_that_kills_the_connection_is_set_aside_and_the_others_archive
 
     reports = [archive.sync(account) for _ in range(3)]
     assert [report.outcome for report in reports] == ["try_later"] * 3
-    assert [report.quarantined for report in reports] == [0, 0, 1]
+    assert [report.counts.quarantined for report in reports] == [0, 0, 1]
     report = archive.sync(account)
-    assert (report.outcome, report.quarantined, report.to_come) == ("ok", 1, 0)
+    assert (report.outcome, report.counts.quarantined, report.to_come) == ("ok", 1, 0)
     assert set(archive.archived(account)) == of("a", "the third")
 
     # After its third failure it is left alone for four hours, then tried once, and blamed at once.
@@ -357,12 +358,12 @@ def test_a_quota_that_is_used_up_marks_no_message(archive: Archive) -> None:
     account = archive.add(archive.serve(play))
     for _ in range(4):
         report = archive.sync(account)
-        assert (report.outcome, report.quarantined) == ("try_later", 0)
+        assert (report.outcome, report.counts.quarantined) == ("try_later", 0)
     assert {row.uidl: (row.state, row.attempts) for row in archive.sightings(account)} == {
         b"a": ("captured", 0)
     }
     play.faults = {}
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
 
 
 def test_a_message_that_fits_nowhere_does_not_undo_those_before_it(archive: Archive) -> None:
@@ -377,10 +378,10 @@ def test_a_message_that_fits_nowhere_does_not_undo_those_before_it(archive: Arch
         spool=SmallSpool(archive.directory, 100_000, 50_000), batch=BatchLimits(messages=100)
     )
     report = archive.sync(account, ports)
-    assert (report.outcome, report.new, report.to_come) == ("try_later", 2, 1)
+    assert (report.outcome, report.counts.new, report.to_come) == ("try_later", 2, 1)
     assert set(archive.archived(account)) == of("a", "b")
     assert ports.spool.memory_in_use == 0
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
 
 
 # A batch is recorded while the next one is fetched.
@@ -410,7 +411,7 @@ def test_the_next_batch_is_fetched_while_one_is_recorded(archive: Archive) -> No
     report = archive.sync(
         account, archive.ports(store=SlowJournal(archive.directory / "store", message("d")))
     )
-    assert (report.outcome, report.new, report.segments) == ("ok", 6, 3)
+    assert (report.outcome, report.counts.new, report.segments) == ("ok", 6, 3)
     assert archive.verify(account).clean
 
 
@@ -427,7 +428,7 @@ def test_a_message_that_is_long_on_its_way_holds_up_a_few_batches_only(archive: 
 
     account = archive.add(archive.serve(mailbox(*"abcdefghij")))
     report = archive.sync(account, archive.ports(store=SlowFirst(archive.directory / "store")))
-    assert (report.outcome, report.new) == ("ok", 10)
+    assert (report.outcome, report.counts.new) == ("ok", 10)
     assert archive.verify(account).clean
 
 
@@ -445,7 +446,7 @@ def test_a_batch_closes_by_time_while_messages_come(archive: Archive) -> None:
         batch=BatchLimits(messages=100, seconds=1.0),
     )
     report = archive.sync(account, ports)
-    assert (report.outcome, report.new) == ("ok", 10)
+    assert (report.outcome, report.counts.new) == ("ok", 10)
     assert report.segments > 2
 
 
@@ -459,14 +460,14 @@ def test_the_time_of_a_batch_does_not_run_before_the_first_message(archive: Arch
         connect=connect, uploads=Uploads(at_once=True), batch=BatchLimits(messages=100, seconds=1.0)
     )
     report = archive.sync(account, ports)
-    assert (report.outcome, report.new, report.segments) == ("ok", 5, 1)
+    assert (report.outcome, report.counts.new, report.segments) == ("ok", 5, 1)
 
 
 def test_refusals_alone_make_batches(archive: Archive) -> None:
     refused = {f"RETR {number}": Send(b"-ERR [SYS/PERM] corrupt\r\n") for number in range(1, 6)}
     account = archive.add(archive.serve(mailbox(*"abcde", faults=refused)))
     report = archive.sync(account)
-    assert (report.outcome, report.quarantined) == ("ok", 5)
+    assert (report.outcome, report.counts.quarantined) == ("ok", 5)
     assert report.segments > 1
 
 
@@ -475,11 +476,11 @@ def test_what_keeps_a_batch_from_being_recorded_ends_the_poll(archive: Archive, 
     account = archive.add(archive.serve(mailbox(*"abcdefgh")))
     slow = SlowJournal(archive.directory / "store", message("d"), fault)
     report = archive.sync(account, archive.ports(store=slow))
-    assert (report.outcome, report.error, report.new) == (fault.outcome, str(fault), 0)
+    assert (report.outcome, report.error, report.counts.new) == (fault.outcome, str(fault), 0)
     assert report.journal_uncertain
     assert archive.verify(account, later_seconds=0.0).clean
     again = archive.sync(account)
-    assert (again.outcome, again.new) == ("ok", 8)
+    assert (again.outcome, again.counts.new) == ("ok", 8)
     assert archive.verify(account).clean
 
 
@@ -490,7 +491,7 @@ def captured_before(archive: Archive, *names: str, **settings: Any) -> tuple[Mai
     """A mailbox that was archived when the account said never to delete."""
     play = mailbox(*names)
     account = archive.add(archive.serve(play))
-    assert archive.sync(account).delete_requested == 0
+    assert archive.sync(account).counts.delete_requested == 0
     changed = replace(account, delete=AFTER_ARCHIVED, **settings)
 
     from archiver.db import accounts
@@ -517,7 +518,7 @@ def test_nothing_is_deleted_when_one_object_is_not_as_it_must_be(
     damage(archive.directory / "store" / key)
 
     report = archive.sync(account)
-    assert (report.outcome, report.delete_requested) == ("integrity", 0)
+    assert (report.outcome, report.counts.delete_requested) == ("integrity", 0)
     assert [uidl for uidl, _ in play.messages] == [b"a", b"b", b"c"]
     # It stops, and says why.
     assert key in str(archive.fresh(account).state_reason)
@@ -528,10 +529,10 @@ def test_a_message_whose_size_changed_is_another_message(archive: Archive) -> No
     play, account = captured_before(archive, "a")
     play.messages[:] = [(b"a", message("a, and more"))]
     report = archive.sync(account, archive.ports(stopping=lambda: True))
-    assert report.delete_requested == 0
+    assert report.counts.delete_requested == 0
     assert play.messages
     report = archive.sync(account)
-    assert (report.new, report.delete_requested) == (1, 1)
+    assert (report.counts.new, report.counts.delete_requested) == (1, 1)
     assert set(archive.archived(account)) == of("a", "a, and more")
 
 
@@ -541,9 +542,9 @@ def test_deletion_waits_for_its_days(archive: Archive) -> None:
     archive.sync(account)
     archive.clock.advance(7 * DAY - 1)
     play.messages.append((b"b", message("b")))
-    assert archive.sync(account).delete_requested == 0
+    assert archive.sync(account).counts.delete_requested == 0
     archive.clock.advance(1)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert [uidl for uidl, _ in play.messages] == [b"b"]
     archive.sync(account)
     assert [(line.what, line.sighting.uidl) for line in archive.lines(account)][-1] == (What.DELETED, b"a")
@@ -557,7 +558,7 @@ def test_a_second_copy_waits_as_long_as_the_first(archive: Archive) -> None:
     play.messages.append((b"copy", message("a")))
     archive.sync(account)
     archive.clock.advance(1 * DAY)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     assert [uidl for uidl, _ in play.messages] == [b"copy"]
 
 
@@ -567,7 +568,7 @@ def test_a_deletion_that_the_server_did_not_confirm_is_asked_for_again(archive: 
     assert archive.sync(account).outcome == "try_later"
     assert len(play.messages) == 2
     play.faults = {}
-    assert archive.sync(account).delete_requested == 2
+    assert archive.sync(account).counts.delete_requested == 2
     assert play.messages == []
     archive.sync(account)
     assert sorted(line.what for line in archive.lines(account)[-2:]) == [What.DELETED, What.DELETED]
@@ -592,7 +593,7 @@ def test_a_large_mailbox_is_worked_off_in_several_polls(archive: Archive) -> Non
     report = archive.sync(account, archive.ports(session_seconds=2.0, monotonic=monotonic))
     assert (report.outcome, report.to_come) == ("ok", 0)
     # A poll counts what the ones before it archived as known: the sum must not count it twice.
-    assert (report.new, report.known) == (60, 0)
+    assert (report.counts.new, report.counts.known) == (60, 0)
     assert len(archive.polls(account)) > 1
 
 
@@ -600,7 +601,7 @@ def test_a_stopping_process_asks_for_nothing_more(archive: Archive) -> None:
     server = archive.serve(mailbox("a", "b"))
     account = archive.add(server)
     report = archive.sync(account, archive.ports(stopping=lambda: True))
-    assert (report.outcome, report.new, report.to_come) == ("ok", 0, 2)
+    assert (report.outcome, report.counts.new, report.to_come) == ("ok", 0, 2)
     assert (server.commands["RETR"], server.commands["QUIT"]) == (0, 1)
 
 
@@ -608,7 +609,7 @@ def test_five_thousand_absences_at_a_time(small_archive: Archive) -> None:
     archive = small_archive
     play = MailboxPlay([(b"%d" % number, b"x\r\n") for number in range(5_500)])
     account = archive.add(archive.serve(play))
-    assert archive.sync(account, archive.ports(batch=BatchLimits(messages=5_000))).new == 1
+    assert archive.sync(account, archive.ports(batch=BatchLimits(messages=5_000))).counts.new == 1
     play.messages.clear()
     report = archive.sync(account)
     assert report.segments == 2
@@ -645,7 +646,7 @@ def test_a_mistake_of_ours_ends_one_poll_and_gives_the_account_back(archive: Arc
     report = archive.sync(account, archive.ports(connect=broken))
     assert (report.outcome, report.error) == ("try_later", "internal error: ZeroDivisionError()")
     assert archive.lease(account).owner is None
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
 
 
 def test_a_segment_that_was_tampered_with_stops_the_account(archive: Archive) -> None:
@@ -667,7 +668,7 @@ def test_an_object_that_differs_under_its_own_digest_is_an_alarm(archive: Archiv
     path.parent.mkdir(parents=True)
     path.write_bytes(b"planted")
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.delete_requested) == ("integrity", 1, 0)
+    assert (report.outcome, report.counts.new, report.counts.delete_requested) == ("integrity", 1, 0)
     assert IntegrityError.outcome == "integrity"
 
 
@@ -675,13 +676,13 @@ def test_an_id_that_is_given_again_to_another_message_loses_nothing(archive: Arc
     """Some servers count from the start when a mailbox is made anew (quirk CY1); the sizes may agree."""
     play = MailboxPlay([(b"1", message("a"))])
     account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
-    assert archive.sync(account).delete_requested == 1
+    assert archive.sync(account).counts.delete_requested == 1
     archive.sync(account)  # sees that it is gone
     assert len(message("a")) == len(message("b"))
     play.messages.append((b"1", message("b")))
 
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.delete_requested) == ("ok", 1, 1)
+    assert (report.outcome, report.counts.new, report.counts.delete_requested) == ("ok", 1, 1)
     assert set(archive.archived(account)) == {message("a"), message("b")}
     assert play.messages == []
     assert archive.verify(account).clean
@@ -694,11 +695,12 @@ def test_a_message_that_comes_back_is_looked_at_before_it_is_deleted_again(archi
     archive.sync(account)
     play.messages.append((b"1", message("a")))
     play.faults = {"RETR 1": HangUp()}
-    assert archive.sync(account).delete_requested == 0
-    assert archive.sync(account).delete_requested == 0
+    assert archive.sync(account).counts.delete_requested == 0
+    assert archive.sync(account).counts.delete_requested == 0
     play.faults = {}
     report = archive.sync(account)
-    assert (report.outcome, report.new, report.known, report.delete_requested) == ("ok", 0, 1, 1)
+    assert (report.outcome, report.counts.new) == ("ok", 0)
+    assert (report.counts.known, report.counts.delete_requested) == (1, 1)
     assert play.messages == []
     assert len(archive.captures(account)) == 1
     assert archive.verify(account).clean

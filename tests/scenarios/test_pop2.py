@@ -39,18 +39,18 @@ def test_every_message_is_archived_once_however_often_it_is_fetched(archive: Arc
     with pop2_server(play) as server:
         account = account_of(archive, server, play)
         first = sync(archive, account)
-        assert (first.outcome, first.listed, first.new, first.known) == ("ok", 4, 3, 1)
+        assert (first.outcome, first.listed, first.counts.new, first.counts.known) == ("ok", 4, 3, 1)
         segments, events = archive.segments(account), archive.events(account)
         assert segments[0].server.mechanism == "HELO"
 
         second = sync(archive, account)
-        assert (second.outcome, second.new, second.known, second.segments) == ("ok", 0, 4, 0)
-        assert second.fetched_bytes == first.fetched_bytes
+        assert (second.outcome, second.counts.new, second.counts.known, second.segments) == ("ok", 0, 4, 0)
+        assert second.counts.fetched_bytes == first.counts.fetched_bytes
         assert (archive.segments(account), archive.events(account)) == (segments, events)
 
         play.messages.insert(0, message("three"))  # Numbers mean nothing: the new one is the first.
         third = sync(archive, account)
-        assert (third.outcome, third.new, third.known, third.segments) == ("ok", 1, 4, 1)
+        assert (third.outcome, third.counts.new, third.counts.known, third.segments) == ("ok", 1, 4, 1)
     assert sorted(archive.archived(account)) == sorted({*contents, message("three")})
     assert archive.verify(account).clean
 
@@ -61,17 +61,17 @@ def test_a_message_that_vanished_is_known_to_be_gone_and_comes_back_without_bein
     play = Pop2Play([message("one"), message("two"), message("three")])
     with pop2_server(play) as server:
         account = account_of(archive, server, play)
-        assert sync(archive, account).new == 3
+        assert sync(archive, account).counts.new == 3
         gone = play.messages.pop(1)
         report = sync(archive, account)
-        assert (report.outcome, report.known, report.segments) == ("ok", 2, 1)
+        assert (report.outcome, report.counts.known, report.segments) == ("ok", 2, 1)
         (line,) = archive.segments(account)[-1].lines
         assert (line.what, line.sha256) == (What.GONE, hashlib.sha256(gone).digest())
         assert sync(archive, account).segments == 0
 
         play.messages.append(gone)
         report = sync(archive, account)
-        assert (report.new, report.known, report.segments) == (0, 3, 1)
+        assert (report.counts.new, report.counts.known, report.segments) == (0, 3, 1)
         assert archive.segments(account)[-1].lines[0].what is What.KNOWN
         assert sync(archive, account).segments == 0
 
@@ -87,13 +87,13 @@ def test_a_poll_that_did_not_see_everything_proves_no_absence(archive: Archive, 
     play = Pop2Play([message("one"), message("two"), message("three")])
     with pop2_server(play) as server:
         account = account_of(archive, server, play)
-        assert sync(archive, account).new == 3
+        assert sync(archive, account).counts.new == 3
         play.messages.pop(0)
         if trouble == "cut":
             play.cuts = {2: 5}
             assert sync(archive, account).outcome == "try_later"
         elif trouble == "set aside":
-            assert sync(archive, account, message_bytes=len(message("two"))).quarantined == 1
+            assert sync(archive, account, message_bytes=len(message("two"))).counts.quarantined == 1
         else:
             seen = iter([False])
             ports = archive.ports(connect=connection(), stopping=lambda: next(seen, True))
@@ -108,7 +108,7 @@ def test_nothing_is_deleted_whatever_the_policy_says(small_archive: Archive) -> 
         account = account_of(small_archive, server, play, delete=DeletePolicy(0))
         for _ in range(2):
             report = sync(small_archive, account)
-            assert (report.outcome, report.delete_requested) == ("ok", 0)
+            assert (report.outcome, report.counts.delete_requested) == ("ok", 0)
         assert "ACKD" not in server.commands
     assert play.messages == [message("one")]
 
@@ -118,9 +118,10 @@ def test_a_message_that_is_too_large_is_set_aside_and_the_others_are_archived(sm
     with pop2_server(play) as server:
         account = account_of(small_archive, server, play)
         report = sync(small_archive, account, message_bytes=4000)
-        assert (report.outcome, report.new, report.quarantined) == ("ok", 2, 1)
+        assert (report.outcome, report.counts.new, report.counts.quarantined) == ("ok", 2, 1)
         again = sync(small_archive, account, message_bytes=4000)
-        assert (again.outcome, again.known, again.quarantined, again.segments) == ("ok", 2, 1, 0)
+        assert (again.outcome, again.counts.known) == ("ok", 2)
+        assert (again.counts.quarantined, again.segments) == (1, 0)
     assert sorted(small_archive.archived(account)) == sorted([message("one"), message("two")])
 
 
@@ -129,10 +130,10 @@ def test_a_cut_in_a_message_loses_nothing_that_was_read_before(small_archive: Ar
     with pop2_server(play) as server:
         account = account_of(small_archive, server, play)
         report = sync(small_archive, account)
-        assert (report.outcome, report.new) == ("try_later", 1)
+        assert (report.outcome, report.counts.new) == ("try_later", 1)
         assert small_archive.archived(account) == [message("one")]
         play.cuts = {}
-        assert sync(small_archive, account).new == 1
+        assert sync(small_archive, account).counts.new == 1
     assert sorted(small_archive.archived(account)) == sorted([message("one"), message("two")])
 
 

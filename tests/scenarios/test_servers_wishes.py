@@ -74,7 +74,7 @@ def test_a_mailbox_is_not_worked_off_where_the_next_login_would_be_refused(archi
     capabilities = tuple(each for each in CAPABILITIES if each != "PIPELINING")
     patient = archive.serve(MailboxPlay(list(messages), capabilities=capabilities))
     report = sync_by_halves(archive, patient)
-    assert (report.new, report.to_come) == (40, 0)
+    assert (report.counts.new, report.to_come) == (40, 0)
     assert patient.connections > 1
     strict = archive.serve(MailboxPlay(list(messages), capabilities=(*capabilities, "LOGIN-DELAY 7200")))
     report = sync_by_halves(archive, strict)

@@ -25,6 +25,7 @@ from archiver.model import Account, DeletePolicy, PollReport, new_account_id
 from archiver.policy import NextPoll, Setbacks
 from archiver.states import AccountState
 from archiver.views import status as view
+from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import MailboxPlay, Send
 from tests.scenarios.story import Archive, message
 
@@ -89,7 +90,7 @@ def test_everything_ever_listed_is_in_exactly_one_place(archive: Archive) -> Non
 
     life.put("no", "d")
     life.play.faults = {**life.play.faults, "RETR 4": REFUSED}
-    assert life.poll().quarantined == 1
+    assert life.poll().counts.quarantined == 1
     assert_accounted_for(life)
 
     life.take("a")
@@ -173,7 +174,7 @@ class Commands:
 
     def poll(self, account: Account, **what: Any) -> None:
         setbacks = Setbacks(int(what.get("outcome", "ok") != "ok"), 0)
-        report = PollReport(account.name, **({"outcome": "ok"} | what))
+        report = poll_report(account.name, **what)
 
         def end(connection: sa.Connection) -> None:
             claim = claims.claim_account(connection, account.id, owner="somebody", lease_seconds=60)

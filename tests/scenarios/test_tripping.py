@@ -24,7 +24,7 @@ def test_a_server_that_hangs_up_at_capa_is_asked_twice_and_then_not_for_a_month(
     assert avoided(archive, account) == {"CAPA"}
 
     play.messages.append((b"b", message("b")))
-    assert archive.sync(account).new == 1
+    assert archive.sync(account).counts.new == 1
     assert (server.connections, server.commands["CAPA"]) == (5, 2)
     assert avoided(archive, account) == {"CAPA"}
 
@@ -51,7 +51,7 @@ def test_a_server_that_hangs_up_under_pipelined_retrs_gives_its_mail_all_the_sam
     assert avoided(archive, account) == {"PIPELINING"}
 
     report = archive.sync(account)
-    assert (report.outcome, report.new) == ("ok", len(names))
+    assert (report.outcome, report.counts.new) == ("ok", len(names))
     assert sorted(archive.objects(account).values()) == sorted(content for _, content in play.messages)
 
     # After a month it may have been mended: it is tried, and was not.
@@ -59,5 +59,5 @@ def test_a_server_that_hangs_up_under_pipelined_retrs_gives_its_mail_all_the_sam
     play.messages += [(name.encode(), message(name)) for name in ("f", "g")]
     assert archive.sync(account).outcome == "try_later"
     play.faults = {}
-    assert archive.sync(account).new == 2
+    assert archive.sync(account).counts.new == 2
     assert archive.fresh(account).avoids == ()

@@ -247,7 +247,7 @@ def test_what_a_failed_poll_uploaded_is_the_next_ones_to_account_for(archive: Ar
 
     account = archive.add(archive.serve(MailboxPlay([(name.encode(), message(name)) for name in NAMES])))
     report = archive.sync(account, archive.ports(store=WithoutJournal(archive.directory / "store")))
-    assert (report.outcome, report.new) == ("try_later", 0)
+    assert (report.outcome, report.counts.new) == ("try_later", 0)
     assert archive.objects(account)
     assert archive.verify(account, later_seconds=0.0).clean
     assert not archive.verify(account).clean

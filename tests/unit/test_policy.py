@@ -10,6 +10,7 @@ from archiver.errors import Outcome
 from archiver.model import DeletePolicy, PollReport
 from archiver.policy import NextPoll, Setbacks
 from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable, parse_blackout, parse_cron
+from tests.harness.reports import poll_report
 
 NOW = datetime(2024, 2, 29, 12, tzinfo=UTC)
 
@@ -23,7 +24,7 @@ def highest(_low: float, high: float) -> float:
 
 
 def report(outcome: Outcome = "ok", **others: Any) -> PollReport:
-    return PollReport("a", outcome, **others)
+    return poll_report("a", outcome, **others)
 
 
 # Deletion.
