@@ -168,7 +168,7 @@ def test_what_was_there_comes_in_the_order_of_octets(archive: Archive) -> None:
 def test_what_was_there_comes_whole_and_never_at_once(archive: Archive, count: int) -> None:
     """Whatever the last listing said: a poll that was killed may have left any number of them."""
     account = archive.add(archive.serve(MailboxPlay([])))
-    of_all = {"account_id": account.id, "epoch": 1, "size": 1, "content": b"", "state": "archived"}
+    of_all = {"account_id": account.id, "epoch": 1, "size": 1, "content": b"", "state": "captured"}
     of_all |= {"first_seen_at": archive.clock.now(), "attempts": 0}
     uidls = [b"%05d" % number for number in range(count)]
     statements: list[bool] = []
