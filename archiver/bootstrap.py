@@ -30,7 +30,7 @@ from archiver.store.spool import Spool
 from archiver.worker import Chance, Worker
 
 
-class Archiver:
+class App:
     """The parts of this process, made from its settings when first asked for. A context manager."""
 
     def __init__(self, settings: Settings) -> None:
@@ -63,10 +63,9 @@ class Archiver:
     @cached_property
     def database(self) -> Database:
         """The database, with the schema of this release. Raises UsageError when there is none."""
-        path = self.raw_database.path
-        if path is not None and not path.exists():
+        if not self.raw_database.exists:
             raise UsageError(
-                f"there is no archive yet: no database {path}",
+                f"there is no archive yet: no database {self.raw_database.path}",
                 hint="make one: archiver sync pop3s://you@mail.example.com, or see one: archiver demo",
             )
         migrate.ensure(self.raw_database)
@@ -90,7 +89,7 @@ class Archiver:
 
     def open_archive(self) -> None:
         """Open store and database for writing; whatever is wrong is found before anything is made."""
-        if self.raw_database.path is None or self.raw_database.path.exists():
+        if self.raw_database.exists:
             _ = self.database
         _ = self.store
         self.make_database()

@@ -48,7 +48,7 @@ def archiver(
 for module in (demo, sync, run, status, verify):
     module.register(app)
 for name, module in (("account", account), ("message", message), ("feed", feed), ("db", db)):
-    app.add_typer(module.app, name=name)
+    app.add_typer(module.commands, name=name)
 
 
 def main() -> None:

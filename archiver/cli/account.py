@@ -11,6 +11,7 @@ from archiver.cli.authorize import BY_TOKEN, authorize
 from archiver.cli.calendar import ScheduleShown
 from archiver.cli.check import check
 from archiver.cli.deletion import allow_deletion, deletable
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
 from archiver.cli.reseal import reseal
 from archiver.cli.status import LONGEST_DAYS, tell_days
@@ -20,12 +21,12 @@ from archiver.states import AccountState
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.db.overview import AccountStatus, PastPoll
     from archiver.model import Account
     from archiver.views.status import Ledger
 
-app = typer.Typer(
+commands = typer.Typer(
     no_args_is_help=True, help="The mailboxes that are archived: add, look, check, pause, remove."
 )
 
@@ -40,7 +41,7 @@ DAYS_SHOWN = 7
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
 
 
-@app.command()
+@commands.command()
 @options.account_options(*EVERY_GROUP)
 def add(
     name: Name,
@@ -57,11 +58,9 @@ def add(
     encrypted with ARCHIVER_SECRET_KEY. URLs with ;AUTH=EXTERNAL or ;AUTH=GSSAPI
     need no password.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts
     from archiver.errors import UsageError
     from archiver.model import Account
-    from archiver.settings import load
 
     endpoint = given.endpoint(url)
     try:
@@ -69,22 +68,22 @@ def add(
     except ValueError as error:
         raise UsageError(f"{name!r} cannot be an account's name: {error}") from None
     given.check_password()
-    with Archiver(load()) as archiver:
+    with opened() as app:
         new = Account(
-            id=_id_for(archiver, name),
+            id=_id_for(app, name),
             name=name,
             url="",
             tls="",
             secret_reference="",
-            interval_seconds=archiver.settings.interval_seconds,
+            interval_seconds=app.settings.interval_seconds,
         )
         new = given.applied_to(new, url=url)
         if endpoint.mechanism in WITHOUT_PASSWORD and not given.names_password:
             new = replace(new, secret_reference=WITHOUT_PASSWORD[endpoint.mechanism])
         else:
-            new = replace(new, secret_reference=_secret(archiver, new, given))
-        archiver.make_database()
-        kept = archiver.database.transact(lambda connection: accounts.add(connection, new, archiver.now()))
+            new = replace(new, secret_reference=_secret(app, new, given))
+        app.make_database()
+        kept = app.database.transact(lambda connection: accounts.add(connection, new, app.now()))
     if json:
         emit({"account": kept.name, "id": kept.id, "url": kept.url})
     else:
@@ -94,7 +93,7 @@ def add(
         note(f"{wanted}: archiver account {next_step} {kept.name}")
 
 
-@app.command()
+@commands.command()
 @options.account_options(*EVERY_GROUP)
 def edit(
     name: Name,
@@ -106,33 +105,29 @@ def edit(
     ] = False,
 ) -> None:
     """Change an account's settings. Settings that you do not name stay as they are."""
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts
-    from archiver.settings import load
 
     given.check_password()
-    with Archiver(load()) as archiver:
-        former = lookup.active_account(archiver, name)
+    with opened() as app:
+        former = lookup.active_account(app, name)
         account = given.applied_to(former, url=url)
         if given.reference() is not None or given.password_stdin:
-            account = replace(account, secret_reference=_secret(archiver, account, given))
+            account = replace(account, secret_reference=_secret(app, account, given))
         if forget_quirks:
             account = replace(account, avoids=())
-        archiver.database.transact(
-            lambda connection: accounts.change(connection, account, archiver.now(), former=former)
+        app.database.transact(
+            lambda connection: accounts.change(connection, account, app.now(), former=former)
         )
     say(f"{name} is changed")
 
 
-@app.command("list")
+@commands.command("list")
 def list_accounts(json: Json = False) -> None:
     """List the accounts with their schedule and what they hold."""
-    from archiver.bootstrap import Archiver
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        states = _states(archiver)
-        now = archiver.now()
+    with opened() as app:
+        states = _states(app)
+        now = app.now()
     if json:
         for state in states:
             emit(_state_json(state))
@@ -154,7 +149,7 @@ def list_accounts(json: Json = False) -> None:
     show(made)
 
 
-@app.command("show")
+@commands.command("show")
 def show_account(
     name: Name,
     days: Annotated[
@@ -168,23 +163,21 @@ def show_account(
     and what went: deleted by us, gone by another's hand, or lost before we had
     it. And when nobody looked for longer than planned.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import overview
     from archiver.model import uidl_text
     from archiver.policy import quirks
-    from archiver.settings import load
     from archiver.views import status as view
 
-    with Archiver(load()) as archiver:
-        account = lookup.account(archiver, name)
-        with archiver.database.reading() as connection:
+    with opened() as app:
+        account = lookup.account(app, name)
+        with app.database.reading() as connection:
             state = overview.account_states(connection, [account.id])[0]
             polls = overview.polls(connection, account.id, POLLS_SHOWN)
             aside = overview.quarantined(connection, account.id)
-            now = archiver.now()
-            standing = ScheduleShown.of(connection, account, now, archiver.settings.day_bytes)
+            now = app.now()
+            standing = ScheduleShown.of(connection, account, now, app.settings.day_bytes)
             ledger = view.ledger(connection, account.id, now, days=days)
-        forbidden = archiver.settings.forbid_deletion
+        forbidden = app.settings.forbid_deletion
     if json:
         emit(
             _state_json(state)
@@ -259,35 +252,29 @@ def show_account(
         )
 
 
-@app.command()
+@commands.command()
 def pause(name: Name) -> None:
     """Stop polling an account until it is resumed. A poll under way is finished."""
-    from archiver.bootstrap import Archiver
     from archiver.db import schedule
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        account = lookup.active_account(archiver, name)
-        archiver.database.transact(
-            lambda connection: schedule.stop(connection, account.id, AccountState.PAUSED)
-        )
+    with opened() as app:
+        account = lookup.active_account(app, name)
+        app.database.transact(lambda connection: schedule.stop(connection, account.id, AccountState.PAUSED))
     say(f"{name} is paused")
 
 
-@app.command()
+@commands.command()
 def resume(name: Name) -> None:
     """Poll an account again, from now on, whatever it was paused for."""
-    from archiver.bootstrap import Archiver
     from archiver.db import schedule
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        account = lookup.active_account(archiver, name)
-        archiver.database.transact(lambda connection: schedule.resume(connection, account.id))
+    with opened() as app:
+        account = lookup.active_account(app, name)
+        app.database.transact(lambda connection: schedule.resume(connection, account.id))
     say(f"{name} is polled again")
 
 
-@app.command()
+@commands.command()
 def poll(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Accounts.", show_default=False)
@@ -300,72 +287,67 @@ def poll(
     it. A blackout, a host that is left alone, and the limits of sessions hold
     still; `archiver sync` polls here and now.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import schedule
     from archiver.errors import UsageError
-    from archiver.settings import load
 
     if bool(names) == every:
         raise UsageError("name the accounts to poll, or say --all")
-    with Archiver(load()) as archiver:
-        chosen = None if every else [lookup.active_account(archiver, name) for name in names or []]
+    with opened() as app:
+        chosen = None if every else [lookup.active_account(app, name) for name in names or []]
         for account in chosen or []:
             if account.state is not AccountState.ACTIVE:
                 raise UsageError(
                     f"{account.name} is {account.state}", hint=f"archiver account resume {account.name}"
                 )
         ids = None if chosen is None else [account.id for account in chosen]
-        asked = archiver.database.transact(lambda connection: schedule.ask(connection, ids))
+        asked = app.database.transact(lambda connection: schedule.ask(connection, ids))
     say(f"{asked} accounts are due now")
 
 
-@app.command()
+@commands.command()
 def remove(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Stop archiving an account and forget its password. What was captured stays, and stays provable."""
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        account = lookup.account(archiver, name)
+    with opened() as app:
+        account = lookup.account(app, name)
         if not yes:
             typer.confirm(f"Stop archiving {account.url}?", abort=True, err=True)
-        archiver.database.transact(lambda connection: accounts.remove(connection, account.id, archiver.now()))
+        app.database.transact(lambda connection: accounts.remove(connection, account.id, app.now()))
     say(f"{name} is no longer polled; what it captured stays in the archive")
 
 
-app.command()(check)
-app.command()(authorize)
-app.command()(reseal)
-app.command()(deletable)
-app.command()(allow_deletion)
+commands.command()(check)
+commands.command()(authorize)
+commands.command()(reseal)
+commands.command()(deletable)
+commands.command()(allow_deletion)
 
 
-def _id_for(archiver: "Archiver", name: str) -> str:
+def _id_for(app: "App", name: str) -> str:
     """A new account's id. One that was removed has its own still, to which its secret will be bound."""
     from archiver.db import accounts
     from archiver.model import new_account_id
 
-    path = archiver.raw_database.path
-    if path is None or path.exists():
-        with archiver.database.reading() as connection:
+    if app.raw_database.exists:
+        with app.database.reading() as connection:
             found = accounts.by_name(connection, name)
         if found is not None and found.state is AccountState.REMOVED:
             return found.id
     return new_account_id()
 
 
-def _secret(archiver: "Archiver", account: "Account", given: options.Given) -> str:
+def _secret(app: "App", account: "Account", given: options.Given) -> str:
     """The reference to keep: as given, or the password itself, sealed."""
     reference = given.reference()
     if reference is not None:
         return reference
-    archiver.secrets.seal(account.id, "")  # A missing key is said before a password is typed.
+    app.secrets.seal(account.id, "")  # A missing key is said before a password is typed.
     password = options.from_stdin() if given.password_stdin else options.ask(account.name)
-    return archiver.secrets.seal(account.id, password)
+    return app.secrets.seal(account.id, password)
 
 
 def _tls(account: "Account") -> str:
@@ -393,10 +375,10 @@ def _secret_kind(account: "Account") -> str:
     return words if inner == account.secret_reference else f"by OAuth, credential {words}"
 
 
-def _states(archiver: "Archiver") -> "list[AccountStatus]":
+def _states(app: "App") -> "list[AccountStatus]":
     from archiver.db import overview
 
-    with archiver.database.reading() as connection:
+    with app.database.reading() as connection:
         states = overview.account_states(connection)
     return [state for state in states if state.account.state is not AccountState.REMOVED]
 

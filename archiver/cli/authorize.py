@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archiver.cli import lookup
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, note, say
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.model import Account
     from archiver.oauth import Credential, Poster, Provider
     from archiver.oauth.endpoint import Client
@@ -76,17 +77,15 @@ def authorize(
     docs/how-to has the steps for Google and for Microsoft.
     """
     from archiver import oauth
-    from archiver.bootstrap import Archiver
     from archiver.errors import UsageError
     from archiver.oauth.endpoint import Client
     from archiver.secrets import from_file
-    from archiver.settings import load
 
     by_hand = [client_id, client_secret_file, provider, token_endpoint]
     if credential_file is not None and (client_credentials or browser or any(by_hand)):
         raise UsageError("--credential-file tells all there is to tell; leave the other options away")
-    with Archiver(load()) as archiver:
-        account = lookup.active_account(archiver, name)
+    with opened() as app:
+        account = lookup.active_account(app, name)
         endpoint = _by_token(account)
         poster = oauth.Poster()
         if credential_file is not None:
@@ -100,7 +99,7 @@ def authorize(
                     "--client-id is needed",
                     hint="docs/how-to/google.md and microsoft.md describe how to register one",
                 )
-            archiver.secrets.seal(account.id, "")  # A missing key is said before anybody logs in.
+            app.secrets.seal(account.id, "")  # A missing key is said before anybody logs in.
             secret = None if client_secret_file is None else from_file(client_secret_file, "client secret")
             theirs = _provider(
                 provider, tenant, token_endpoint, device_endpoint, consent_endpoint, scope, client_credentials
@@ -113,8 +112,8 @@ def authorize(
                 credential = _by_browser(poster, theirs, client, endpoint.user)
             else:
                 credential = _by_device(poster, theirs, client, endpoint.user)
-            reference = oauth.reference_to(archiver.secrets.seal(account.id, credential.document()))
-        _take(archiver, account, replace(account, url=endpoint.url, secret_reference=reference))
+            reference = oauth.reference_to(app.secrets.seal(account.id, credential.document()))
+        _take(app, account, replace(account, url=endpoint.url, secret_reference=reference))
     if json:
         emit({"account": name, "url": endpoint.url, "scope": credential.scope})
         return
@@ -230,14 +229,14 @@ def _by_browser(poster: "Poster", provider: "Provider", client: "Client", user: 
         return browser.wait(poster, sys.stdin)
 
 
-def _take(archiver: "Archiver", former: "Account", account: "Account") -> None:
+def _take(app: "App", former: "Account", account: "Account") -> None:
     """Keep the new way in, and poll again, unless somebody paused the account by hand."""
     from archiver.db import accounts, schedule
     from archiver.states import AccountState
 
     def work(connection: "Connection") -> None:
-        accounts.change(connection, account, archiver.now(), former=former)
+        accounts.change(connection, account, app.now(), former=former)
         if account.state is not AccountState.PAUSED:
             schedule.resume(connection, account.id)
 
-    archiver.database.transact(work)
+    app.database.transact(work)

@@ -7,6 +7,7 @@ import typer
 
 from archiver.accounts.fields import Group
 from archiver.cli import lookup, options
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, complain, emit, say, size
 
 if TYPE_CHECKING:
@@ -32,27 +33,25 @@ def check(
 
     Changes nothing there. Exit code 1 when it does not work.
     """
-    from archiver.bootstrap import Archiver
     from archiver.errors import ArchiverError
     from archiver.model import Account
     from archiver.poll.server import translated, warnings
     from archiver.secrets import PROMPT
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
+    with opened() as app:
         if "://" in target:
             endpoint = given.endpoint(target)
             account = Account("", endpoint.url, endpoint.url, endpoint.tls.value, PROMPT)
         else:
-            account = lookup.active_account(archiver, target)
+            account = lookup.active_account(app, target)
         account = given.applied_to(account)
         account = replace(account, secret_reference=given.reference() or account.secret_reference)
         if given.password_stdin or account.secret_reference == PROMPT:
             ask = options.from_stdin if given.password_stdin else lambda: options.ask(account.name)
-            archiver.passwords[account.id] = ask()
-        password = archiver.password(account)
+            app.passwords[account.id] = ask()
+        password = app.password(account)
         try:
-            with translated(), archiver.connect(account) as mailbox:
+            with translated(), app.connect(account) as mailbox:
                 mailbox.login(password)
                 listing = mailbox.list()
                 round_trip = mailbox.round_trip()
@@ -61,7 +60,7 @@ def check(
         except ArchiverError as error:
             complain(error)
             raise typer.Exit(1) from None
-        now = archiver.now()
+        now = app.now()
     entries = listing.entries
     days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
     advice = [

@@ -4,23 +4,22 @@ from typing import Annotated
 
 import typer
 
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say
 
-app = typer.Typer(
+commands = typer.Typer(
     no_args_is_help=True, help="The database: its schema, the way up, and the history that it keeps."
 )
 
 
-@app.command()
+@commands.command()
 def upgrade(json: Json = False) -> None:
     """Bring the database to this release's schema. Safe to repeat, and to start several times at once."""
-    from archiver.bootstrap import Archiver
     from archiver.db import migrate
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        before, after = migrate.upgrade(archiver.raw_database)
-        where = str(archiver.raw_database)
+    with opened() as app:
+        before, after = migrate.upgrade(app.raw_database)
+        where = str(app.raw_database)
     if json:
         emit({"database": where, "before": before, "after": after})
     elif before == after:
@@ -29,7 +28,7 @@ def upgrade(json: Json = False) -> None:
         say(f"{where} went from {'an empty database' if before is None else before} to {after}")
 
 
-@app.command()
+@commands.command()
 def prune(
     days: Annotated[
         int | None,
@@ -47,13 +46,11 @@ def prune(
     What a day adds up to stays for good, and so does each account's newest
     poll. Captures, the journal and the feed are not touched.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import history
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        keep_days = archiver.settings.history_days if days is None else days
-        done = history.tidy(archiver.database, now=archiver.now(), keep_days=keep_days)
+    with opened() as app:
+        keep_days = app.settings.history_days if days is None else days
+        done = history.tidy(app.database, now=app.now(), keep_days=keep_days)
     if json:
         emit({"counted": done.counted, "removed": done.removed, "whole": done.whole})
     elif done.whole:
@@ -62,7 +59,7 @@ def prune(
         say("another process is at it")
 
 
-@app.command()
+@commands.command()
 def recount(json: Json = False) -> None:
     """Count anew what each account holds, where `archiver verify` calls it miscounted.
 
@@ -70,17 +67,15 @@ def recount(json: Json = False) -> None:
     """
     from functools import partial
 
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts, requests
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        with archiver.database.reading() as connection:
+    with opened() as app:
+        with app.database.reading() as connection:
             every = accounts.every(connection)
         mended = [
             account.name
             for account in every
-            if archiver.database.transact(partial(requests.recount, account_id=account.id))
+            if app.database.transact(partial(requests.recount, account_id=account.id))
         ]
     if json:
         emit({"accounts": len(every), "mended": mended})
@@ -88,7 +83,7 @@ def recount(json: Json = False) -> None:
         say(f"{len(every)} accounts were counted, {len(mended)} had been miscounted")
 
 
-@app.command("catch-up")
+@commands.command("catch-up")
 def catch_up(json: Json = False) -> None:
     """Have each account's next poll take in journal segments that the database does not know.
 
@@ -96,31 +91,25 @@ def catch_up(json: Json = False) -> None:
     Run it before anything polls; at any other time it costs each account a
     request to the store.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import leases
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        marked = archiver.database.transact(leases.doubt_journals)
+    with opened() as app:
+        marked = app.database.transact(leases.doubt_journals)
     if json:
         emit({"accounts": marked})
     else:
         say(f"{marked} accounts will look at their journals before their next poll")
 
 
-@app.command()
+@commands.command()
 def current(json: Json = False) -> None:
     """Show the schema that the database has. Exit code 1 when it is not this release's."""
-    from archiver.bootstrap import Archiver
     from archiver.db import migrate
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        path = archiver.raw_database.path
-        exists = path is None or path.exists()
-        found = migrate.current(archiver.raw_database) if exists else None
+    with opened() as app:
+        found = migrate.current(app.raw_database) if app.raw_database.exists else None
         wanted = migrate.latest()
-        where = str(archiver.raw_database)
+        where = str(app.raw_database)
     if json:
         emit({"database": where, "current": found, "latest": wanted})
     else:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from archiver.cli import lookup
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say, show, table
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
@@ -38,23 +39,20 @@ def deletable(
     another policy would do, before you set it.
     """
     from archiver import policy
-    from archiver.bootstrap import Archiver
     from archiver.db import sightings
     from archiver.errors import UsageError
     from archiver.model import UNKNOWN_SIZE, DeletePolicy, uidl_text
-    from archiver.settings import load
 
-    settings = load()
-    with Archiver(settings) as archiver:
-        account = lookup.active_account(archiver, name)
+    with opened() as app:
+        account = lookup.active_account(app, name)
         try:
             wanted = account.delete if delete is None else DeletePolicy.parse(delete)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        now = archiver.now()
+        now = app.now()
         counts: Counter[str] = Counter()
         going: list[dict[str, Any]] = []
-        with archiver.database.reading() as connection:
+        with app.database.reading() as connection:
             for key, known in sightings.present(connection, account.id, account.epoch):
                 verdict = policy.delete_verdict(
                     wanted,
@@ -62,7 +60,7 @@ def deletable(
                     by_content=bool(key.content),
                     captured_at=known.first_seen_at,
                     hold=account.deletion_suspended,
-                    forbidden=settings.forbid_deletion,
+                    forbidden=app.settings.forbid_deletion,
                     now=now,
                 )
                 counts[verdict.value] += 1
@@ -101,12 +99,10 @@ def deletable(
 
 def allow_deletion(name: Name) -> None:
     """Lift the hold that a renumbered mailbox was put under: the deletion policy is in force again."""
-    from archiver.bootstrap import Archiver
     from archiver.db import requests
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        account = lookup.active_account(archiver, name)
-        archiver.database.transact(lambda connection: requests.allow_deletion(connection, account.id))
+    with opened() as app:
+        account = lookup.active_account(app, name)
+        app.database.transact(lambda connection: requests.allow_deletion(connection, account.id))
     was = "was not suspended" if account.deletion_suspended is None else "is no longer suspended"
     say(f"deletion for {name} {was}; its policy is {account.delete}")

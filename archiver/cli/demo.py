@@ -16,7 +16,7 @@ from archiver.cli import options
 from archiver.cli.output import SyncProgress, say, show, size, table
 
 if TYPE_CHECKING:
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.demo import MailServer
     from archiver.evidence.verify import Findings
     from archiver.model import Account, PollReport
@@ -47,7 +47,7 @@ def demo(
     three mailboxes, polls them again, delivers new mail, and verifies. Leaves
     the archive, to look into.
     """
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.demo import start_mail_server
     from archiver.settings import Settings
 
@@ -62,12 +62,12 @@ def demo(
         settings = Settings(
             database_url=f"sqlite:///{directory / INDEX}", store_url=f"file:{directory / 'store'}"
         )
-        archiver = stack.enter_context(Archiver(settings))
-        archiver.open_archive()
+        app = stack.enter_context(App(settings))
+        app.open_archive()
         (directory / MARK).write_text(
             "This archive was made by `archiver demo`, which replaces it when it holds nothing else.\n"
         )
-        _play(archiver, server, passwords, directory)
+        _play(app, server, passwords, directory)
 
 
 def _make_room(directory: Path) -> None:
@@ -94,7 +94,7 @@ def _is_a_demos(directory: Path) -> bool:
     if not (directory / MARK).is_file():
         return False
     database = Database(f"sqlite:///{directory / INDEX}")
-    if database.path is not None and not database.path.exists():
+    if not database.exists:
         return True
     try:
         with database.reading() as connection:
@@ -107,7 +107,7 @@ def _is_a_demos(directory: Path) -> bool:
 class _Story:
     """What was done so far, for the summary."""
 
-    archiver: "Archiver"
+    app: "App"
     accounts: "list[Account]"
 
     def poll(self) -> "list[PollReport]":
@@ -115,7 +115,7 @@ class _Story:
         from archiver.errors import OperatorNeeded
 
         with SyncProgress(quiet=False) as progress:
-            reports = self.archiver.worker.poll_now(self.accounts, progress.watch)
+            reports = self.app.worker.poll_now(self.accounts, progress.watch)
         for report in reports:
             if report.outcome != "ok":
                 raise OperatorNeeded(f"{report.account}: {report.error}", hint=report.hint)
@@ -127,12 +127,12 @@ class _Story:
         from archiver.states import AccountState
 
         for account in self.accounts:
-            self.archiver.database.transact(
+            self.app.database.transact(
                 partial(schedule.stop, account_id=account.id, state=AccountState.PAUSED)
             )
 
 
-def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str], directory: Path) -> None:
+def _play(app: "App", server: "MailServer", passwords: dict[str, str], directory: Path) -> None:
     from archiver.demo.corpus import corpus
 
     samples = corpus(sum(MESSAGES.values()) + LATE_MESSAGES, SEED, scale=SCALE)
@@ -140,8 +140,8 @@ def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str],
         server.deliver(user, [next(samples) for _ in range(count)])
     kind = type(server).__name__
     say(f"1. A mail server with {len(MESSAGES)} mailboxes is running: {kind}, TLS, on loopback.")
-    archiver.worker.start_clock(claim=False)
-    story = _Story(archiver, [_account(archiver, server, user, passwords[user]) for user in MESSAGES])
+    app.worker.start_clock(claim=False)
+    story = _Story(app, [_account(app, server, user, passwords[user]) for user in MESSAGES])
 
     say("\n2. Archiving what is there.")
     reports = story.poll()
@@ -169,7 +169,7 @@ def _play(archiver: "Archiver", server: "MailServer", passwords: dict[str, str],
         raise typer.Exit(1)
 
 
-def _account(archiver: "Archiver", server: "MailServer", user: str, password: str) -> "Account":
+def _account(app: "App", server: "MailServer", user: str, password: str) -> "Account":
     from archiver.db import accounts
     from archiver.model import Account, new_account_id
     from archiver.pop3 import Tls
@@ -183,8 +183,8 @@ def _account(archiver: "Archiver", server: "MailServer", user: str, password: st
         secret_reference=PROMPT,
         ca_file=str(server.ca_file),
     )
-    archiver.passwords[account.id] = password
-    return archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
+    app.passwords[account.id] = password
+    return app.database.transact(lambda connection: accounts.add(connection, account, app.now()))
 
 
 def _reports(reports: "list[PollReport]") -> None:
@@ -212,10 +212,10 @@ def _verify(story: _Story) -> "Findings":
         for account in story.accounts:
             verify(
                 account,
-                story.archiver.database,
-                story.archiver.store,
+                story.app.database,
+                story.app.store,
                 findings,
-                now=story.archiver.now(),
+                now=story.app.now(),
                 readers=readers,
             )
     return findings
@@ -224,7 +224,7 @@ def _verify(story: _Story) -> "Findings":
 def _farewell(story: _Story, findings: "Findings", directory: Path) -> None:
     from archiver.db import captures
 
-    with story.archiver.database.reading() as connection:
+    with story.app.database.reading() as connection:
         newest = next(captures.listed(connection, limit=1, newest=True))
     count, boxes = findings.checked, len(story.accounts)
     command = _command()

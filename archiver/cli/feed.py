@@ -5,16 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say, size
 
-app = typer.Typer(
+commands = typer.Typer(
     no_args_is_help=True, help="The ordered stream of what was captured, for a search to follow."
 )
 
 FOLLOW_SECONDS = 1.0
 
 
-@app.command()
+@commands.command()
 def tail(
     after: Annotated[int, typer.Option(metavar="N", min=0, help="Begin behind this position.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for more, until interrupted.")] = False,
@@ -26,12 +27,10 @@ def tail(
     event ever appears below it.
     """
     from archiver import feed
-    from archiver.bootstrap import Archiver
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
+    with opened() as app:
         while True:
-            for event in feed.backlog(archiver.database, after=after):
+            for event in feed.backlog(app.database, after=after):
                 after = event["position"]
                 if json:
                     emit(event)

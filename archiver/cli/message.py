@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archiver.cli import lookup, options
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say, show, size, table
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
 
-app = typer.Typer(no_args_is_help=True, help="What was captured: list it, look at one, get its raw octets.")
+
+commands = typer.Typer(
+    no_args_is_help=True, help="Captured messages: list them, look at one, get its raw bytes."
+)
 
 SHORTEST_PREFIX = 6
 DIGEST_DIGITS = 64
@@ -26,7 +30,7 @@ Which = Annotated[
 ]
 
 
-@app.command("list")
+@commands.command("list")
 def list_messages(
     account: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this account's.", show_default=False)
@@ -38,14 +42,12 @@ def list_messages(
     json: Json = False,
 ) -> None:
     """List captures in the order in which they were made."""
-    from archiver.bootstrap import Archiver
     from archiver.db import captures
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver, archiver.database.reading() as connection:
+    with opened() as app, app.database.reading() as connection:
         account_id = None
         if account is not None:
-            account_id = lookup.account(archiver, account).id
+            account_id = lookup.account(app, account).id
         rows = captures.listed(connection, account_id=account_id, limit=limit, newest=newest)
         if json:
             for row in rows:
@@ -64,15 +66,13 @@ def list_messages(
     show(made)
 
 
-@app.command("show")
+@commands.command("show")
 def show_message(capture: Which, json: Json = False) -> None:
     """Show where a message came from and where it lies."""
-    from archiver.bootstrap import Archiver
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        row = _find(archiver, capture)
-        store = archiver.store.url
+    with opened() as app:
+        row = _find(app, capture)
+        store = app.store.url
     described = _json(row) | {"store": store}
     if json:
         emit(described)
@@ -81,7 +81,7 @@ def show_message(capture: Which, json: Json = False) -> None:
         say(f"{name:12} {ascii(value)[1:-1] if name == 'uidl' else value}")
 
 
-@app.command()
+@commands.command()
 def get(capture: Which) -> None:
     """Write a message's raw octets to standard output, and check their SHA-256 on the way.
 
@@ -90,15 +90,13 @@ def get(capture: Which) -> None:
     """
     import hashlib
 
-    from archiver.bootstrap import Archiver
     from archiver.cli.output import note
     from archiver.model import message_key
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        row = _find(archiver, capture)
+    with opened() as app:
+        row = _find(app, capture)
         digest = hashlib.sha256()
-        with archiver.store.get(message_key(row.account_id, row.sha256)) as chunks:
+        with app.store.get(message_key(row.account_id, row.sha256)) as chunks:
             for chunk in chunks:
                 digest.update(chunk)
                 sys.stdout.buffer.write(chunk)
@@ -108,7 +106,7 @@ def get(capture: Which) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@commands.command()
 def retry(
     account: Annotated[
         str, typer.Argument(metavar="ACCOUNT", help="The account's name.", show_default=False)
@@ -126,26 +124,24 @@ def retry(
 
     Exit code 1 when the poll did not end well.
     """
-    from archiver.bootstrap import Archiver
     from archiver.cli.sync import poll
     from archiver.db import requests
     from archiver.errors import UsageError
     from archiver.model import uidl_bytes
-    from archiver.settings import load
 
-    with Archiver(load()) as archiver:
-        found = lookup.active_account(archiver, account)
+    with opened() as app:
+        found = lookup.active_account(app, account)
         try:
             wanted = None if uidl is None else uidl_bytes(uidl)
         except UnicodeEncodeError:
             raise UsageError(f"{uidl!r} is no UIDL", hint=f"archiver account show {account}") from None
-        now = archiver.now()
+        now = app.now()
 
         def mark(connection: "Connection") -> int:
             count = requests.retry_quarantined(connection, found.id, now, wanted)
             return count if wanted is None else count + requests.fetch_again(connection, found.id, wanted)
 
-        if not archiver.database.transact(mark):
+        if not app.database.transact(mark):
             what = (
                 "nothing is in quarantine"
                 if uidl is None
@@ -155,7 +151,7 @@ def retry(
     poll([account], options.Given({}), json=json)
 
 
-def _find(archiver: "Archiver", text: str) -> Any:
+def _find(app: "App", text: str) -> Any:
     """The one capture that a person means. Raises UsageError."""
     from archiver.db import captures
     from archiver.errors import UsageError
@@ -164,7 +160,7 @@ def _find(archiver: "Archiver", text: str) -> Any:
     digits = digits.lower()
     if not (SHORTEST_PREFIX <= len(digits) <= DIGEST_DIGITS and all(c in "0123456789abcdef" for c in digits)):
         raise UsageError(f"{text!r} names no capture", hint="archiver message list shows them")
-    with archiver.database.reading() as connection:
+    with app.database.reading() as connection:
         rows = captures.find(
             connection,
             sha256_from=bytes.fromhex(digits.ljust(DIGEST_DIGITS, "0")),

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, complain, emit, say
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
+
 
 ACCOUNTS_AT_ONCE = 200
 """Accounts of one transaction, which is over in a moment: polls go on meanwhile."""
@@ -23,24 +25,22 @@ def reseal(json: Json = False) -> None:
     go. Safe to repeat, and to run while polls go on. Exit code 1 when one
     could not be opened by any of the keys.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts
-    from archiver.settings import load
 
     counts = {"resealed": 0, "current": 0, "unsealed": 0, "failed": 0}
-    with Archiver(load()) as archiver:
-        archiver.secrets.seal("", "")  # A key that cannot be used is said before anything is done.
+    with opened() as app:
+        app.secrets.seal("", "")  # A key that cannot be used is said before anything is done.
         after = ""
         while True:
-            with archiver.database.reading() as connection:
+            with app.database.reading() as connection:
                 batch = accounts.page(connection, after, ACCOUNTS_AT_ONCE)
             if not batch:
                 break
             after = batch[-1].name
             new: dict[str, tuple[str, str]] = {}
             for account in batch:
-                counts[_look(archiver, account.id, account.name, account.secret_reference, new)] += 1
-            archiver.database.transact(partial(_exchange, new=new))
+                counts[_look(app, account.id, account.name, account.secret_reference, new)] += 1
+            app.database.transact(partial(_exchange, new=new))
     if json:
         emit(counts)
     else:
@@ -51,9 +51,7 @@ def reseal(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _look(
-    archiver: "Archiver", account_id: str, name: str, reference: str, new: dict[str, tuple[str, str]]
-) -> str:
+def _look(app: "App", account_id: str, name: str, reference: str, new: dict[str, tuple[str, str]]) -> str:
     """What is to be said of one account; what is to be written for it goes to ``new``."""
     from archiver.errors import OperatorNeeded
     from archiver.secrets import is_sealed
@@ -61,7 +59,7 @@ def _look(
     if not is_sealed(reference):
         return "unsealed"
     try:
-        resealed = archiver.secrets.resealed(account_id, name, reference)
+        resealed = app.secrets.resealed(account_id, name, reference)
     except OperatorNeeded as error:
         complain(error)
         return "failed"

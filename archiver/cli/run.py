@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
 
 AGAIN_SECONDS = 5.0
 """Between two looks at a database or a store that is not ready yet."""
@@ -30,7 +30,7 @@ def run() -> None:
     they have asked for, within ARCHIVER_DRAIN_SECONDS.
     """
     from archiver import observe
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.settings import load, unknown
 
     settings = load()
@@ -42,17 +42,17 @@ def run() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     drained = True
-    with Archiver(settings) as archiver, ExitStack() as stack:
-        opened = threading.Event()
+    with App(settings) as app, ExitStack() as stack:
+        is_open = threading.Event()
         if settings.http_listen is not None:
-            address = stack.enter_context(_web(archiver, settings.http_listen, opened))
+            address = stack.enter_context(_web(app, settings.http_listen, is_open))
             log.info("http.listening", address=address)
-        if _open(archiver, stop, log):
+        if _open(app, stop, log):
             if settings.accounts_file is not None:
-                changed = archiver.take_in(settings.accounts_file)
+                changed = app.take_in(settings.accounts_file)
                 log.info("accounts.read", file=str(settings.accounts_file), changed=changed)
-            worker = archiver.worker
-            opened.set()
+            worker = app.worker
+            is_open.set()
             drained = worker.serve(stop, settings.drain_seconds)
     if not drained:
         # Threads that hang in a socket would keep the process; what they have
@@ -60,7 +60,7 @@ def run() -> None:
         os._exit(0)
 
 
-def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
+def _open(app: "App", stop: threading.Event, log: Any) -> bool:
     """Wait until database and store can be used; false when told to stop before.
 
     On a cluster a pod may start before its database, or before the migration
@@ -71,9 +71,9 @@ def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
 
     while not stop.is_set():
         try:
-            archiver.open_archive()
+            app.open_archive()
         except (TryLater, WrongSchema) as error:
-            if archiver.raw_database.is_sqlite:
+            if app.raw_database.is_sqlite:
                 raise
             log.warning("service.waiting", error=str(error))
             stop.wait(AGAIN_SECONDS)
@@ -82,7 +82,7 @@ def _open(archiver: "Archiver", stop: threading.Event, log: Any) -> bool:
     return False
 
 
-def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "AbstractContextManager[str]":
+def _web(app: "App", listen: str, is_open: threading.Event) -> "AbstractContextManager[str]":
     from archiver.db import migrate, overview
     from archiver.errors import TryLater, UsageError
 
@@ -95,29 +95,29 @@ def _web(archiver: "Archiver", listen: str, opened: threading.Event) -> "Abstrac
         ) from error
 
     def ready() -> None:
-        if not opened.is_set():
+        if not is_open.is_set():
             raise TryLater("starting: database and store were not seen to work yet")
-        if archiver.stopping.is_set():
+        if app.stopping.is_set():
             raise TryLater("draining")
-        migrate.ensure(archiver.raw_database)
+        migrate.ensure(app.raw_database)
 
     def standing() -> overview.Overview:
-        with archiver.raw_database.reading() as connection:
-            return overview.overview(connection, archiver.now())
+        with app.raw_database.reading() as connection:
+            return overview.overview(connection, app.now())
 
     health = web.Health(
-        alive=lambda: not opened.is_set() or archiver.worker.alive,
+        alive=lambda: not is_open.is_set() or app.worker.alive,
         ready=ready,
         standing=standing,
     )
-    token = archiver.settings.api_token
+    token = app.settings.api_token
     return web.serving(
         listen,
         lambda on_loopback: web.application(
-            archiver.raw_database,
+            app.raw_database,
             health,
             token=None if token is None else token.get_secret_value(),
             on_loopback=on_loopback,
-            deletion_forbidden=archiver.settings.forbid_deletion,
+            deletion_forbidden=app.settings.forbid_deletion,
         ),
     )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, ago, emit, one_line, say, show, size, table
 
 if TYPE_CHECKING:
@@ -45,16 +46,14 @@ def status(
     has looked, or something is in quarantine; not for one that was paused by
     hand.
     """
-    from archiver.bootstrap import Archiver
-    from archiver.settings import load
     from archiver.views import status as view
 
-    with Archiver(load()) as archiver:
-        now = archiver.now()
-        with archiver.database.reading() as connection:
+    with opened() as app:
+        now = app.now()
+        with app.database.reading() as connection:
             found = view.overview(connection, now, days=days, limit=None if every else view.SHOWN)
-        where = archiver.settings.store_url
-        forbidden = archiver.settings.forbid_deletion
+        where = app.settings.store_url
+        forbidden = app.settings.forbid_deletion
     if json:
         emit(view.overview_json(found, deletion_forbidden=forbidden))
     else:

@@ -9,11 +9,12 @@ import typer
 
 from archiver.accounts.fields import Group
 from archiver.cli import options
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, size
 from archiver.states import AccountState
 
 if TYPE_CHECKING:
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.model import Account, HeldBack, PollReport
     from archiver.pop3 import Endpoint
 
@@ -47,18 +48,15 @@ def sync(
 
 def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
     """Poll accounts and URLs now, or every account, and report. Exits with 1 where ``sync`` does."""
-    from archiver.bootstrap import Archiver
-    from archiver.settings import load
 
     endpoints = {target: given.endpoint(target) for target in targets if "://" in target}
-    settings = load()
     options.log_quietly()
-    with Archiver(settings) as archiver:
-        _check(archiver, targets, endpoints, given)
-        archiver.open_archive()
-        chosen = _choose(archiver, targets, endpoints, given)
-        _ask_passwords(archiver, chosen, given, named=bool(targets))
-        worker = archiver.worker
+    with opened() as app:
+        _check(app, targets, endpoints, given)
+        app.open_archive()
+        chosen = _choose(app, targets, endpoints, given)
+        _ask_passwords(app, chosen, given, named=bool(targets))
+        worker = app.worker
         worker.start_clock(claim=False)
         with SyncProgress(quiet=json) as progress:
             reports = worker.poll_now(chosen, progress.watch)
@@ -69,7 +67,7 @@ def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
             _tell(report)
     if not chosen and not json:
         note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
-    if archiver.stopping.is_set() or not all(map(_is_done, reports)):
+    if app.stopping.is_set() or not all(map(_is_done, reports)):
         raise typer.Exit(1)
 
 
@@ -94,9 +92,7 @@ def _is_done(report: "PollReport") -> bool:
     return report.outcome == "ok" and (not report.to_come or report.held_back == "day")
 
 
-def _check(
-    archiver: "Archiver", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given
-) -> None:
+def _check(app: "App", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given) -> None:
     """Find what is wrong with what was asked before anything is made."""
     from archiver.db import accounts
     from archiver.errors import UsageError
@@ -106,11 +102,10 @@ def _check(
     if given.changes and not targets:
         raise UsageError(f"{given.changes} is for a URL, and none is given")
     given.check_password()
-    path = archiver.raw_database.path
     with ExitStack() as stack:
         connection = None
-        if path is None or path.exists():
-            connection = stack.enter_context(archiver.database.reading())
+        if app.raw_database.exists:
+            connection = stack.enter_context(app.database.reading())
         for target in targets:
             endpoint = endpoints.get(target)
             if connection is None:
@@ -136,20 +131,20 @@ def _check(
 
 
 def _choose(
-    archiver: "Archiver", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given
+    app: "App", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given
 ) -> "list[Account]":
     from archiver.db import accounts
 
     if not targets:
-        with archiver.database.reading() as connection:
+        with app.database.reading() as connection:
             active = accounts.all_active(connection)
         return [account for account in active if account.state is AccountState.ACTIVE]
     chosen: dict[str, Account] = {}
     for target in targets:
         if target in endpoints:
-            account = _account_of(archiver, endpoints[target], given)
+            account = _account_of(app, endpoints[target], given)
         else:
-            with archiver.database.reading() as connection:
+            with app.database.reading() as connection:
                 found = accounts.by_name(connection, target)
             if found is None:
                 raise LookupError(target)
@@ -158,13 +153,13 @@ def _choose(
     return list(chosen.values())
 
 
-def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given) -> "Account":
+def _account_of(app: "App", endpoint: "Endpoint", given: options.Given) -> "Account":
     """The account of a URL, made or brought up to what was given."""
     from archiver.db import accounts
     from archiver.model import Account, new_account_id
     from archiver.secrets import PROMPT
 
-    with archiver.database.reading() as connection:
+    with app.database.reading() as connection:
         found = accounts.by_url(connection, endpoint.url)
     account = found or Account(
         id=new_account_id(),
@@ -172,33 +167,27 @@ def _account_of(archiver: "Archiver", endpoint: "Endpoint", given: options.Given
         url="",
         tls="",
         secret_reference=PROMPT,
-        interval_seconds=archiver.settings.interval_seconds,
+        interval_seconds=app.settings.interval_seconds,
     )
     account = given.applied_to(account, url=endpoint.url)
     account = replace(account, secret_reference=given.reference() or account.secret_reference)
     if found is None:
-        return archiver.database.transact(
-            lambda connection: accounts.add(connection, account, archiver.now())
-        )
-    archiver.database.transact(
-        lambda connection: accounts.change(connection, account, archiver.now(), former=found)
-    )
+        return app.database.transact(lambda connection: accounts.add(connection, account, app.now()))
+    app.database.transact(lambda connection: accounts.change(connection, account, app.now(), former=found))
     return account
 
 
-def _ask_passwords(
-    archiver: "Archiver", chosen: "list[Account]", given: options.Given, *, named: bool
-) -> None:
+def _ask_passwords(app: "App", chosen: "list[Account]", given: options.Given, *, named: bool) -> None:
     """Have the passwords that are kept nowhere for the length of this run."""
     from archiver.secrets import PROMPT
 
     if given.password_stdin:
         password = options.from_stdin()
-        archiver.passwords.update({account.id: password for account in chosen})
+        app.passwords.update({account.id: password for account in chosen})
         return
     for account in chosen:
         if account.secret_reference == PROMPT and (named or sys.stdin.isatty()):
-            archiver.passwords[account.id] = options.ask(account.name)
+            app.passwords[account.id] = options.ask(account.name)
 
 
 def _why_held_back(report: "PollReport") -> str:

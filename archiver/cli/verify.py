@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from archiver.cli.opened import opened
 from archiver.cli.output import Json, console, emit, say, size
 
 if TYPE_CHECKING:
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.evidence.verify import Findings
     from archiver.model import Account
 
@@ -38,22 +39,20 @@ def verify(
     what another lacks. Miscounted: status tells of another number of captures
     than there are. Changes nothing. Exit code 1 when anything is found.
     """
-    from archiver.bootstrap import Archiver
     from archiver.db import accounts
     from archiver.errors import UsageError
     from archiver.evidence.verify import Findings
-    from archiver.settings import load
 
     findings = Findings()
-    with Archiver(load()) as archiver:
-        with archiver.database.reading() as connection:
+    with opened() as app:
+        with app.database.reading() as connection:
             chosen = accounts.every(connection)
         if names:
             missing = set(names) - {account.name for account in chosen}
             if missing:
                 raise UsageError(f"there is no account named {min(missing)}", hint="archiver account list")
             chosen = [account for account in chosen if account.name in names]
-        _verify(archiver, chosen, findings, every=not names, rehash=not quick, quiet=json)
+        _verify(app, chosen, findings, every=not names, rehash=not quick, quiet=json)
     if json:
         emit(
             {
@@ -75,7 +74,7 @@ def verify(
 
 
 def _verify(
-    archiver: "Archiver",
+    app: "App",
     chosen: "list[Account]",
     findings: "Findings",
     *,
@@ -92,8 +91,8 @@ def _verify(
     from archiver.evidence.verify import verify as verify_account
 
     if every:
-        find_strays({account.id for account in chosen}, archiver.store, findings)
-    with archiver.database.reading() as connection:
+        find_strays({account.id for account in chosen}, app.store, findings)
+    with app.database.reading() as connection:
         # PostgreSQL takes 65,535 parameters, and there may be more accounts.
         states = overview.account_states(connection, None if every else [account.id for account in chosen])
     columns = (TextColumn("hashing again"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -106,13 +105,13 @@ def _verify(
         for account in chosen:
             verify_account(
                 account,
-                archiver.database,
-                archiver.store,
+                app.database,
+                app.store,
                 findings,
-                now=archiver.now(),
+                now=app.now(),
                 readers=readers,
                 rehash=rehash,
-                scratch_directory=archiver.settings.spool_directory,
+                scratch_directory=app.settings.spool_directory,
                 progress=lambda found: bars.update(task, advance=found.size),
             )
 

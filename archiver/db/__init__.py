@@ -109,6 +109,11 @@ class Database:
             return Path(str(self._url.database))
         return None
 
+    @property
+    def exists(self) -> bool:
+        """Whether it can be connected to without making it: false for SQLite before its file is made."""
+        return self.path is None or self.path.exists()
+
     def __str__(self) -> str:
         return self._name
 

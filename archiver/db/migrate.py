@@ -128,7 +128,7 @@ def ensure(database: Database) -> None:
     nobody else to do it. Raises WrongSchema for any other version than this
     release's, with the command that helps.
     """
-    found = current(database) if database.path is None or database.path.exists() else None
+    found = current(database) if database.exists else None
     if found == latest():
         return
     if database.is_sqlite and found is None:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from archiver import observe, pop3
-from archiver.bootstrap import Archiver
+from archiver.bootstrap import App
 from archiver.db import accounts, captures, claims, later, migrate, record
 from archiver.db.tables import account as account_table
 from archiver.db.tables import journal as journal_table
@@ -52,13 +52,13 @@ _SERVER = ServerRecord(_HOST, 995, "+OK", "PLAIN", "TLSv1.3", "TLS_AES_256_GCM_S
 
 
 @contextmanager
-def _opened() -> Iterator[Archiver]:
+def _opened() -> Iterator[App]:
     observe.log_quietly()
-    with Archiver(load()) as archiver:
-        if not archiver.raw_database.is_sqlite:
-            migrate.upgrade(archiver.raw_database)
-        archiver.open_archive()
-        yield archiver
+    with App(load()) as app:
+        if not app.raw_database.is_sqlite:
+            migrate.upgrade(app.raw_database)
+        app.open_archive()
+        yield app
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def poll(*, port: int, ca_file: str, password: str, users: list[str]) -> Iterato
 
     A mailbox that no account archives yet gets a new one.
     """
-    with _opened() as archiver:
+    with _opened() as app:
 
         def chosen(connection: Connection) -> list[Account]:
             found = []
@@ -76,17 +76,17 @@ def poll(*, port: int, ca_file: str, password: str, users: list[str]) -> Iterato
                 known = accounts.by_name(connection, user)
                 if known is None:
                     new = Account(new_account_id(), user, url, "implicit", "prompt:", ca_file=ca_file)
-                    known = accounts.add(connection, new, archiver.now())
+                    known = accounts.add(connection, new, app.now())
                 elif known.url != url or known.ca_file != ca_file:
                     # The same mailbox behind another port: a line is between, or the server was started anew.
                     known = replace(known, url=url, ca_file=ca_file)
-                    accounts.change(connection, known, archiver.now())
+                    accounts.change(connection, known, app.now())
                 found.append(known)
             return found
 
-        chosen_accounts = archiver.database.transact(chosen)
-        archiver.passwords.update({account.id: password for account in chosen_accounts})
-        worker = archiver.worker
+        chosen_accounts = app.database.transact(chosen)
+        app.passwords.update({account.id: password for account in chosen_accounts})
+        worker = app.worker
         worker.start_clock(claim=False)
 
         def work() -> dict[str, Any]:
@@ -179,14 +179,14 @@ def put(*, directory: str, count: int, threads: int, prefix: str) -> Iterator[Wo
 @contextmanager
 def record_batches(*, batches: int, size: int) -> Iterator[Work]:
     """What a backfill asks of the database for each batch: what is held, and the segment's rows."""
-    with _opened() as archiver:
-        account, claim = _claimed(archiver)
-        statements = _Statements(archiver.database.engine)
+    with _opened() as app:
+        account, claim = _claimed(app)
+        statements = _Statements(app.database.engine)
         sequence, counted = 0, {}
         for each in _BATCHES_TO_COUNT:
             sequence += 1
             with statements.counted() as count:
-                _take_in(archiver, claim, _segment(account, claim, sequence, each))
+                _take_in(app, claim, _segment(account, claim, sequence, each))
             counted[each] = count[0]
         segments = [
             _segment(account, claim, number, size) for number in range(sequence + 1, sequence + batches + 1)
@@ -194,18 +194,18 @@ def record_batches(*, batches: int, size: int) -> Iterator[Work]:
 
         def work() -> dict[str, Any]:
             for segment in segments:
-                _take_in(archiver, claim, segment)
-            with archiver.database.reading() as connection:
+                _take_in(app, claim, segment)
+            with app.database.reading() as connection:
                 rows = connection.execute(sa.text("SELECT count(*) FROM capture")).scalar_one()
             return {"count": rows - sum(_BATCHES_TO_COUNT), "statements": counted}
 
         yield work
 
 
-def _claimed(archiver: Archiver, name: str = "bench") -> tuple[Account, Claim]:
+def _claimed(app: App, name: str = "bench") -> tuple[Account, Claim]:
     account = Account(new_account_id(), name, f"pop3s://{name}@{_HOST}:995", "implicit", "prompt:")
-    archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
-    claim = archiver.database.transact(
+    app.database.transact(lambda connection: accounts.add(connection, account, app.now()))
+    claim = app.database.transact(
         partial(claims.claim_account, account_id=account.id, owner="bench", lease_seconds=_LEASE_SECONDS)
     )
     if claim is None:
@@ -247,11 +247,11 @@ def _segment(
     )
 
 
-def _take_in(archiver: Archiver, claim: Claim, segment: Segment) -> None:
+def _take_in(app: App, claim: Claim, segment: Segment) -> None:
     digests = [line.sha256 for line in segment.lines if line.sha256 is not None]
-    with archiver.database.reading() as connection:
+    with app.database.reading() as connection:
         captures.contents(connection, segment.account_id, digests)
-    archiver.database.transact(
+    app.database.transact(
         lambda connection: record.segment(connection, claim, segment, _digest_of(segment.sequence))
     )
 
@@ -277,15 +277,15 @@ class _Statements:
 @contextmanager
 def know(*, port: int, ca_file: str, password: str, user: str) -> Iterator[Work]:
     """An account that has captured all that its mailbox shows: the rows, without the objects."""
-    with _opened() as archiver:
+    with _opened() as app:
         account = Account(
             new_account_id(), user, f"pop3s://{user}@{_HOST}:{port}", "implicit", "prompt:", ca_file=ca_file
         )
         endpoint = pop3.parse_url(account.url)
 
         def work() -> dict[str, Any]:
-            archiver.database.transact(lambda connection: accounts.add(connection, account, archiver.now()))
-            claim = archiver.database.transact(
+            app.database.transact(lambda connection: accounts.add(connection, account, app.now()))
+            claim = app.database.transact(
                 partial(
                     claims.claim_account,
                     account_id=account.id,
@@ -303,9 +303,9 @@ def know(*, port: int, ca_file: str, password: str, user: str) -> Iterator[Work]
             for place in range(0, len(keys), step):
                 some = keys[place : place + step]
                 segment = _segment(account, claim, place // step + 1, len(some), some)
-                _take_in(archiver, claim, segment)
+                _take_in(app, claim, segment)
             # The next poll is nobody's who left something half done.
-            archiver.database.transact(
+            app.database.transact(
                 lambda connection: connection.execute(
                     sa.update(lease_table)
                     .where(lease_table.c.account_id == account.id)
@@ -328,7 +328,7 @@ def fill(
     secret: str,
 ) -> Iterator[Work]:
     """So many accounts at once, which fall due after so many seconds, one after the other over so many."""
-    with _opened() as archiver:
+    with _opened() as app:
         first = Account(
             new_account_id(),
             "account-0",
@@ -339,7 +339,7 @@ def fill(
         )
 
         def fill_in(connection: Connection) -> None:
-            accounts.add(connection, first, archiver.now())
+            accounts.add(connection, first, app.now())
             ids = _multiply(connection, first, accounts_count, urls)
             for part in range(_DUE_PARTS):
                 due_at = later(connection, due_after_seconds + due_over_seconds * part / _DUE_PARTS)
@@ -347,7 +347,7 @@ def fill(
                 connection.execute(sa.update(lease_table).where(some).values(due_at=due_at))
 
         def work() -> dict[str, Any]:
-            archiver.database.transact(fill_in)
+            app.database.transact(fill_in)
             return {"count": accounts_count}
 
         yield work

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from archiver.bootstrap import Archiver
+from archiver.bootstrap import App
 from archiver.db import accounts
 from archiver.errors import UsageError
 from archiver.model import Account
@@ -138,10 +138,10 @@ def taken_in(commands: Commands, file: Path) -> dict[str, Any]:
     settings = Settings(
         database_url=environment["ARCHIVER_DATABASE_URL"], store_url=environment["ARCHIVER_STORE_URL"]
     )
-    with Archiver(settings) as archiver:
-        archiver.make_database()
-        archiver.take_in(file)
-        with archiver.database.reading() as connection:
+    with App(settings) as app:
+        app.make_database()
+        app.take_in(file)
+        with app.database.reading() as connection:
             return {account.name: account for account in accounts.every(connection)}
 
 

@@ -244,7 +244,7 @@ def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Path) -> None:
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"
@@ -253,8 +253,8 @@ def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Pa
     settings = Settings(
         database_url=environment["ARCHIVER_DATABASE_URL"], store_url=environment["ARCHIVER_STORE_URL"]
     )
-    with Archiver(settings) as archiver:
-        archiver.make_database()
+    with App(settings) as app:
+        app.make_database()
         for bad, words in (
             (good.format("a", "other"), "has the same name"),
             (good.format("\\u001b[2J", "b"), "printable characters"),
@@ -264,12 +264,12 @@ def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Pa
         ):
             file.write_text(good.format("a", "a") + bad)
             with pytest.raises(UsageError, match=words) as caught:
-                archiver.take_in(file)
+                app.take_in(file)
             assert "sesame" not in str(caught.value)
-            with archiver.database.reading() as connection:
+            with app.database.reading() as connection:
                 assert accounts.every(connection) == []
         file.write_text("".join(good.format(name, name) for name in "abc"))
-        assert (archiver.take_in(file), archiver.take_in(file)) == (3, 0)
+        assert (app.take_in(file), app.take_in(file)) == (3, 0)
 
 
 def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
@@ -279,7 +279,7 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
     from concurrent.futures import ThreadPoolExecutor
     from threading import Event
 
-    from archiver.bootstrap import Archiver
+    from archiver.bootstrap import App
     from archiver.settings import Settings
 
     file = tmp_path / "accounts.toml"
@@ -293,8 +293,8 @@ def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
             committed.wait(60)
 
     with (
-        Archiver(settings) as first,
-        Archiver(settings) as second,
+        App(settings) as first,
+        App(settings) as second,
         psycopg.connect(postgres_url, autocommit=True) as observer,
         ThreadPoolExecutor(1) as pool,
     ):

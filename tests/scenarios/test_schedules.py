@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from archiver import web
-from archiver.bootstrap import Archiver
+from archiver.bootstrap import App
 from archiver.cli import app
 from archiver.db import Database, accounts, hosts, migrate, overview, schedule
 from archiver.db.tables import lease as lease_table
@@ -134,10 +134,10 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
     settings = Settings(
         database_url=f"sqlite:///{tmp_path / 'archiver.db'}", store_url=f"file:{tmp_path / 's'}"
     )
-    with Archiver(settings) as archiver:
-        archiver.make_database()
-        assert [archiver.take_in(file) for _ in range(2)] == [1, 0]
-        with archiver.database.reading() as connection:
+    with App(settings) as app:
+        app.make_database()
+        assert [app.take_in(file) for _ in range(2)] == [1, 0]
+        with app.database.reading() as connection:
             (found,) = accounts.all_active(connection)
         assert (found.cron, found.time_zone, found.blackout) == (
             "0 6 * * 1-5",
@@ -147,7 +147,7 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
         assert (found.interval_max_seconds, found.day_bytes) == (900.0, 1000)
         file.write_text(head + 'blackout = "never"\n')
         with pytest.raises(UsageError, match=r'"sales", line 1\): .*no blackout'):
-            archiver.take_in(file)
+            app.take_in(file)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def ask(sqlite_url: str) -> Iterator[Callable[..., tuple[int, Any]]]:
     migrate.upgrade(database)
     health = web.Health(lambda: True, lambda: None, lambda: overview.Overview({}, 0, 0.0))
     account = Account("0" * 16, "sales/north", URL, "implicit", "env:NONE")
-    database.transact(lambda c: accounts.add(c, account, Archiver.now()))
+    database.transact(lambda c: accounts.add(c, account, App.now()))
 
     def post(name: str, token: str | None = None, **headers: str) -> tuple[int, Any]:
         with ExitStack() as stack:

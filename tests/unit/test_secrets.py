@@ -10,7 +10,7 @@ import pytest
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
-from archiver.bootstrap import Archiver
+from archiver.bootstrap import App
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 from archiver.model import Account
 from archiver.secrets import SECRET_BYTES, Secrets, check_reference, from_file
@@ -163,17 +163,17 @@ def test_no_value_shows_a_secret(tmp_path: Path) -> None:
         database_url=f"sqlite:///{tmp_path / 'x.db'}",
         store_url=f"file:{tmp_path / 'store'}",
     )
-    with Archiver(settings) as archiver:
-        sealed = archiver.secrets.seal("id", PASSWORD)
-        archiver.open_archive()
+    with App(settings) as app:
+        sealed = app.secrets.seal("id", PASSWORD)
+        app.open_archive()
         account = Account("id", "work", "pop3s://me@host", "implicit", sealed)
-        archiver.passwords["other"] = PASSWORD
-        shown = [settings, account, archiver, archiver.secrets, archiver.ports]
+        app.passwords["other"] = PASSWORD
+        shown = [settings, account, app, app.secrets, app.ports]
         for value in shown:
             for text in (str(value), repr(value)):
                 for secret in (KEY, "token of the api", PASSWORD, sealed):
                     assert secret not in text, type(value)
-        assert archiver.password(account) == PASSWORD
+        assert app.password(account) == PASSWORD
 
 
 def test_a_wrong_password_is_in_no_error(tmp_path: Path) -> None:
