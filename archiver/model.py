@@ -51,17 +51,17 @@ def capture_id(account_id: str, sha256: bytes) -> str:
 
 
 def uidl_text(uidl: bytes) -> str:
-    """Each octet as the code point of its number (ISO 8859-1), so that the way back is exact."""
+    """Each byte as the code point of its number (ISO 8859-1), so that ``uidl_bytes`` restores it exactly."""
     return uidl.decode("latin-1")
 
 
 def uidl_bytes(text: str) -> bytes:
-    """The way back from ``uidl_text``. Raises UnicodeEncodeError for what never came from there."""
+    """The inverse of ``uidl_text``. Raises UnicodeEncodeError for text that did not come from it."""
     return text.encode("latin-1")
 
 
 class DeletePolicy(NamedTuple):
-    """When a message may be deleted from the mail server: never, or so many days after its capture.
+    """When a message may be deleted from the mail server: never, or a number of days after its capture.
 
     ``after-archived`` is zero days. The text form is that of the command line.
     """
@@ -95,25 +95,14 @@ NEVER_DELETE = DeletePolicy()
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One POP3 login that is archived. ``secret_reference`` names the password, and never is it.
-
-    ``timeout_seconds`` goes before what the settings say for connecting, for
-    the greeting, and for silence. ``tls_pins`` are in hex and in order.
-    ``cron``, read in ``time_zone``, goes before the interval; with an
-    ``interval_max_seconds`` the interval adapts itself between the two.
-    ``day_bytes`` is what may be fetched in one day (UTC). ``avoids`` are
-    commands and capabilities that its server was seen to trip over, as
-    ``policy.remembered`` writes them.
-    ``state_reason`` says why it is not active.
-    ``deletion_suspended`` is why nothing is deleted, whatever the policy, until an
-    operator has looked.
-    """
+    """One POP3 login that is archived. What an operator may set is described in ``accounts.fields``."""
 
     id: str
     name: str
     url: str
     tls: str
     secret_reference: str = field(repr=False)
+    """Where the password is, never the password itself."""
     ca_file: str | None = None
     delete: DeletePolicy = NEVER_DELETE
     interval_seconds: float = 300.0
@@ -121,43 +110,48 @@ class Account:
     epoch: int = 1
     state: AccountState = AccountState.ACTIVE
     state_reason: str | None = None
+    """Why the account waits for an operator."""
     tls_pins: tuple[str, ...] = ()
+    """SHA-256 in hex, in order."""
     tls_minimum: str = "1.2"
     tls_server_name: str | None = None
     client_certificate: str | None = None
     client_key: str | None = None
     cron: str | None = None
+    """Takes precedence over the interval; read in ``time_zone``."""
     time_zone: str = "UTC"
     interval_max_seconds: float | None = None
+    """With it, the interval adapts itself between ``interval_seconds`` and this."""
     blackout: str = ""
     day_bytes: int | None = None
+    """Bytes that may be fetched in a day (UTC)."""
     avoids: tuple[str, ...] = ()
+    """Commands and capabilities that the server trips over, as written by ``policy.remembered``."""
     deletion_suspended: str | None = None
+    """Why nothing is deleted, whatever the policy, until an operator confirms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to poll an account, as the database granted it.
-
-    ``token`` only grows: whoever writes with an older one is refused.
-    ``recover`` tells that an earlier holder may have written a journal segment
-    that the database has not seen. ``host`` is where the session counts, and
-    ``failing`` tells that the last poll failed.
-    """
+    """The right to poll an account, as the database granted it."""
 
     account_id: str
     token: int
+    """Only grows: a write with an older one is refused."""
     recover: bool
+    """Whether an earlier holder may have written a journal segment that the database has not seen."""
     host: str = field(default="", compare=False)
+    """Where the session counts."""
     failing: bool = field(default=False, compare=False)
+    """Whether the last poll failed."""
 
 
 class SightingKey(NamedTuple):
     """What identifies a message in one epoch of one mailbox.
 
-    ``content`` is empty where the UIDL identifies the message. Where the
-    server gave none, or the same to several messages, it is the SHA-256 of the
-    content, and the message must be fetched to be recognised.
+    ``content`` is empty if the UIDL identifies the message. If the server gave none, or
+    the same one to several messages, ``content`` is the SHA-256 of the content, and the
+    message must be fetched to be recognised.
     """
 
     uidl: bytes
@@ -177,19 +171,18 @@ class What(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One line of a journal segment: a sighting and what became of it.
-
-    ``sha256`` and ``size`` describe the content, where it was had; the
-    listing's own size is in ``sighting``. ``reason`` goes with a quarantine.
-    """
+    """One line of a journal segment: a sighting and what became of it."""
 
     what: What
     sighting: SightingKey
+    """What the listing showed, its size included."""
     resolved_at: datetime
     sha256: bytes | None = None
     size: int | None = None
+    """Size of the content that was read, with ``sha256``; None if it was not read."""
     version_id: str | None = None
     reason: str | None = None
+    """Why the message is in quarantine, or why the sighting ended."""
     attempts: int = 0
 
 
@@ -215,11 +208,7 @@ class ServerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One object of an account's journal: its place in the chain, where its facts came from, its lines.
-
-    ``listing_count`` is of the whole mailbox, ``listing_digest`` of what was
-    listed of it, which is from message ``listing_first`` on.
-    """
+    """One object of an account's journal: its place in the chain, where its facts came from, its lines."""
 
     account_id: str
     account_name: str
@@ -231,7 +220,9 @@ class Segment:
     written_at: datetime
     server: ServerRecord
     listing_count: int
+    """Messages in the mailbox."""
     listing_digest: bytes
+    """SHA-256 of the listing's lines, from message ``listing_first`` on."""
     lines: tuple[Resolved, ...]
     listing_first: int = 1
 
@@ -243,18 +234,16 @@ host, a window in which its account may not be polled, or the budget of its day.
 
 @dataclass(frozen=True, slots=True)
 class LastLook:
-    """What a mailbox looked like when it was listed last, by which it is recognised as unchanged.
-
-    ``stat_count`` and ``stat_size`` are what STAT said in that session,
-    ``last_number`` and ``last_uidl`` are of the last message. Nobody relies on
-    it after ``trusted_until``.
-    """
+    """What a mailbox looked like at its last listing, by which it is recognised as unchanged."""
 
     stat_count: int
     stat_size: int
+    """What STAT said in that session, with ``stat_count``."""
     last_number: int | None
     last_uidl: bytes | None
+    """The UIDL of the last message, whose number is ``last_number``."""
     trusted_until: datetime
+    """After this, the mailbox is listed however it looks."""
 
 
 @dataclass(frozen=True, slots=True)
