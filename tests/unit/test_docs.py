@@ -282,7 +282,9 @@ def test_the_layout_names_every_module() -> None:
 
 
 @pytest.mark.parametrize(
-    "lawful", [states.ACCOUNT_TRANSITIONS], ids=lambda lawful: type(next(iter(lawful))).__name__
+    "lawful",
+    [states.ACCOUNT_TRANSITIONS, states.SIGHTING_TRANSITIONS, states.LEASE_TRANSITIONS],
+    ids=lambda lawful: type(next(iter(lawful))).__name__,
 )
 def test_the_diagrams_of_states_have_the_lawful_transitions(lawful: Mapping[str, Collection[str]]) -> None:
     arrows = re.findall(r"^ +(\w+) --> (\w+):", (DOCS / "concepts.md").read_text(), re.MULTILINE)
