@@ -1,4 +1,4 @@
-"""One HTTPS request to a server of somebody else, bounded in time and size: for all parts that call out.
+"""One HTTPS request to a foreign server, bounded in time and size, for all parts that call out.
 
 Owns the HTTP of it. TLS is 1.2 or later and verified by the system's
 authorities, or by those that ``SSL_CERT_FILE`` names; a proxy is used where
@@ -84,7 +84,7 @@ class Outbound:
         """Send one request, and return the answer below 300 or from 400 to 499.
 
         ``doing`` is for errors, and follows "cannot": "ask idp.example for a
-        token". Raises TryLater (the server is away, busy, out of order or too
+        token". Raises TryLater (the server is unavailable, busy, broken or too
         slow), with the wait that it asked for; OperatorNeeded (a certificate that
         is not accepted, a redirect, too large an answer, an unusable URL or header).
         """

@@ -69,7 +69,7 @@ def encode(segment: Segment) -> bytes:
 
 
 def decode(data: bytes, where: str) -> Segment:
-    """Read a segment back. Raises IntegrityError, naming ``where``, for anything that is not one."""
+    """Decode a segment. Raises IntegrityError, which names ``where``, for anything else."""
     try:
         header, *lines = (json.loads(line) for line in data.splitlines())
         if (schema := _whole(header["schema"])) != SCHEMA:
@@ -108,10 +108,10 @@ def decode(data: bytes, where: str) -> Segment:
 
 
 def read(store: Store, account_id: str, sequence: int) -> tuple[Segment, bytes] | None:
-    """One segment and its SHA-256, or None when the store has no such number.
+    """One segment and its SHA-256, or None when the store does not have it.
 
-    Raises IntegrityError when what lies there is not that segment, and what
-    the store raises.
+    Raises IntegrityError when the object is not that segment, and the store's
+    errors.
     """
     key = segment_key(account_id, sequence)
     try:

@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """What was checked and what was found."""
+    """The counts of one verification, and its first findings."""
 
     checked: int = 0
     """Messages that the journal names."""
@@ -148,7 +148,7 @@ def find_strays(known: Collection[str], store: Store, findings: Findings) -> Non
             if account_id not in known:
                 detail = "the database has no account with this id"
                 findings.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
-            # The tilde comes after every character that a key of ours has.
+            # The tilde comes after every character that our keys have.
             after = f"{prefix}{account_id}/~"
 
 

@@ -2,17 +2,16 @@
 
 From the bottom up, each module knowing only those before it:
 
-- ``endpoint``: one request to a provider, bounded, and what its refusal means;
-- ``credential``: what an account keeps, and what is known of Google and Microsoft;
-- ``consent``: how a person lets us in, once: by a device code, or by a browser;
+- ``endpoint``: one request to a provider, and what its refusal means;
+- ``credential``: what an account keeps, and the settings of Google and Microsoft;
+- ``consent``: how a person grants access, once: by a device code, or by a browser;
 - ``tokens``: the access tokens of this process, fetched and renewed as polls need them.
 
-It promises that no token, client secret or code is in a log, an error or a
-``repr``; that a provider's answer is bounded in time and size, comes by
-verified TLS, and leads nowhere else; and that what a provider gives in place
-of a refresh token is kept before it is used. Authlib introduces the client,
-signs and proves, and is imported when an account first needs it. A mail server
-is never talked to.
+Promises that no token, client secret or code is in a log, an error or a
+``repr``. A provider's answer is bounded in time and size, comes by verified TLS,
+and redirects are not followed. When a provider replaces a refresh token, the new
+one is kept before it is used. Authlib introduces the client and signs; it is
+imported when an account first needs it. Leaves mail servers to others.
 """
 
 from archiver.oauth.credential import (

@@ -1,11 +1,13 @@
-"""How a person lets us into a mailbox, once; what comes of it is a credential with a refresh token.
+"""How a person grants access to a mailbox, once. The result is a credential with a refresh token.
 
-Two ways. By a device code (RFC 8628) the person opens an address on any
-machine and types a code: Microsoft, and most others. By a browser (RFC 8252)
-the person's browser is sent back to this machine; where it runs on another
-one, the address that it ends at is pasted here. Google allows mail by no other
-way. Both promise to end: with the person's answer, or when the provider's time
-is up. Leaves showing and asking to the command line.
+There are two ways. With a device code (RFC 8628) the person opens an address on
+any machine and types a code: Microsoft and most others offer it. With a browser
+(RFC 8252) the provider sends the person's browser back to this machine; if it
+runs on another one, the person pastes its last address here. Google allows mail
+only this way.
+
+Both promise to end: with the person's answer, or when the provider's time is
+up. Leaves dialogue with the person to the command line.
 """
 
 import select
@@ -24,9 +26,9 @@ INTERVAL_SECONDS: Final = 5.0
 """Between two questions, where the provider does not say (RFC 8628 section 3.2)."""
 LONGEST_INTERVAL_SECONDS: Final = 60.0
 LONGEST_CONSENT_SECONDS: Final = 1800.0
-"""Providers give a person fifteen minutes; nobody types a code for longer than half an hour."""
+"""Providers give a person fifteen minutes; half an hour is more than anyone needs to type a code."""
 CONNECTION_SECONDS: Final = 10.0
-"""For a browser that connects to say what it has to say: some connect before, to be quick."""
+"""For a browser that connects to send its request. Some connect earlier, to be quick."""
 
 _SHOWN_CHARACTERS: Final = 400
 _DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
@@ -34,7 +36,7 @@ _DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 
 @dataclass(frozen=True, slots=True)
 class DeviceCode:
-    """What to show to the person (``address``, ``user_code``), and what to ask with meanwhile."""
+    """``address`` and ``user_code`` are for the person; the rest is for asking the provider meanwhile."""
 
     address: str
     user_code: str
@@ -95,7 +97,7 @@ def await_device(
             interval = min(2 * interval, LONGEST_INTERVAL_SECONDS)
         else:
             return _credential(provider, client, answer)
-    raise OperatorNeeded("nobody answered in time: the code has expired", hint="run the command again")
+    raise OperatorNeeded("no answer in time: the code has expired", hint="run the command again")
 
 
 class Browser:
@@ -108,7 +110,7 @@ class Browser:
 
         if provider.consent_endpoint is None:
             raise OperatorNeeded(
-                f"nothing is known of a page where {provider.name} asks for consent",
+                f"the address of the page where {provider.name} asks for consent is not known",
                 hint="give --consent-endpoint, or --device-endpoint",
             )
         self._provider = provider
@@ -121,7 +123,7 @@ class Browser:
             None, client.id, scope=provider.scope, redirect_uri=self._redirect, code_challenge_method="S256"
         )
         self.address: str
-        """What the person is to open."""
+        """The address for the person to open."""
         self.address, _ = speaker.create_authorization_url(
             provider.consent_endpoint,
             state=self._state,
@@ -155,14 +157,14 @@ class Browser:
             if typed in ready and typed is not None:
                 line = typed.readline()
                 if not line:
-                    typed = None  # nobody is there to paste anything
+                    typed = None  # standard input has ended
                 elif line.strip():
                     return self._finish(poster, urlsplit(line.strip()).query)
             elif ready:
                 self._server.handle_request()
                 if self._server.query is not None:
                     return self._finish(poster, self._server.query)
-        raise OperatorNeeded("nobody answered in time", hint="run the command again")
+        raise OperatorNeeded("no answer in time", hint="run the command again")
 
     def _finish(self, poster: Poster, query: str) -> Credential:
         told = {name: values[0] for name, values in parse_qs(query).items()}
@@ -194,7 +196,7 @@ class _Listener(HTTPServer):
         self.query: str | None = None
 
     def handle_error(self, *_: object) -> None:
-        """A browser that hung up has said nothing."""
+        """A browser that disconnected sent no answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -226,7 +228,7 @@ def _asked(poster: Poster, endpoint: str, client: Client, **parameters: str) -> 
 
 def _denied(refusal: Refusal) -> ArchiverError:
     hints = {
-        "access_denied": "the person said no, or may not decide this: ask the tenant's administrator",
+        "access_denied": "the person refused, or may not decide this: ask the tenant's administrator",
         "expired_token": "run the command again",
         "invalid_client": "check --client-id and --client-secret-file; "
         "an application without a secret must allow public client flows",

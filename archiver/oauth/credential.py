@@ -1,8 +1,8 @@
-"""What an account keeps in place of a password: the credential by which access tokens are had.
+"""The credential that an account keeps in place of a password, to get access tokens.
 
 A credential is a JSON document. The account's secret refers to it: ``oauth:``
 and any reference that ``archiver.secrets`` knows (``oauth:sealed:...``,
-``oauth:file:/path``, ``oauth:env:NAME``). Its form tells the grant:
+``oauth:file:/path``, ``oauth:env:NAME``). Its fields decide the grant:
 
 - with ``refresh_token``: a person's access (RFC 6749 section 6);
 - with ``private_key``: a Google service account, which acts for each mailbox
@@ -29,34 +29,34 @@ _MOST_LABEL_CHARACTERS: Final = 253
 
 
 def is_oauth(reference: str) -> bool:
-    """Whether a secret's reference leads to a credential, and not to a password."""
+    """Whether a secret reference leads to a credential, and not to a password."""
     return reference.startswith(OAUTH)
 
 
 def reference_to(inner: str) -> str:
-    """The reference to a credential that lies where ``inner`` says."""
+    """The reference to a credential that is where ``inner`` says."""
     return OAUTH + inner
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """What is known of a provider. ``{tenant}`` in an endpoint stands for a Microsoft tenant."""
+    """The settings of a provider. ``{tenant}`` in an endpoint stands for a Microsoft tenant."""
 
     name: str
     token_endpoint: str
     scope: str
     """Of a person's access to a mailbox by POP3."""
     application_scope: str | None = None
-    """Of an application's own access; None where there is none without a person or a key."""
+    """Of an application's own access. Without it, access needs a person or a key."""
     device_endpoint: str | None = None
     consent_endpoint: str | None = None
     consent_parameters: tuple[tuple[str, str], ...] = ()
 
     def of(self, tenant: str) -> "Provider":
-        """This provider for one tenant. Raises UsageError for what is none."""
+        """This provider for one tenant. Raises UsageError if that is not a tenant."""
         if not tenant or len(tenant) > _MOST_LABEL_CHARACTERS or quote(tenant, safe="") != tenant:
             raise UsageError(
-                f"{tenant!r} is no tenant: give its id, or a domain such as contoso.onmicrosoft.com"
+                f"{tenant!r} is not a tenant: give its id, or a domain such as contoso.onmicrosoft.com"
             )
         return Provider(
             self.name,
@@ -102,7 +102,7 @@ ANY_TENANT: Final = "common"
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A credential that was read. Which grant it is for, ``refresh_token`` and ``private_key`` tell."""
+    """A credential. ``refresh_token`` and ``private_key`` decide which grant it is for."""
 
     token_endpoint: str
     client: Client
@@ -112,14 +112,14 @@ class Credential:
 
     @classmethod
     def parse(cls, document: str, account: str) -> Self:
-        """Read a document. Raises OperatorNeeded, which names ``account`` and never what stands in it."""
+        """Read a document. Raises OperatorNeeded, which names ``account`` and nothing from the document."""
         try:
             told = json.loads(document)
         except (ValueError, RecursionError):
             told = None
         if not isinstance(told, dict):
             raise OperatorNeeded(
-                f"the OAuth credential of {account} is no JSON object",
+                f"the OAuth credential of {account} is not a JSON object",
                 hint=f"archiver account authorize {account}",
             )
         try:
@@ -136,13 +136,13 @@ class Credential:
         for name in _FIELDS:
             value = told.get(name)
             if value is not None and not (isinstance(value, str) and value):
-                raise ValueError(f"its {name} is no text")
+                raise ValueError(f"its {name} is not text")
             values[name] = value
         if not (values["client_secret"] or values["refresh_token"] or values["private_key"]):
             raise ValueError("it has neither refresh_token nor client_secret")
         for name in ("token_endpoint", "client_id", "scope"):
             if values[name] is None:
-                raise ValueError(f"it has no {name}, and no provider that implies one")
+                raise ValueError(f"it has no {name}, and no provider with a default")
         endpoint = check_url(values["token_endpoint"] or "")
         return cls(
             endpoint,
@@ -153,7 +153,7 @@ class Credential:
         )
 
     def document(self) -> str:
-        """The form in which it is kept."""
+        """The JSON document, as it is kept."""
         told = {
             "token_endpoint": self.token_endpoint,
             "client_id": self.client.id,
@@ -165,10 +165,10 @@ class Credential:
         return json.dumps({name: value for name, value in told.items() if value is not None})
 
     def key(self, account_id: str, user: str) -> bytes:
-        """What tokens of this credential are held under: those that share a key share their tokens.
+        """The key for this credential's tokens in the cache. Credentials with the same key share tokens.
 
-        An application's token is good for every mailbox of its tenant. A
-        person's refresh token is replaced for each account by itself.
+        An application's token is valid for every mailbox of its tenant. A
+        person's refresh token is replaced for each account separately.
         """
         whose = account_id if self.refresh_token else user if self.private_key else ""
         return hashlib.sha256(json.dumps([self.document(), whose]).encode()).digest()
@@ -180,18 +180,18 @@ def _of_provider(told: dict[str, Any]) -> dict[str, Any]:
         return told
     provider = PROVIDERS.get(str(told["provider"]))
     if provider is None:
-        raise ValueError(f"its provider is none of {', '.join(PROVIDERS)}")
+        raise ValueError(f"its provider must be one of {', '.join(PROVIDERS)}")
     application = not told.get("refresh_token")
     if provider is MICROSOFT:
         if application and "tenant" not in told and "token_endpoint" not in told:
-            raise ValueError("an application of Microsoft's has a tenant, and it names none")
+            raise ValueError("an application of Microsoft's needs a tenant, and it names no tenant")
         provider = provider.of(str(told.get("tenant", ANY_TENANT)))
     scope = provider.application_scope if application else provider.scope
     return {"token_endpoint": provider.token_endpoint, "scope": scope, **told}
 
 
 def _of_google(told: dict[str, Any]) -> dict[str, Any]:
-    """A service account's key, as Google makes it, in our words."""
+    """A service account's key, as Google makes it, with our field names."""
     return {
         "token_endpoint": told.get("token_uri", GOOGLE.token_endpoint),
         "client_id": told.get("client_email"),

@@ -49,7 +49,7 @@ class Poster:
     def ask(self, endpoint: str, client: Client, **parameters: str) -> dict[str, Any]:
         """POST these parameters, with the client's own, and return the JSON object of the answer.
 
-        Raises Refusal; TryLater when the provider is away, busy or out of order;
+        Raises Refusal; TryLater when the provider is unavailable, busy or broken;
         OperatorNeeded when the endpoint does not speak OAuth.
         """
         try:

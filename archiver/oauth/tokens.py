@@ -1,12 +1,15 @@
-"""The access tokens of this process: fetched when a poll needs one, renewed before they end.
+"""The access tokens of this process: fetched when a poll needs one, renewed before they expire.
 
-Owns what is cached in memory, which is all there is: a token is good for an hour
-or so, and is written nowhere. Promises that for one credential one request is
-under way at a time, whatever the number of threads that poll by it; that a
-token given out is good for some minutes more; and that a refresh token which
-the provider replaces is kept before the access token that came with it is
-used. Leaves to the poll when a token was refused, and to the caller where a
-replaced refresh token is kept.
+Owns the cache. It is in memory only: a token is valid for about an hour, and is
+never written anywhere. Promises:
+
+- For one credential, one request is running at a time, however many threads use it.
+- A token that is returned is valid for some minutes more.
+- A refresh token that the provider replaces is kept before the access token that
+  came with it is used.
+
+Leaves to the poll when a token was refused, and to the caller where a replaced
+refresh token is kept.
 """
 
 import threading
@@ -23,29 +26,29 @@ from archiver.oauth.endpoint import Poster, Refusal
 from archiver.secrets import OAUTH, Secrets, is_sealed
 
 MARGIN_SECONDS: Final = 300.0
-"""So long before its end a token is renewed: a login waits up to three minutes for another session's lock."""
+"""A token is renewed so long before it expires: a login may wait three minutes for another session's lock."""
 MARGIN_SHARE: Final = 0.1
-"""The same for tokens that live so shortly that the margin would leave nothing of them."""
+"""The same for short-lived tokens, as a share of their lifetime."""
 UNTOLD_SECONDS: Final = 600.0
-"""How long a token is taken to live when the provider does not say (RFC 6749 section 5.1 lets it)."""
+"""The assumed lifetime when the provider does not state one, which RFC 6749 section 5.1 allows."""
 LONGEST_SECONDS: Final = 24 * 3600.0
-"""Longer than any provider's; a mistaken figure must not keep a token for ever."""
+"""Longer than any provider's. A wrong figure must not keep a token for longer."""
 YOUNG_SECONDS: Final = 60.0
-"""A token so young is not what a mail server refuses; what it refuses is the mailbox, or the scope."""
+"""If a mail server refuses a younger token, it refuses the mailbox or the scope."""
 FORGOTTEN_SECONDS: Final = 24 * 3600.0
-"""What no poll asked for in so long is forgotten."""
+"""A token that no poll asked for in this time is dropped."""
 KEYS_KEPT: Final = 3
-"""Of the documents that one credential had: the first, the last but one, and the last."""
+"""How many documents of one credential lead to its token: the first, the last but one, and the last."""
 
 Keep = Callable[[Account, str, str], str]
-"""Keep a document in place of the one that this reference leads to, sealed; returns the new reference."""
+"""Seal a document, keep it in place of the one that this reference leads to, and return the new reference."""
 
 _JWT_SECONDS: Final = 300
 _JWT_GRANT: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 _REMEDIES: Final = {
-    "invalid_grant": "the access was taken back, or ran out",
-    "invalid_client": "the client secret is wrong, or ran out",
-    "unauthorized_client": "the application may not do this: look at its permissions",
+    "invalid_grant": "the access was revoked, or has expired",
+    "invalid_client": "the client secret is wrong, or has expired",
+    "unauthorized_client": "the application may not do this: check its permissions",
     "invalid_scope": "the application has no right to this scope",
 }
 
@@ -60,7 +63,7 @@ class _Token:
 
 
 class CachedToken:
-    """What is cached for one credential, under its lock: its newest form, where that lies, and a token."""
+    """One credential's newest form, where that is kept, and a token. Its lock guards them."""
 
     def __init__(self, credential: Credential, reference: str) -> None:
         self.lock = threading.Lock()
@@ -68,13 +71,13 @@ class CachedToken:
         self.reference = reference
         self.keys: list[bytes] = []
         self.unkept = False
-        """Whether the provider replaced its refresh token, and only this process knows."""
+        """Whether the provider replaced the refresh token, and only this process has the new one."""
         self.token: _Token | None = None
         self.used_at = 0.0
 
     @property
     def is_sealed(self) -> bool:
-        """Whether it lies in the database, and not in a file or a variable, which others write."""
+        """Whether the credential is in the database, and not in a file or variable that others write."""
         return is_sealed(self.reference)
 
 
@@ -82,7 +85,7 @@ class AccessTokens:
     """Access tokens by account. Used by many threads.
 
     An account is one whose secret ``is_oauth``; ``user`` is the mailbox's user.
-    Each method raises TryLater when the provider is away, OperatorNeeded when it
+    Each method raises TryLater when the provider is unavailable, OperatorNeeded when it
     refuses, and what ``Secrets.resolve`` raises.
     """
 
@@ -111,13 +114,13 @@ class AccessTokens:
             return tuple(self._cached.values())
 
     def current(self, account: Account, user: str) -> str:
-        """A token that is good for some minutes more: the one cached, or a new one."""
+        """A token that is valid for some minutes more: the cached one, or a new one."""
         cached = self._find(account, user)
         with cached.lock:
             return self._valid(cached, account, user).value
 
     def instead(self, account: Account, user: str, refused: str) -> str | None:
-        """Another token than that which the mail server refused; None when a new one would not help."""
+        """Another token than the one that the mail server refused; None when a new one would not help."""
         cached = self._find(account, user)
         with cached.lock:
             token = cached.token
@@ -144,10 +147,10 @@ class AccessTokens:
             return cached
 
     def _know(self, cached: CachedToken, key: bytes) -> None:
-        """Find it by this key from now on, too.
+        """Find the token by this key, too, from now on.
 
-        Accounts that were read before a replacement come with an older document:
-        the first, where one process polls for long, or the last but one.
+        Accounts that were read before a replacement have an older document: the
+        first, if one process polls for long, or the last but one.
         """
         self._cached[key] = cached
         cached.keys.append(key)
@@ -165,7 +168,7 @@ class AccessTokens:
         }
 
     def _valid(self, cached: CachedToken, account: Account, user: str) -> _Token:
-        self._keep_replaced(cached, account)  # what the database could not take before
+        self._keep_replaced(cached, account)  # the database may not have taken it before
         if cached.token is None or self._monotonic() >= cached.token.renew_at:
             cached.token = None
             cached.token = self._fetch(cached, account, user)
@@ -197,8 +200,8 @@ class AccessTokens:
     def _replace(self, cached: CachedToken, account: Account, user: str, refresh_token: str) -> None:
         """Take over a refresh token that the provider gave in place of the one it was shown.
 
-        In a file, the old one stays: where a provider lets it stand, as Microsoft
-        does until its 90 days are over, a restart goes on with that.
+        In a file, the old one stays. A restart goes on with that, if the provider
+        still accepts it, as Microsoft does for 90 days.
         """
         if not cached.is_sealed and not cached.unkept:
             observe.get_logger().warning("credential.not_kept", account=account.name)
@@ -251,7 +254,7 @@ def access_token(answer: dict[str, Any], account: str) -> str:
 
 
 def _assertion(credential: Credential, user: str, now: int) -> str:
-    """A service account's word that it acts for ``user`` (RFC 7523 section 3).
+    """A service account's signed claim to act for ``user`` (RFC 7523 section 3).
 
     https://developers.google.com/identity/protocols/oauth2/service-account#httprest
     """
@@ -279,7 +282,7 @@ def _assertion(credential: Credential, user: str, now: int) -> str:
 
 
 def _seconds(told: object) -> float:
-    """How long a token lives. Some providers write the figure as text."""
+    """How long a token is valid. Some providers write the figure as text."""
     try:
         seconds = float(told) if isinstance(told, int | float | str) else UNTOLD_SECONDS
     except ValueError:

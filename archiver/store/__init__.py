@@ -1,10 +1,10 @@
 """Where objects go: a directory or an S3 bucket, behind five verbs.
 
-This package owns keys, bytes and their checksums in the store. It promises
-that an object is whole or absent, that it is written once and never changed,
-and that every error is one of ours: ``TryLater`` when a repetition may help,
-``OperatorNeeded`` when only a person can, ``IntegrityError`` when bytes are
-not what they must be. It leaves what the objects mean to its callers.
+Owns keys, bytes and their checksums in the store. Promises that an object is
+whole or absent, and that it is written once and never changed. Every error is a
+class of ``errors.py``: ``TryLater`` when a repetition may help,
+``OperatorNeeded`` when only a person can, ``IntegrityError`` when bytes are not
+what they must be. Leaves the meaning of the objects to its callers.
 
 Every verb may be repeated by anyone at any time without harm. Retrying is one
 layer of its own (``retry.py``); the stores themselves try once.
@@ -42,35 +42,35 @@ class ObjectNotFound(IntegrityError):
 
 
 class ObjectDiffers(IntegrityError):
-    """The key was there already, with other content. Nothing was written.
+    """The key exists already, with other content. Nothing was written.
 
-    Of a message that is an alarm. Of a journal segment it says that another
-    worker wrote this sequence first: the caller reads what is there.
+    For a message this is an alarm. For a journal segment it means that another
+    worker wrote this sequence first: the caller reads that one.
     """
 
 
 class InvalidKey(IntegrityError):
-    """No key that this project makes; one read from a journal was tampered with."""
+    """Not a key that this project makes. If it was read from a journal, that was tampered with."""
 
 
 class Body(Protocol):
-    """What is to be written: its length and hash are known beforehand, and it can be read again."""
+    """The content of a new object: size and hash are known beforehand, and it can be read again."""
 
     @property
     def size(self) -> int:
-        """Length in octets."""
+        """Size in bytes."""
 
     @property
     def sha256(self) -> bytes:
-        """SHA-256 of the content, 32 octets."""
+        """SHA-256 of the content, 32 bytes."""
 
     def open(self) -> BinaryIO:
-        """A new seekable reader at the first octet. The caller closes it. May be called again for a retry."""
+        """A new seekable reader at the first byte. The caller closes it. May be called again for a retry."""
 
 
 @dataclass(frozen=True, slots=True)
 class PutResult:
-    """``created`` is false when the key was there already; nothing was written then."""
+    """``created`` is False when the key existed already; nothing was written then."""
 
     created: bool
     version_id: str | None = None
@@ -78,7 +78,7 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What the store says of an object. ``sha256`` is None where the store does not keep one."""
+    """What the store says about an object. Where the store keeps no SHA-256, ``sha256`` has None."""
 
     key: str
     size: int
@@ -92,64 +92,64 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """Where this store is, for people and logs; never with a secret in it."""
+        """Where this store is, for people and logs. Never holds a secret."""
 
     def put(self, key: str, body: Body) -> PutResult:
         """Write once: an existing key is left as it is and reported by ``created=False``.
 
-        When this returns, the object is durable and complete, and its SHA-256
-        was compared with ``body.sha256`` by the store (or, in a directory,
-        while it was written). Of an object that was there already, the size
-        is compared, and the SHA-256 where the store knows it. Raises TryLater,
-        OperatorNeeded, ObjectDiffers (there already, with other content),
-        IntegrityError (the body is not what it says).
+        When this returns, the object is durable and complete. The store compared
+        its SHA-256 with ``body.sha256``; for a directory, that happens during the
+        write. An object that exists already is compared by size, and by SHA-256
+        where the store knows it. Raises TryLater, OperatorNeeded, ObjectDiffers
+        (it exists with other content), IntegrityError (size or SHA-256 of the
+        body are wrong).
         """
 
     def get(self, key: str) -> AbstractContextManager[Iterator[bytes]]:
         """The content in chunks, in bounded memory. Raises ObjectNotFound, TryLater, OperatorNeeded."""
 
     def stat(self, key: str) -> StoredObject | None:
-        """What is known of one object, or None. Raises TryLater, OperatorNeeded."""
+        """Size and more of one object; None if it does not exist. Raises TryLater, OperatorNeeded."""
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
         """Every object whose key starts with ``prefix``, ordered by key.
 
-        Begins behind the key ``after``, where one is given. Raises TryLater,
-        OperatorNeeded, also on the way.
+        Starts after the key ``after``, if given. Raises TryLater and
+        OperatorNeeded, also in the middle.
         """
 
     def probe(self) -> None:
-        """Whether this store can be used: the directory is writable, the bucket exists and answers.
+        """Check that this store can be used: the directory is writable, the bucket exists and answers.
 
-        Raises OperatorNeeded with what is wrong, or TryLater. Leaves nothing behind.
+        Raises OperatorNeeded, or TryLater. Leaves nothing behind.
         """
 
 
 # Printable ASCII; no part is empty, hidden, ``.`` or ``..``; no backslash. Below what file
-# systems (255 octets a name) and S3 (1,024 octets a key, prefix included) can hold.
+# systems (255 bytes a name) and S3 (1,024 bytes a key, prefix included) can hold.
 _KEY_PART = re.compile(r"[!-\-0-\[\]-~][!-.0-\[\]-~]{0,199}")
 _KEY_CHARACTERS = 800
 
 
 def is_key(key: str) -> bool:
-    """Whether this can be a key: it stays in the store, and can be kept everywhere."""
+    """Whether this can be a key: it does not lead out of the store, and every store can hold it."""
     return len(key) <= _KEY_CHARACTERS and all(_KEY_PART.fullmatch(part) for part in key.split("/"))
 
 
 def check_key(key: str) -> str:
-    """The key itself. Raises InvalidKey for what ``is_key`` refuses."""
+    """Return the key. Raises InvalidKey where ``is_key`` says no."""
     if not is_key(key):
         raise InvalidKey(f"not a key of this store: {key[:200]!a}")
     return key
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix of a listing itself: the beginning of a key, or empty. Raises InvalidKey."""
+    """Return the prefix of a listing: the beginning of a key, or empty. Raises InvalidKey."""
     beginning = prefix.removesuffix("/")
     if beginning:
         check_key(beginning)
     elif prefix:
-        raise InvalidKey("a prefix does not begin with a slash")
+        raise InvalidKey("a prefix must not begin with a slash")
     return prefix
 
 
@@ -167,12 +167,12 @@ def open_store(
     sleep: Callable[[float], None] = time.sleep,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> Store:
-    """The store at ``url``, with retries around it. Touches neither disk nor network: ``probe`` does.
+    """The store at ``url``, with retries around it. Touches neither disk nor network; ``probe`` does.
 
-    ``file:PATH`` (relative, absolute, or ``file:///PATH``) is a directory, its
-    path taken literally; ``s3://BUCKET/PREFIX`` a bucket, whose credentials
-    come by boto3's own chain. ``max_connections`` bounds the connections kept
-    open to S3: one for each thread that uses the store. Raises UsageError.
+    ``file:PATH`` (relative, absolute, or ``file:///PATH``) is a directory; its
+    path is taken literally. ``s3://BUCKET/PREFIX`` is a bucket; boto3 finds the
+    credentials. ``max_connections`` bounds the connections kept open to S3: one
+    for each thread that uses the store. Raises UsageError.
     """
     from archiver.store.retry import RetryingStore
 
@@ -183,7 +183,7 @@ def open_store(
 
 def _open(url: str, s3_endpoint_url: str | None, s3_region: str | None, max_connections: int) -> Store:
     scheme, colon, rest = url.partition(":")
-    # A URL may have been given a password by mistake: no error repeats what it holds.
+    # The URL may hold a password by mistake, so no error repeats it.
     if not colon:
         raise UsageError(f"the store's URL has no scheme: {_EXPECTED}")
     if scheme == "file":
@@ -191,7 +191,7 @@ def _open(url: str, s3_endpoint_url: str | None, s3_region: str | None, max_conn
 
         path = rest.removeprefix("//") if rest.startswith("///") else rest
         if not path or path.startswith("//") or "\0" in path:
-            raise UsageError(f"the store's URL names no directory of this machine: {_EXPECTED}")
+            raise UsageError(f"the store's URL does not name a directory of this machine: {_EXPECTED}")
         return FilesystemStore(Path(path))
     if scheme == "s3" and rest.startswith("//"):
         from archiver.store.s3 import S3Store
@@ -199,10 +199,10 @@ def _open(url: str, s3_endpoint_url: str | None, s3_region: str | None, max_conn
         bucket, _, prefix = rest.removeprefix("//").partition("/")
         if "@" in bucket:
             raise UsageError(
-                "the store's URL must not hold credentials: they come from AWS_ACCESS_KEY_ID etc."
+                "the store's URL must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         if not _BUCKET.fullmatch(bucket):
-            raise UsageError(f"the store's URL names no valid bucket: {_EXPECTED}")
+            raise UsageError(f"the store's URL does not name a valid bucket: {_EXPECTED}")
         try:
             prefix = check_prefix(prefix).removesuffix("/")
         except InvalidKey as error:

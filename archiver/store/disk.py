@@ -1,7 +1,7 @@
-"""What the operating system says of a disk, translated once; and what makes a write durable.
+"""Translates the operating system's errors about disks, and makes writes durable.
 
-Shared by the spool and the directory store. ``durable`` is fsync(2), and the
-stronger call where fsync does not reach the platter.
+Shared by the spool and the directory store. ``durable`` is fsync(2), or the
+stronger call where fsync does not reach the disk.
 """
 
 import errno
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from archiver.errors import ArchiverError, OperatorNeeded, TryLater
 
-# Room, handles and quotas come back; a worn cable may be plugged in again.
+# Space, handles and quotas become free again; a cable can be plugged in again.
 _PASSING = {
     errno.ENOSPC: "free some space on that disk, or use a larger one",
     errno.EDQUOT: "raise the quota of this user, or free some space",
@@ -19,28 +19,28 @@ _PASSING = {
     errno.EMFILE: "raise the limit of open files (ulimit -n) of this process",
     errno.ENFILE: "raise the limit of open files of this machine (fs.file-max)",
     errno.ENOMEM: "give this machine or container more memory",
-    errno.EIO: "look at the kernel's log: the disk or the network below it fails",
-    errno.ESTALE: "look at the network file system: its server forgot the handle",
-    errno.ETIMEDOUT: "look at the network file system: its server does not answer",
-    errno.EINTR: "nothing to do: a signal came in between",
+    errno.EIO: "check the kernel's log: the disk, or the network to it, is failing",
+    errno.ESTALE: "check the network file system: its server lost the handle",
+    errno.ETIMEDOUT: "check the network file system: its server does not answer",
+    errno.EINTR: "nothing to do: a signal interrupted the call",
     errno.EAGAIN: "nothing to do: it was busy",
     errno.EBUSY: "nothing to do: it was busy",
 }
 
 _LASTING = {
     errno.EACCES: "give this user the right to write there",
-    errno.EPERM: "give this user the right to write there, on a file system that knows hard links",
+    errno.EPERM: "give this user the right to write there, on a file system with hard links",
     errno.EROFS: "mount that file system for writing",
     errno.ENOENT: "create the directory, or mount the volume that holds it",
     errno.ENOTDIR: "choose a path whose every part is a directory",
     errno.EEXIST: "choose a path that is a directory",
-    errno.ENOTSUP: "choose a local file system: this one knows no hard links",
+    errno.ENOTSUP: "choose a local file system: this one has no hard links",
     errno.EINVAL: "choose a local file system: this one cannot make a directory durable",
 }
 
 
 def failure(error: OSError, doing: str) -> ArchiverError:
-    """The error to raise for an OSError met while ``doing`` something, such as "write /spool"."""
+    """The error to raise for an OSError. ``doing`` follows "cannot": "write /spool"."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     message = f"cannot {doing}: {reason}"
     if error.errno in _PASSING:
@@ -49,7 +49,7 @@ def failure(error: OSError, doing: str) -> ArchiverError:
 
 
 def durable(descriptor: int) -> None:
-    """Returns when what was written to this file or directory survives a power cut. Raises OSError."""
+    """Return when this file or directory would survive a power cut. Raises OSError."""
     if sys.platform == "darwin":
         import fcntl
 
@@ -60,7 +60,7 @@ def durable(descriptor: int) -> None:
 
 
 def durable_directory(path: Path) -> None:
-    """Returns when the names in this directory survive a power cut. Raises OSError."""
+    """Return when the names in this directory would survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         durable(descriptor)

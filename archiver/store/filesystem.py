@@ -1,10 +1,10 @@
 """The store in a directory: a key is a path below its root.
 
-Promises what the port promises, across processes and power cuts: an object
-appears under its name complete, checked and durable, by link(2), which
-refuses an existing name; and its whole path is durable when ``put`` returns.
-Whatever was being written when a process died lies in ``.incoming``, where no
-key leads, and is removed by a later ``probe``.
+Promises what the port promises, across processes and power cuts. An object
+appears under its name by link(2), which refuses an existing name: by then it is
+complete, checked and durable. Its whole path is durable when ``put`` returns.
+A file that was being written when its process died stays in ``.incoming``,
+where no key leads, until a later ``probe`` removes it.
 
 Leaves to the operator: permissions, backups, and a file system that knows
 hard links and fsync.
@@ -39,30 +39,30 @@ __all__ = ["FilesystemStore"]
 
 _CHUNK_BYTES = 256 * 1024
 
-# A write that is alive touches its file all the time; a day without is the death of its process.
+# A running write touches its file all the time. After a day without, its process must have died.
 _STALE_SECONDS = 24 * 3600
 
 # How many directories to remember as durable: two megabytes at most.
 _REMEMBERED_DIRECTORIES = 8_192
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_OBJECT_MODE = 0o444  # written once: the mode says so, too
-_ROOT_MODE = 0o700  # mail is nobody else's business; who wants it otherwise makes the directory first
+_OBJECT_MODE = 0o444  # objects are never changed
+_ROOT_MODE = 0o700  # mail is private; an operator who wants another mode makes the directory first
 
 
 class FilesystemStore:
     """Objects as read-only files below ``root``. For any number of threads and processes at once.
 
-    ``root`` must exist, except for ``probe``, which makes it: an archive must
-    not begin anew below the mount point of a volume that has gone away.
+    ``root`` must exist; only ``probe`` makes it. Otherwise a new archive would
+    start below the mount point of a volume that is not mounted.
     """
 
     def __init__(self, root: Path) -> None:
-        # Absolute from the start: a later change of the working directory must not move the archive.
+        # Absolute, so that a later change of the working directory does not move the archive.
         self._root = root.absolute()
         self._incoming = self._root / ".incoming"
         self._durable_directories: set[str] = set()
-        # Names of temporary files, told apart from those of other stores, processes and machines.
+        # For names of temporary files that no other store, process or machine uses.
         self._token = secrets.token_hex(8)
         self._numbers = itertools.count(1)
 
@@ -80,7 +80,7 @@ class FilesystemStore:
                 temporary.unlink()
             if not created:
                 _compare(key, path, body)
-            # Also where another process won: its own call may still be on the way to this.
+            # Also where another process made it: that process may not have come to this call yet.
             durable_directory(path.parent)
         except OSError as error:
             raise failure(error, f"write {path}") from error
@@ -119,7 +119,7 @@ class FilesystemStore:
         return self._walk(parent + slash, prefix, after)
 
     def probe(self) -> None:
-        """As the port says; also makes the directory, and removes what dead processes left in it."""
+        """As the port says. Also makes the directory, and removes files that dead processes left in it."""
         try:
             self._make_root()
             with self._mark() as mark:
@@ -134,7 +134,7 @@ class FilesystemStore:
         return self._root / check_key(key)
 
     def _check_root(self) -> None:
-        """Tells a missing object from a missing archive. Raises OperatorNeeded, TryLater."""
+        """Check that the archive itself is there. Raises OperatorNeeded, TryLater."""
         try:
             os.scandir(self._root).close()
         except OSError as error:
@@ -173,7 +173,7 @@ class FilesystemStore:
         return path
 
     def _link(self, temporary: Path, path: Path) -> bool:
-        """Gives the temporary file its name; false when that is taken."""
+        """Give the temporary file its name; return False when the name is taken."""
         try:
             if str(path.parent) in self._durable_directories:
                 with contextlib.suppress(FileNotFoundError):
@@ -186,10 +186,10 @@ class FilesystemStore:
         return True
 
     def _make_directory(self, directory: Path) -> None:
-        """Makes a directory below the root, and its path durable.
+        """Make a directory below the root, and make its path durable.
 
-        Also a path that was there already: another process may have made it
-        just now and died before it was durable.
+        An existing path is made durable too: another process may have made it a
+        moment ago, and died before it was durable.
         """
         if directory == self._root:
             return
@@ -218,10 +218,10 @@ class FilesystemStore:
                         Path(entry.path).unlink()
 
     def _walk(self, directory: str, prefix: str, after: str) -> Iterator[StoredObject]:
-        """What lies below ``directory`` ("" or "a/b/"), in the order of the whole keys.
+        """The objects below ``directory`` ("" or "a/b/"), in the order of their whole keys.
 
-        A directory sorts by its name with the slash, as its keys do:
-        "a-b" comes before "a/x", and that before "a0".
+        A directory sorts by its name with the slash, as its keys do: "a-b"
+        comes before "a/x", and "a/x" before "a0".
         """
         try:
             with os.scandir(self._root / directory) as entries:
@@ -233,7 +233,7 @@ class FilesystemStore:
         for name in names:
             key = directory + name
             if not is_key(key.removesuffix("/")):
-                continue  # nothing of ours, or what is incoming
+                continue  # not an object, or still incoming
             if name.endswith("/"):
                 wanted = key.startswith(prefix) or prefix.startswith(key)
                 if wanted and (key > after or after.startswith(key)):
@@ -271,19 +271,19 @@ def _translated(reader: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _compare(key: str, path: Path, body: Body) -> None:
-    """Whoever is told that an object is there already will rely on it. Raises ObjectDiffers, TryLater."""
+    """Check an object that exists already: the caller will rely on it. Raises ObjectDiffers, TryLater."""
     try:
         with path.open("rb", buffering=0) as file:
             same = os.fstat(file.fileno()).st_size == body.size
             same = same and hashlib.file_digest(file, "sha256").digest() == body.sha256
     except FileNotFoundError as error:
-        raise TryLater(f"{key} was removed while it was written again") from error
+        raise TryLater(f"{key} was removed while it was being written again") from error
     if not same:
         raise ObjectDiffers(f"{key} is in the store already, with other content")
 
 
 def _check_links(mark: Path) -> None:
-    """Whether link(2) works here, and refuses a name that is taken: write-once stands on it."""
+    """Check that link(2) works here and refuses a name that is taken: write-once depends on it."""
     second = mark.with_suffix(".link")
     second.hardlink_to(mark)
     try:

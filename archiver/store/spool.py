@@ -1,12 +1,16 @@
 """Holds a message between the wire and the store, in memory of a fixed size.
 
-Owns the process's budget of memory for messages in flight, and the temporary
-files for what does not fit. Promises that the budget is never exceeded,
-however many threads write and whatever a server says of its sizes; that length
-and SHA-256 are of exactly the octets written; that a sealed message can be
-read from the start as often as wanted, also by several readers at once; and
-that no file outlives the process, since none of them ever has a name.
-Leaves to others what an octet means.
+Owns the process's memory budget for messages in flight, and the temporary files
+for messages that do not fit. Promises:
+
+- The budget is never exceeded, however many threads write and whatever sizes a
+  server states.
+- Size and SHA-256 are of exactly the bytes written.
+- A sealed message can be read from the start any number of times, also by
+  several readers at once.
+- No file outlives the process: none of them ever has a name.
+
+Leaves the meaning of the bytes to others.
 """
 
 import contextlib
@@ -27,17 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = ["BytesBody", "Spool", "SpooledMessage"]
 
-# Memory is taken from the budget in steps, so that a message that comes in
-# many small pieces does not ask for the lock at each of them.
+# Memory is reserved in steps, so that a message that arrives in many small
+# pieces does not take the lock for each of them.
 _STEP_BYTES = 16 * 1024
 
-# One write or read of a temporary file: large enough that system calls do not count.
+# One write or read of a temporary file: large enough to make the cost of system calls negligible.
 _FILE_BUFFER_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class BytesBody:
-    """A ``store.Body`` of octets that are in memory anyway, such as a journal segment."""
+    """A ``store.Body`` of bytes that are in memory anyway, such as a journal segment."""
 
     data: bytes = field(repr=False)
     sha256: bytes = field(init=False, repr=False)
@@ -54,12 +58,11 @@ class BytesBody:
 
 
 class Spool:
-    """A budget of memory, shared by all threads, and a directory for what exceeds it.
+    """A memory budget, shared by all threads, and a directory for messages that exceed it.
 
-    ``directory`` is where the temporary files go (None: where the system has
-    them; on many machines that is memory, too). ``memory_bytes`` is the budget
-    of the whole process, ``message_memory_bytes`` the share that one message
-    may have of it.
+    Temporary files go to ``directory``. None means the system's directory for
+    them, which on many machines is memory too. ``memory_bytes`` is the budget of
+    the whole process; one message may use ``message_memory_bytes`` of it.
     """
 
     def __init__(self, directory: Path | None, memory_bytes: int, message_memory_bytes: int) -> None:
@@ -71,14 +74,14 @@ class Spool:
 
     @property
     def memory_in_use(self) -> int:
-        """Octets of the budget that messages hold at this moment."""
+        """How many bytes of the budget messages use now."""
         return self._in_use
 
     def create(self, size_hint: int | None = None) -> "SpooledMessage":
         """An empty message to write to; the caller closes it.
 
-        ``size_hint`` is what the server says of its size. It only decides
-        early where the message goes, and may be wrong. Raises what
+        ``size_hint`` is the size that the server states. It may be wrong: it only
+        decides early where the message goes. Raises what
         ``SpooledMessage.write`` raises.
         """
         message = SpooledMessage(self)
@@ -100,15 +103,15 @@ class Spool:
             self._in_use -= amount
 
     def _temporary_file(self) -> IO[bytes]:
-        # A temporary file of the standard library is unlinked at once, or never had a name (O_TMPFILE).
+        # The standard library unlinks it at once, or never gives it a name (O_TMPFILE).
         return tempfile.TemporaryFile(dir=self._directory, buffering=_FILE_BUFFER_BYTES)
 
 
 class SpooledMessage:
     """One message on its way: written once by one thread, sealed, then a ``store.Body`` for any thread.
 
-    ``close`` gives back memory and file, may be called again, and is what
-    leaving a ``with`` block does. Readers that are open by then stay readable.
+    ``close`` gives back memory and file. It may be called again; leaving a
+    ``with`` block calls it. Readers that are open by then stay readable.
     """
 
     def __init__(self, spool: Spool) -> None:
@@ -124,27 +127,27 @@ class SpooledMessage:
 
     @property
     def size(self) -> int:
-        """Octets written so far."""
+        """How many bytes were written so far."""
         return self._size
 
     @property
     def sha256(self) -> bytes:
-        """SHA-256 of the content, 32 octets. Only of a sealed message."""
+        """SHA-256 of the content, 32 bytes. Only a sealed message has one."""
         if self._sha256 is None:
             raise ValueError("the message is not sealed")
         return self._sha256
 
     @property
     def in_memory(self) -> bool:
-        """Whether it is held in memory rather than in a temporary file."""
+        """Whether the message is in memory rather than in a temporary file."""
         return self._file is None
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Appends octets. ``chunk`` may be reused as soon as this returns.
+        """Append bytes. ``chunk`` may be reused as soon as this returns.
 
-        Raises TryLater when there is no room on the disk (the message is then
-        closed and its content gone), OperatorNeeded when the directory is
-        unusable, ValueError after ``seal`` or ``close``.
+        Raises TryLater when the disk is full: the message is then closed and its
+        content gone. Raises OperatorNeeded when the directory is unusable, and
+        ValueError after ``seal`` or ``close``.
         """
         if self._closed or self._sha256 is not None:
             raise ValueError("the message is sealed or closed")
@@ -160,7 +163,7 @@ class SpooledMessage:
                 self._give_up(error)
 
     def make_room(self, amount: int) -> None:
-        """Sees to it that ``amount`` further octets have a place: in memory, or in a file from now on."""
+        """Reserve ``amount`` more bytes in memory, or move the message to a file."""
         if self._memory is None:
             return
         needed = self._size + amount
@@ -171,7 +174,7 @@ class SpooledMessage:
             self._move_to_file(self._memory)
 
     def seal(self) -> None:
-        """Ends the writing; from here on ``size``, ``sha256`` and ``open`` describe the same octets.
+        """End the writing. From here on ``size``, ``sha256`` and ``open`` describe the same bytes.
 
         Raises what ``write`` raises.
         """
@@ -188,7 +191,7 @@ class SpooledMessage:
         self._sha256 = self._hash.digest()
 
     def open(self) -> BinaryIO:
-        """A reader of its own, seekable, at the first octet. The caller closes it. Raises TryLater."""
+        """A new seekable reader at the first byte. The caller closes it. Raises TryLater."""
         if self._closed or self._sha256 is None:
             raise ValueError("the message is not sealed, or closed")
         if self._file is None:
@@ -200,11 +203,11 @@ class SpooledMessage:
         return io.BufferedReader(_FileReader(descriptor, self._size), _FILE_BUFFER_BYTES)
 
     def close(self) -> None:
-        """Gives memory and file back. May be called again."""
+        """Give memory and file back. May be called again."""
         self._closed = True
         self._memory = self._content = None
         if self._file is not None:
-            # What was not flushed yet is not wanted any more.
+            # A failed flush does not matter: the content is discarded.
             with contextlib.suppress(OSError):
                 self._file.close()
         self._spool._release(self._reserved)
@@ -237,7 +240,7 @@ class SpooledMessage:
 class _FileReader(io.RawIOBase):
     """Reads a shared file at a position of its own (pread), through a descriptor of its own.
 
-    Its own, because a descriptor's number is given to somebody else's file as
+    Its own, because the system gives a descriptor's number to another file as
     soon as the message is closed.
     """
 

@@ -250,7 +250,7 @@ def test_a_server_that_sorts_otherwise_is_found_out(in_bucket: Bucket) -> None:
     store = in_bucket.open()
     for key in ("a-b", "a/x"):
         store.put(key, BytesBody(b"x"))
-    with pytest.raises(OperatorNeeded, match="lists a-b behind a/x"):
+    with pytest.raises(OperatorNeeded, match="lists a-b after a/x"):
         keys(store)
 
 

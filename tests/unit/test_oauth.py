@@ -129,23 +129,23 @@ def test_a_provider_implies_endpoint_and_scope() -> None:
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
-        ("hunter2", "no JSON object"),
-        ("[" * 100_000, "no JSON object"),
-        ('["hunter2"]', "no JSON object"),
+        ("hunter2", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ('["hunter2"]', "not a JSON object"),
         ("{}", "neither refresh_token nor client_secret"),
         ('{"client_secret": "hunter2"}', "no token_endpoint"),
-        ('{"provider": "hunter2"}', "none of google, microsoft"),
+        ('{"provider": "hunter2"}', "one of google, microsoft"),
         ('{"provider": "google", "client_secret": "hunter2"}', "no client_id"),
         ('{"provider": "google", "client_id": "i"}', "neither refresh_token nor client_secret"),
         ('{"provider": "google", "client_id": "i", "client_secret": "hunter2"}', "no scope"),
         (
             '{"provider": "google", "client_id": "i", "refresh_token": ["hunter2"]}',
-            "refresh_token is no text",
+            "refresh_token is not text",
         ),
-        ('{"provider": "microsoft", "client_id": "i", "client_secret": "hunter2"}', "names none"),
+        ('{"provider": "microsoft", "client_id": "i", "client_secret": "hunter2"}', "needs a tenant"),
         (
             '{"provider": "microsoft", "tenant": "a/../b", "client_id": "i", "client_secret": "hunter2"}',
-            "is no tenant",
+            "is not a tenant",
         ),
         (
             '{"token_endpoint": "http://x/t", "scope": "s", "client_id": "i", "client_secret": "hunter2"}',
@@ -631,5 +631,5 @@ def test_a_person_who_says_no_in_the_browser(provider: OauthProvider, browser: B
 
 def test_nobody_waits_for_ever(browser: Browser) -> None:
     time = iter(range(0, 100, 10))
-    with pytest.raises(OperatorNeeded, match="nobody answered in time"):
+    with pytest.raises(OperatorNeeded, match="no answer in time"):
         browser.wait(Poster(), io.StringIO() and None, seconds=5, monotonic=lambda: next(time))

@@ -1,16 +1,17 @@
 """The store in a bucket of S3, or of whatever speaks its protocol.
 
-Promises what the port promises, as far as the server keeps to three things:
-``If-None-Match: *`` refuses an existing key, also where a multipart upload is
-completed; a body whose SHA-256 is not the one in ``x-amz-checksum-sha256`` is
-refused; an answered PUT is durable. Not every maker's server does.
+Promises what the port promises, as far as the server does three things. It
+refuses an existing key by ``If-None-Match: *``, also when a multipart upload is
+completed. It refuses a body whose SHA-256 is not the one in
+``x-amz-checksum-sha256``. A PUT that it answered is durable. Not every
+S3-compatible server does all three.
 
 Needs the rights s3:PutObject, s3:GetObject, s3:ListBucket and
-s3:AbortMultipartUpload. A lifecycle rule that removes incomplete multipart
-uploads after some days clears away what a killed process leaves unseen.
+s3:AbortMultipartUpload. A killed process can leave an incomplete multipart
+upload: let a lifecycle rule remove those after some days.
 
-Tries once: botocore's own retries are off. Credentials come by boto3's chain.
-Whatever is small goes up by ``put.py``, all else by boto3.
+Tries once: botocore's own retries are off. boto3 finds the credentials.
+Small objects are uploaded by ``put.py``, all others by boto3.
 """
 
 import base64
@@ -56,13 +57,13 @@ __all__ = ["S3Store"]
 
 _MIB = 1024 * 1024
 
-# Below, one request; above, parts. A part that fails is what must be sent again.
+# Smaller bodies take one request, larger ones parts: after a failure only a part is sent again.
 _MULTIPART_BYTES = 64 * _MIB
 _PART_BYTES = 16 * _MIB
 _MOST_PARTS = 10_000  # docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 
 # botocore sends every body with "Expect: 100-continue", and waits a round trip for the answer. That
-# is worth it from where sending takes longer than a round trip: then a refusal comes before the body.
+# pays off where sending takes longer than a round trip: a refusal then comes before the body.
 _EXPECT_BYTES = _MIB
 
 _CHUNK_BYTES = 256 * 1024
@@ -75,13 +76,13 @@ _EXPIRED = "renew AWS_SESSION_TOKEN with its keys, or use a role that renews its
 _RIGHTS = "grant s3:PutObject, s3:GetObject, s3:ListBucket and s3:AbortMultipartUpload to these credentials"
 _BUCKET = "create the bucket, or correct ARCHIVER_STORE_URL or ARCHIVER_S3_ENDPOINT_URL"
 _REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
-_ENDPOINT = "check ARCHIVER_S3_ENDPOINT_URL: what answers there does not speak S3 as it must"
-_CERTIFICATE = "set AWS_CA_BUNDLE to the file of the authority that signed its certificate"
-_ORDER = "name accounts so that no name begins another, or use a server that lists keys in their order"
-_UNREACHABLE = "check ARCHIVER_S3_ENDPOINT_URL, the network, and that the server runs"
+_ENDPOINT = "check ARCHIVER_S3_ENDPOINT_URL: the server there does not speak S3 correctly"
+_CERTIFICATE = "set AWS_CA_BUNDLE to the certificate of the authority that signed the server's"
+_ORDER = "use a server that lists keys in the order of their bytes"
+_UNREACHABLE = "check ARCHIVER_S3_ENDPOINT_URL, the network, and that the server is running"
 
-# docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. An answer to HEAD has no body, so
-# that only its status is known: the numbers stand for those.
+# docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. The numbers are for answers to HEAD,
+# which have no body, so that only the status is known.
 _LASTING = {
     "AccessDenied": _RIGHTS,
     "AllAccessDisabled": _RIGHTS,
@@ -111,7 +112,7 @@ _PASSING = _DAMAGED | {
     "BandwidthLimitExceeded",
     "ConditionalRequestConflict",
     "InternalError",
-    "NoSuchUpload",  # somebody else's cleaning; a repetition begins another one
+    "NoSuchUpload",  # a lifecycle rule removed it; a retry begins another one
     "OperationAborted",
     "RequestLimitExceeded",
     "RequestTimeout",
@@ -127,7 +128,7 @@ _PASSING = _DAMAGED | {
     "429",
 }
 
-# What never reached a server, or never came back from it; the first that fits counts.
+# Requests that did not reach a server, or whose answer did not arrive. The first match counts.
 _CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[ArchiverError], str]] = [
     ((boto.NoCredentialsError, boto.PartialCredentialsError), OperatorNeeded, _CREDENTIALS),
     (
@@ -135,7 +136,7 @@ _CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[Arc
         OperatorNeeded,
         "log in again, or use a role",
     ),
-    # From a machine's or pod's metadata service, or a helper program: these recover.
+    # The machine's or pod's metadata service, or a helper program, can recover.
     ((boto.CredentialRetrievalError, boto.MetadataRetrievalError), TryLater, _CREDENTIALS),
     ((boto.ConnectionError, boto.HTTPClientError), TryLater, _UNREACHABLE),
     ((boto.IncompleteReadError, urllib3.exceptions.HTTPError), TryLater, _UNREACHABLE),
@@ -149,11 +150,11 @@ _FOREIGN = (boto.ClientError, boto.BotoCoreError, ResponseParserError, urllib3.e
 class S3Store:
     """Objects below ``prefix`` (which may be empty) of ``bucket``. For any number of threads.
 
-    ``endpoint_url`` is None for Amazon's own, ``region`` None for what the
-    environment says. ``max_connections`` are kept open: one for each thread
-    that uses the store. Bodies above ``multipart_bytes`` go up in parts of
-    ``part_bytes`` (larger where 10,000 of them would not do). ``session`` is
-    a boto3 session other than the environment's. Raises UsageError.
+    Without ``endpoint_url`` the server is Amazon's; without ``region`` the
+    environment's region counts. ``max_connections`` are kept open: one for each
+    thread that uses the store. Bodies above ``multipart_bytes`` are uploaded in
+    parts of ``part_bytes``, or larger ones where 10,000 are not enough.
+    ``session`` replaces the environment's boto3 session. Raises UsageError.
     """
 
     def __init__(
@@ -183,9 +184,9 @@ class S3Store:
             max_pool_connections=max_connections,
             tcp_keepalive=True,
             retries={"total_max_attempts": 1, "mode": "standard"},
-            # Few servers have a name for each bucket; Amazon's do.
+            # Amazon has a host name for each bucket; few other servers do.
             s3={"addressing_style": "path" if endpoint_url else "auto"},
-            # The default adds a trailing CRC to every body, on which many servers choke.
+            # The default adds a trailing CRC to every body, which many servers refuse.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -194,7 +195,7 @@ class S3Store:
             self._client = session.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
         except (boto.BotoCoreError, ValueError) as error:
             raise UsageError(f"cannot use S3 with these settings: {_one_line(str(error))}") from error
-        # There is no setting for either.
+        # There are no settings for these two.
         self._client.meta.events.register("before-send.s3.PutObject", _send_small_bodies_at_once)
         self._client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
         self._small = SmallPut(session, self._client)
@@ -209,7 +210,7 @@ class S3Store:
         with self._translated(f"write {key}"):
             try:
                 if body.size > self._multipart_bytes:
-                    # Before much is sent for nothing: a look costs one round trip.
+                    # One round trip can save sending a large body for nothing.
                     if self.stat(key) is not None:
                         return self._compare(key, body)
                     return PutResult(True, self._put_in_parts(name, body))
@@ -218,7 +219,7 @@ class S3Store:
                 if _code(error) in ("PreconditionFailed", "412"):
                     return self._compare(key, body)
                 if _code(error) in _DAMAGED:
-                    _check_body(body)  # here, or on the way?
+                    _check_body(body)  # was it damaged here, or on the way?
                 raise
 
     @contextmanager
@@ -241,7 +242,7 @@ class S3Store:
             try:
                 head = self._client.head_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED")
             except boto.ClientError as error:
-                # An answer to HEAD never says why: that the key is missing, or the bucket is.
+                # An answer to HEAD does not say whether the key or the bucket is missing.
                 self._look(name)
                 if _status(error) == HTTPStatus.NOT_FOUND:
                     return None
@@ -271,14 +272,14 @@ class S3Store:
                 if not is_key(key):
                     continue  # a bucket may hold other things, such as a console's "folders"
                 if key <= last:
-                    # Some servers sort by the parts of a path: "a/x" before "a-b". Whoever compares
-                    # this listing with another would find objects missing that are not.
-                    raise OperatorNeeded(f"{self._where} lists {key} behind {last}", hint=_ORDER)
+                    # Some servers sort by the parts of a path: "a/x" before "a-b". A comparison of
+                    # this listing with another would report objects as missing that are there.
+                    raise OperatorNeeded(f"{self._where} lists {key} after {last}", hint=_ORDER)
                 last = key
                 yield StoredObject(key, item["Size"], modified_at=item["LastModified"])
 
     def probe(self) -> None:
-        """As the port says; writing is tried by beginning a multipart upload and aborting it."""
+        """As the port says. Tests writing by a multipart upload that is begun and aborted."""
         name = f"{self._prefix}probe"
         with self._translated("use the bucket"):
             self._look(self._prefix)
@@ -290,7 +291,7 @@ class S3Store:
         return self._prefix + check_key(key)
 
     def _look(self, prefix: str) -> None:
-        """The cheapest question that is answered with a reason: does the bucket exist, and let us in?"""
+        """Ask whether the bucket exists and lets us in: the cheapest request whose refusal has a reason."""
         self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1)
 
     def _put_at_once(self, name: str, body: Body) -> str | None:
@@ -340,8 +341,8 @@ class S3Store:
                 IfNoneMatch="*",
             )
         except boto.ClientError as error:
-            # Only a clear refusal. Where the answer was lost, or the server failed, the object may
-            # exist or be about to: an abort could take away what it is made of.
+            # Abort only after a clear refusal. If the answer was lost, or the server failed, the
+            # object may exist or be about to: an abort could remove its parts.
             if _status(error) < HTTPStatus.INTERNAL_SERVER_ERROR:
                 self._abort(name, upload_id)
             raise
@@ -349,7 +350,7 @@ class S3Store:
         return answer.get("VersionId")
 
     def _send_parts(self, name: str, upload_id: str, body: Body) -> "Sequence[CompletedPartTypeDef]":
-        """Sends the parts one after the other, each read twice: for its checksum, and to be sent."""
+        """Send the parts one after the other. Each is read twice: for its checksum, and to be sent."""
         part_bytes = max(self._part_bytes, -(-body.size // _MOST_PARTS))
         whole = hashlib.sha256()
         parts: list[CompletedPartTypeDef] = []
@@ -383,15 +384,15 @@ class S3Store:
         return parts
 
     def _abort(self, name: str, upload_id: str) -> None:
-        # The failure that led here is what the caller must hear of.
+        # The caller gets the failure that led here.
         with suppress(*_FOREIGN):
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
 
     def _compare(self, key: str, body: Body) -> PutResult:
-        """Whoever is told that an object is there already will rely on it."""
+        """Check an object that exists already: the caller will rely on it."""
         stored = self.stat(key)
         if stored is None:
-            raise TryLater(f"{key} was removed from {self._where} while it was written again")
+            raise TryLater(f"{key} was removed from {self._where} while it was being written again")
         if stored.size != body.size or stored.sha256 not in (None, body.sha256):
             raise ObjectDiffers(f"{key} is in {self._where} already, with other content")
         return PutResult(False, stored.version_id)
@@ -411,11 +412,11 @@ class S3Store:
     def _translate(self, error: Exception, doing: str) -> ArchiverError:
         cause = error.kwargs.get("error") if isinstance(error, boto.HTTPClientError) else None
         if isinstance(cause, ArchiverError):
-            return cause  # of the body, met while botocore was reading it
+            return cause  # raised by the body while botocore was reading it
         trying = f"{doing} in {self._where}"
         if type(cause) is ValueError:
-            # http.client's, whose text shows the header: credentials, since all others are made here.
-            return OperatorNeeded(f"cannot {trying}: a line break or the like in a header", hint=_CREDENTIALS)
+            # From http.client, whose text shows the header. It holds credentials: all others are made here.
+            return OperatorNeeded(f"cannot {trying}: a header holds a line break", hint=_CREDENTIALS)
         if isinstance(error, boto.ClientError):
             return _refusal(error, trying)
         message = f"cannot {trying}: {_one_line(str(error))}"
@@ -428,7 +429,7 @@ class S3Store:
 
 
 class _Part(io.RawIOBase):
-    """Exactly ``size`` octets of a reader, from ``start``: no more, and no fewer without an error."""
+    """Exactly ``size`` bytes of a reader, from ``start``. Raises IntegrityError if there are fewer."""
 
     def __init__(self, reader: BinaryIO, start: int, size: int) -> None:
         super().__init__()
@@ -471,16 +472,16 @@ def _send_small_bodies_at_once(request: "AWSPreparedRequest", **_: object) -> No
 
 
 def _follow_no_redirect(params: dict[str, Any], **_: object) -> None:
-    """Where a request is redirected, botocore asks by HeadBucket for the bucket's region.
+    """After a redirect, botocore asks for the bucket's region by HeadBucket.
 
-    Should a server, or the proxy before it, redirect everything, then that
-    question, too: botocore would ask again for ever.
+    If a server or proxy redirects everything, it redirects that request too, and
+    botocore would repeat it without end.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _required(answer: Mapping[str, Any], name: str) -> str:
-    """What S3 never leaves out, such as an object's ETag: who leaves it out may be any web server."""
+    """A field that S3 always sends, such as an ETag. Without it, the server may be any web server."""
     if not answer.get(name):
         raise OperatorNeeded(f"a request to S3 was answered without {name}", hint=_ENDPOINT)
     return str(answer[name])
@@ -491,11 +492,13 @@ def _check_endpoint(url: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError("ARCHIVER_S3_ENDPOINT_URL must look like https://host:port")
     if "@" in parts.netloc:
-        raise UsageError("ARCHIVER_S3_ENDPOINT_URL must hold no credentials: AWS_ACCESS_KEY_ID does")
+        raise UsageError(
+            "ARCHIVER_S3_ENDPOINT_URL must not hold credentials: set AWS_ACCESS_KEY_ID and its secret key"
+        )
 
 
 def _check_body(body: Body) -> None:
-    """Raises IntegrityError when it is not what it says, so that sending it again would not help."""
+    """Raise IntegrityError when size or SHA-256 are wrong: sending the body again would not help."""
     digest = hashlib.sha256()
     size = 0
     with body.open() as reader:
@@ -521,9 +524,9 @@ def _base64(digest: bytes) -> str:
 def _sha256_of(head: Any) -> bytes | None:
     """The digest of the whole object from an answer to HEAD.
 
-    The server's own, where it made one of the whole (a composite one, of a
-    multipart upload, ends in "-" and the number of parts); else what was
-    written beside the object. Some servers change the case of metadata.
+    That is the server's own, if it made one of the whole. (A composite one, of a
+    multipart upload, ends in "-" and the number of parts.) Otherwise the object's
+    metadata have it. Some servers change the case of metadata.
     """
     with suppress(binascii.Error):
         digest = base64.b64decode(head.get("ChecksumSHA256", ""), validate=True)
@@ -544,7 +547,7 @@ def _status(error: boto.ClientError) -> int:
 
 
 def _refusal(error: boto.ClientError, trying: str) -> ArchiverError:
-    """Of an answer that is no success. An unknown code counts by its status."""
+    """Translate an error answer. An unknown code counts by its status."""
     code, status = _code(error), _status(error)
     text = error.response.get("Error", {}).get("Message", "")
     message = _one_line(f"cannot {trying}: {code or status} {text}")
@@ -554,11 +557,11 @@ def _refusal(error: boto.ClientError, trying: str) -> ArchiverError:
     if failed or code in _PASSING or str(status) in _PASSING:
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         wait = headers.get("retry-after", "")
-        # RFC 9110, section 10.2.3: seconds, or a date, which no store sends.
+        # RFC 9110, section 10.2.3: seconds; no store sends a date.
         return TryLater(message, wait_seconds=float(wait) if re.fullmatch(r"\d{1,6}", wait) else None)
     return OperatorNeeded(message, hint=_LASTING.get(str(status)))
 
 
 def _one_line(text: str) -> str:
-    """What others say, fit for a log."""
+    """Text from others, fit for a log."""
     return re.sub(r"[^ -~]+", " ", text)[:500].strip()

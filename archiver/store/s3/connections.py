@@ -32,7 +32,7 @@ _SEND_BYTES = 128 * 1024
 _USUAL_PORTS = {"http": 80, "https": 443}
 
 # What a connection raises that the server closed while it was idle.
-_HUNG_UP = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class Connections:
@@ -60,7 +60,7 @@ class Connections:
         """Send one request and return its answer, of any status. Raises botocore's HTTPClientError."""
         try:
             if (connection := self._kept()) is not None:
-                with suppress(*_HUNG_UP):
+                with suppress(*_CLOSED):
                     return self._ask(connection, head, content)
             return self._ask(self._open(), head, content)
         except boto.BotoCoreError:
@@ -108,15 +108,15 @@ class Connections:
     def _ask(self, connection: socket.socket, head: bytes, content: bytes) -> Answer:
         is_kept = False
         try:
-            hung_up: OSError | None = None
+            closed: OSError | None = None
             try:
                 _send(connection, head, content)
             except (BrokenPipeError, ConnectionResetError) as error:
-                hung_up = error  # the server may have answered before it hung up, and said why
+                closed = error  # the server may have answered first, and said why
             answer = read_answer(connection.recv)
-            if hung_up is not None and answer.status < HTTPStatus.BAD_REQUEST:
-                raise hung_up  # a success cannot be for a body that was not sent
-            if not (hung_up or answer.is_last) and len(self._idle) < self._most_idle:
+            if closed is not None and answer.status < HTTPStatus.BAD_REQUEST:
+                raise closed  # a success cannot be for a body that was not sent
+            if not (closed or answer.is_last) and len(self._idle) < self._most_idle:
                 self._idle.append(connection)
                 is_kept = True
             return answer

@@ -1,10 +1,9 @@
 """Reads the answer to a request of HTTP/1.1: its framing (RFC 9112), in bounded memory.
 
-Whatever a server sends, at most ``_ANSWER_BYTES`` of it are taken in. A head
-that is not well-formed is no answer, and neither is one that has no end. A
-body that is cut, by that limit or by the server, is left to the status to
-explain. Where anything is unclear about where the answer ends, nothing more is
-asked on that connection.
+Reads at most ``_ANSWER_BYTES``, whatever a server sends. A head that is
+malformed or has no end is an error. A body may be cut short, by that limit or
+by the server: the status still counts. If it is unclear where the answer ends,
+the connection is not used again.
 """
 
 import re
@@ -14,11 +13,11 @@ from typing import NamedTuple
 
 __all__ = ["Answer", "BadAnswerError", "read_answer"]
 
-# A head has some hundred octets, and so has an error's XML.
+# A head has some hundred bytes, and so has an error's XML.
 _ANSWER_BYTES = 64 * 1024
 _READ_BYTES = 16 * 1024
 
-# Section 2.2 lets a line end in LF alone. No pattern tries anything twice: time is linear in what came.
+# Section 2.2 lets a line end in LF alone. No pattern backtracks: time is linear in the input.
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 _LINE_END = re.compile(rb"\n")
 _HEAD = re.compile(
@@ -30,26 +29,25 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*+(?:;[^\r\n]*+)?+\r?\n")
 
 
 class BadAnswerError(Exception):
-    """What came is not HTTP, or broke off in the head."""
+    """The answer is not HTTP, or broke off in the head."""
 
 
 class Answer(NamedTuple):
-    """The names of ``headers`` are in lower case; of one that is repeated, the values are joined.
-
-    ``is_last``: the connection ends here, or what comes next on it may not be the next answer.
-    """
+    """One answer."""
 
     status: int
     headers: Mapping[str, str]
+    """By name in lower case. The values of a repeated header are joined."""
     body: bytes
     is_last: bool
+    """The connection ends here, or the next bytes on it may not be the next answer."""
 
 
 def read_answer(receive: Callable[[int], bytes]) -> Answer:
-    """The final answer. ``receive`` is a socket's ``recv``, whose errors pass.
+    """Read the final answer. ``receive`` is a socket's ``recv``; its errors pass.
 
-    Raises ConnectionResetError where the connection was closed without an
-    answer, BadAnswerError.
+    Raises BadAnswerError, and ConnectionResetError where the connection was
+    closed without an answer.
     """
     octets = _Octets(receive)
     status = 0
@@ -67,7 +65,7 @@ def read_answer(receive: Callable[[int], bytes]) -> Answer:
         body = octets.take(int(length))
         is_whole = len(body) == int(length)
     else:
-        raise BadAnswerError("a Content-Length that is none")
+        raise BadAnswerError("Content-Length is not a number")
     connection = headers.get("connection", "").lower()
     is_kept = "close" not in connection if version else "keep-alive" in connection
     return Answer(status, headers, body, not (is_whole and is_kept and octets.are_over))
@@ -79,10 +77,10 @@ def _head(octets: "_Octets") -> tuple[int, int, dict[str, str]]:
     if not octets.rest:
         raise ConnectionResetError("closed without an answer")
     if not octets.rest.startswith(b"HTTP/"):  # a mail server's greeting would have no blank line
-        raise BadAnswerError("an answer that is not HTTP")
+        raise BadAnswerError("the answer is not HTTP")
     found = _HEAD.fullmatch(octets.until(_BLANK_LINE))
     if found is None:
-        raise BadAnswerError("an answer without a well-formed head")
+        raise BadAnswerError("the head of the answer is malformed")
     headers: dict[str, str] = {}
     for line in found[3].decode("latin-1").split("\n")[:-1]:
         name, _, value = line.partition(":")
@@ -92,7 +90,7 @@ def _head(octets: "_Octets") -> tuple[int, int, dict[str, str]]:
 
 
 def _chunks(octets: "_Octets") -> tuple[bytes, bool]:
-    """The chunks together, as far as they came, and whether that is all (section 7.1)."""
+    """The content of all chunks that arrived, and whether it is complete (section 7.1)."""
     chunks: list[bytes] = []
     while found := _CHUNK_SIZE.fullmatch(octets.until(_LINE_END)):
         size = int(found[1], 16)
@@ -107,7 +105,7 @@ def _chunks(octets: "_Octets") -> tuple[bytes, bool]:
 
 
 class _Octets:
-    """What is received for one answer. ``rest`` came, and is not taken yet."""
+    """The bytes of one answer. ``rest`` was received, and is not taken yet."""
 
     def __init__(self, receive: Callable[[int], bytes]) -> None:
         self._receive = receive
@@ -116,11 +114,11 @@ class _Octets:
 
     @property
     def are_over(self) -> bool:
-        """Whether nothing is known to follow; at the limit TLS may keep what no socket shows."""
+        """Whether no more bytes are known. At the limit, TLS may hold some that the socket does not show."""
         return not self.rest and self._left > 0
 
     def _more(self) -> bool:
-        """False where nothing more comes, or may."""
+        """Receive more; return False at the end and at the limit."""
         received = self._receive(min(self._left, _READ_BYTES)) if self._left else b""
         self._left -= len(received)
         self.rest += received
@@ -131,13 +129,13 @@ class _Octets:
             pass
 
     def take(self, size: int) -> bytes:
-        """Fewer where no more come."""
+        """Take ``size`` bytes, or fewer at the end."""
         self.fill(size)
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken
 
     def until(self, end: re.Pattern[bytes]) -> bytes:
-        """All up to ``end`` and with it; nothing where it does not come."""
+        """Take everything up to and including ``end``, or nothing if it does not arrive."""
         start = 0
         while not (found := end.search(self.rest, start)):
             start = max(0, len(self.rest) - len(b"\n\r"))

@@ -5,9 +5,9 @@ Owns that one request and what its answer means. Promises what boto3's
 object is its checksum, and the signature covers it, so nothing is hashed here.
 
 Decides nothing about URLs, regions and headers: boto3 shows them
-(``rehearsal.py``), every ``PLAN_SECONDS`` for each kind of object. Where a
-request of ours could differ from boto3's, or where the server points to another
-region, boto3 sends it. Leaves sockets to ``connections.py`` and the meaning of
+(``rehearsal.py``), every ``PLAN_SECONDS`` for each kind of object. Where our
+request could differ from boto3's, or where the server points to another region,
+boto3 sends it. Leaves sockets to ``connections.py`` and the meaning of
 errors to the caller: all of them are errors that botocore raises.
 """
 
@@ -35,14 +35,14 @@ __all__ = ["PLAN_SECONDS", "SmallPut"]
 
 PLAN_SECONDS = 60.0
 """How long a rehearsal counts. A header that a hook takes from the clock, such as the end of a retention,
-is at most so old; a refusal is reconsidered after the same time."""
+can be 60 seconds old. A refusal is reconsidered after the same time."""
 
 _KINDS_KEPT = 64
 
-# What is of one object. Puts that agree in all else are of one kind, and share a plan.
+# Parameters of one object. Puts that agree in all others are of one kind, and share a plan.
 _OF_OBJECTS = {"Key", "Body", "ContentLength", "ChecksumSHA256", "Metadata"}
 
-# What boto3 answers by looking up the bucket's region, beside every redirection.
+# Besides redirects, these make boto3 look up the bucket's region.
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 
 _PARSER = create_parser("rest-xml")
@@ -51,7 +51,7 @@ _NO_SHAPE: Any = None  # an error's answer has none
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the last rehearsal of one kind of object showed. Without a plan, boto3 sends them."""
+    """The result of one kind of object's last rehearsal. Without a plan, boto3 sends them."""
 
     plan: Plan | None
     connections: Connections | None
@@ -78,7 +78,7 @@ class SmallPut:
         self._refusals: set[str] = set()
 
     def send(self, put: Mapping[str, Any], sha256: bytes) -> Mapping[str, str] | None:
-        """The answer's headers, their names in lower case; or None where boto3 must do it.
+        """Return the answer's headers, their names in lower case, or None where boto3 must send it.
 
         ``put`` is what boto3's ``put_object`` takes, with its ``Body`` in bytes,
         and must be safe to repeat: where a connection was closed while it was
@@ -98,7 +98,7 @@ class SmallPut:
             if refusal.get("Error", {}).get("Code") not in _ELSEWHERE:
                 raise boto.ClientError(refusal, "PutObject")
         with self._lock:
-            self._known.clear()  # boto3 remembers where it was sent to, and shows it the next time
+            self._known.clear()  # boto3 follows, remembers the region, and shows it the next time
         return None
 
     def _plan_for(self, put: Mapping[str, Any]) -> _Known:

@@ -2,13 +2,12 @@
 
 boto3 makes the request and is stopped before it sends. So URL, region, style
 of addressing and headers are boto3's own: encryption, tags, Object Lock, and
-what a later boto3 adds by default. Two requests for different objects are
-compared. What is the same in both is sent with every object; what follows from
-the object is made here; anything else is refused.
+whatever a later boto3 adds by default. Two requests for different objects are
+compared. A header that is the same in both is sent with every object. One that
+follows from the object is made here. Any other is refused.
 
-Promises that a plan is refused where a request of ours could differ from
-boto3's. ``Refused`` names the reason, and never a header's value, which may be
-a secret.
+Promises that a plan is refused where our request could differ from boto3's.
+``Refused`` names the reason, and never a header's value, which may be a secret.
 """
 
 import base64
@@ -44,7 +43,7 @@ _OF_SIGNATURE = {"authorization", "x-amz-content-sha256", "x-amz-date", "x-amz-s
 _ALWAYS_SIGNED = {"host", "x-amz-content-sha256", "x-amz-date"}
 # For boto3's own retries, and for large bodies.
 _OF_BOTO3 = {"amz-sdk-invocation-id", "amz-sdk-request", "expect"}
-# Whoever sends one of these sends the body in another form than it has here.
+# With one of these, the body would be sent in another form than it has here.
 _OF_ENCODED_BODIES = {
     "content-encoding",
     "transfer-encoding",
@@ -65,7 +64,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is the same in every request of one kind."""
+    """The parts that are the same in every request of one kind."""
 
     url: str
     """All of the URL that comes before the key."""
@@ -221,7 +220,7 @@ def _checked_headers(request: "AWSPreparedRequest") -> dict[str, str]:
         if lower in headers:
             raise Refused(f"{lower} is there twice")
         headers[lower] = _text(value)
-        # put.py looks at what comes of the credentials each time.
+        # put.py checks headers made from the credentials, each time.
         if lower not in _OF_SIGNATURE and not _is_printable(lower, headers[lower]):
             raise Refused(f"{lower!a} is not a header of printable ASCII")
     encoded = sorted(_OF_ENCODED_BODIES & headers.keys())
