@@ -18,7 +18,8 @@ ALL := --numprocesses=auto --dist=loadgroup
 
 ##@ Try it
 .PHONY: demo
-demo: setup ## The whole thing on this machine: a mail server, sample mailboxes, an archive. ARGS="--help" for more
+demo: ## The whole thing on this machine: a mail server, sample mailboxes, an archive. ARGS="--help" for more
+	@tools/setup runtime
 	@$(BIN)/archiver demo $(ARGS)
 
 ##@ Work on it
@@ -28,7 +29,7 @@ setup: ## Make .venv what requirements.lock says. PYTHON=python3.12 chooses the 
 
 .PHONY: quick quick-tests
 quick: setup ## In under a minute: style, types, layers, and the tests that need no server
-	@$(MAKE) --jobs=2 --keep-going quick-tests lint-code lint-format lint-imports lint-types
+	@$(MAKE) --jobs=2 --keep-going quick-tests lint-code lint-format lint-imports lint-prose lint-types
 
 quick-tests: setup
 	@TMPDIR=$(QUICK_TMPDIR) $(BIN)/python -m pytest $(QUICK)
