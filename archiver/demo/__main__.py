@@ -6,6 +6,7 @@ each message as it was delivered. A line on standard input delivers one more
 message. Everything but the directory is gone when the program stops.
 """
 
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -66,6 +67,8 @@ def main() -> None:
     """Run the program and exit."""
     if len(sys.argv) != 2:  # noqa: PLR2004 - the program and its one argument
         sys.exit("usage: python -m archiver.demo DIRECTORY")
+    # A killed program would leave its Dovecot running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         practise(Path(sys.argv[1]), sys.stdin, sys.stdout)
     except KeyboardInterrupt:

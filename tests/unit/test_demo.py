@@ -6,6 +6,7 @@ import io
 import os
 import poplib
 import re
+import signal
 import socket
 import ssl
 import statistics
@@ -313,3 +314,18 @@ def test_a_mail_server_to_practise_with_delivers_a_message_a_line(tmp_path: Path
 def test_a_directory_that_is_there_is_not_practised_in(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         practise(tmp_path, [], io.StringIO())
+
+
+def test_practising_ends_with_its_server_at_sigterm(tmp_path: Path) -> None:
+    practice = tmp_path / "practice"
+    command = [sys.executable, "-m", "archiver.demo", str(practice)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert any("Press Enter" in line for line in program.stdout)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(timeout=30) == 0
+    url = urlsplit((practice / "url").read_text().strip())
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((url.hostname, url.port))
