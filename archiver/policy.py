@@ -335,15 +335,15 @@ def _allowed_seconds(
     return (ends_at - now).total_seconds() + uniform(0.0, BLACKOUT_SPREAD_SECONDS)
 
 
-def host_retry_seconds(failures: int, chance: float) -> float | None:
-    """How long a host stays closed after so many polls in a row that could not begin; None: not at all.
+def host_retry_seconds(failures: int, uniform: Callable[[float, float], float]) -> float | None:
+    """How long a host backs off after this many polls in a row that could not begin; None: not at all.
 
-    Full jitter, as for accounts; ``chance`` is drawn evenly between 0 and 1.
+    Full jitter, as for accounts.
     """
     if failures < HOST_FAILURES:
         return None
     doubled = BACKOFF_BASE_SECONDS * 2.0 ** min(failures - HOST_FAILURES, 10)
-    return max(HOST_LEAST_SECONDS, chance * min(HOST_BACKOFF_CAP_SECONDS, doubled))
+    return max(HOST_LEAST_SECONDS, uniform(0.0, min(HOST_BACKOFF_CAP_SECONDS, doubled)))
 
 
 def threads_for_failing(workers: int) -> int:

@@ -1,11 +1,15 @@
-"""How polls end: their reports are kept and their leases given back, many in one transaction.
+"""The ends of polls: reports kept, leases released, accounts set back, many in one transaction.
 
-Most polls find nothing new, and all that they write is their end. So the ends
-of polls that finish at the same moment are written together, by statements
-whose number does not depend on how many they are, and which are worded once.
-Each ending stands for itself all the same: one whose lease was lost is told
-so, and the others are kept. An ending that is written again, because the
-answer to its commit was lost, changes nothing.
+Most polls find nothing new, and their end is all that they write. So the ends of
+polls that finish at the same moment are written together. The number of
+statements does not depend on the number of polls, and each is built once.
+Still, each ending stands for itself: if the lease of one was lost, its caller
+learns that, and the others are kept. An ending that is written again, because
+the answer to its commit was lost, changes nothing.
+
+The clock, randomness and timetables come in as values. ``policy.next_poll``
+decides when an account is due again; it is called here because it needs what
+only the locked lease row knows.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +25,38 @@ from archiver.db import bulk, history, hosts, seconds_on
 from archiver.db.hosts import Trouble
 from archiver.db.tables import account, host, lease, mailbox, poll, sighting
 from archiver.model import Claim, PollReport, mail_host
-from archiver.policy import NextPoll, Setbacks, late_after_seconds
+from archiver.policy import NextPoll, Setbacks, late_after_seconds, next_poll
 from archiver.states import AccountState
+from archiver.timetable import Timetable
+
+Uniform = Callable[[float, float], float]
+"""Draws a number between two others, as ``random.uniform`` does."""
+
+Parameters = dict[str, object]
+"""The values that a statement takes for one row, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one poll ended."""
+
+    claim: Claim
+    report: PollReport
+    ended_at: datetime
+    timetable: Timetable
+    """The account's calendar, which decides with the report when the account is due again."""
+    avoids: tuple[str, ...] = ()
+    """What the account's server is known to trip over by now, as ``policy.remembered`` returns it."""
+    ends_wait: bool = False
+    """Whether the poll proves that an operator fixed what the account was waiting for."""
+
+
+class Ended(NamedTuple):
+    """The result of writing an ending."""
+
+    lease_lost: bool = False
+    host: Trouble | bool | None = None
+    """A Trouble if the host backs off because of this poll, True if a trouble is over, else None."""
 
 
 class ScheduleState(NamedTuple):
@@ -32,75 +66,82 @@ class ScheduleState(NamedTuple):
     interval_seconds: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """One poll's end. ``following`` decides when the account is due again, from where its schedule stands.
+class _Lease(NamedTuple):
+    """A lease's row, locked, before it is released."""
 
-    ``avoids`` is what is known by now of what the account's server trips over.
-    ``ends_wait``: the poll shows that an operator has fixed what the account
-    waited for. ``chance``, from 0 to 1, spreads when a host that cannot be reached
-    is tried again.
-    """
+    account_id: str
+    token: int
+    failures: int
+    refusals: int
+    interval_seconds: float | None
+    late_at: datetime | None
+    asked: bool
 
-    claim: Claim
-    report: PollReport
-    ended_at: datetime
-    following: Callable[[ScheduleState], NextPoll]
-    avoids: tuple[str, ...] = ()
-    ends_wait: bool = False
-    chance: float = 0.5
+    @property
+    def schedule_state(self) -> ScheduleState:
+        return ScheduleState(Setbacks(self.failures, self.refusals), self.interval_seconds)
 
 
-class Ended(NamedTuple):
-    """What came of an ending: whether its lease was lost, and what it meant for the host.
+class _Account(NamedTuple):
+    """An account's row, as operators left it."""
 
-    ``host`` is a Trouble when the host is closed by it, True when a trouble is
-    over, else None.
-    """
+    id: str
+    url: str
+    state: AccountState
+    state_reason: str | None
+    avoids: str
+    troubled: str | None
+    """Its host's name, if the host is in trouble."""
 
-    lease_lost: bool = False
-    host: Trouble | bool | None = None
+
+_Leases = dict[str, _Lease]
+_Accounts = dict[str, _Account]
 
 
-def write(connection: Connection, endings: Sequence[Ending]) -> list[Ended]:
-    """Keep these reports and release these leases; what came of each, in the same order.
+def write(connection: Connection, endings: Sequence[Ending], *, uniform: Uniform) -> list[Ended]:
+    """Keep these reports and release these leases. Returns a result for each, in the same order.
 
-    An account that an operator paused or removed meanwhile is due no more, and
-    for that reason, whatever the poll's outcome. One that somebody asked for
-    meanwhile is due as soon as its server allows. Its host is that of its URL
-    from here on, which may be another one since the claim.
+    An account that an operator paused or removed meanwhile is no longer due, and
+    for the operator's reason, whatever the poll's outcome. An account that was
+    asked for meanwhile is due as soon as its server allows. From here on its host
+    is that of its URL, which may have changed since the claim. ``uniform`` spreads
+    the moments at which accounts are due and hosts are tried again.
     """
     leases = _fence(connection, endings)
-    standing = [ending for ending in endings if _stands(ending, leases)]
-    kept = _keep(connection, standing)
-    fresh = [ending for ending in standing if ending.claim in kept]
-    # Only behind the fence: what an operator did before it is seen.
+    current = [ending for ending in endings if _is_current(ending, leases)]
+    kept = _keep(connection, current)
+    fresh = [ending for ending in current if ending.claim in kept]
+    # Read behind the fence, so that an operator's change before it is seen.
     accounts = _accounts(connection, fresh)
     _note_gaps(connection, fresh, leases)
     _remember_mailboxes(connection, fresh, leases)
     _count_requests(connection, fresh)
-    releases = [_released(connection, ending, leases, accounts) for ending in fresh]
+    releases = [_release_row(connection, ending, leases, accounts, uniform) for ending in fresh]
     if releases:
         _RELEASE.run(connection, releases)
-    hosts = {ending.claim: _tell_of_host(connection, ending, accounts) for ending in fresh}
-    lost = {ending.claim for ending in endings if not _stands(ending, leases)}
+    hosts = {ending.claim: _note_host(connection, ending, accounts, uniform) for ending in fresh}
+    lost = {ending.claim for ending in endings if not _is_current(ending, leases)}
     lost -= _kept_before(connection, lost)
     return [Ended(ending.claim in lost, hosts.get(ending.claim)) for ending in endings]
 
 
-def _fence(connection: Connection, endings: Sequence[Ending]) -> dict[str, Any]:
-    """The leases, locked for the rest of this transaction, in one order everywhere: no two can deadlock."""
-    ids = [ending.claim.account_id for ending in endings]
-    return {row.account_id: row for row in connection.execute(_leases(connection.dialect.name), {"ids": ids})}
+def _fence(connection: Connection, endings: Sequence[Ending]) -> _Leases:
+    """Lock the leases for the rest of this transaction, in the order that all use: no two can deadlock."""
+    rows = connection.execute(_leases(connection.dialect.name), {"ids": _ids(endings)})
+    return {row.account_id: _Lease(*row) for row in rows}
 
 
-def _stands(ending: Ending, leases: dict[str, Any]) -> bool:
-    row = leases.get(ending.claim.account_id)
-    return row is not None and row.token == ending.claim.token
+def _ids(endings: Sequence[Ending]) -> list[str]:
+    return [ending.claim.account_id for ending in endings]
+
+
+def _is_current(ending: Ending, leases: _Leases) -> bool:
+    found = leases.get(ending.claim.account_id)
+    return found is not None and found.token == ending.claim.token
 
 
 def _keep(connection: Connection, endings: list[Ending]) -> set[Claim]:
-    """Keep the reports; the claims of those that were not kept before."""
+    """Keep the reports. Returns the claims of those that were not kept before."""
     if not endings:
         return set()
     by_key = {(ending.claim.account_id, ending.claim.token): ending.claim for ending in endings}
@@ -119,7 +160,7 @@ def _kept_before(connection: Connection, claims: set[Claim]) -> set[Claim]:
     return {claim for claim, look in looks.items() if connection.execute(look).first() is not None}
 
 
-def _poll_row(ending: Ending) -> dict[str, Any]:
+def _poll_row(ending: Ending) -> Parameters:
     report = ending.report
     return {
         "account_id": ending.claim.account_id,
@@ -135,14 +176,14 @@ def _poll_row(ending: Ending) -> dict[str, Any]:
     }
 
 
-def _accounts(connection: Connection, endings: list[Ending]) -> dict[str, Any]:
-    ids = [ending.claim.account_id for ending in endings]
-    if not ids:
+def _accounts(connection: Connection, endings: list[Ending]) -> _Accounts:
+    if not endings:
         return {}
-    return {row.id: row for row in connection.execute(_accounts_of(connection.dialect.name), {"ids": ids})}
+    rows = connection.execute(_accounts_of(connection.dialect.name), {"ids": _ids(endings)})
+    return {row.id: _Account(*row)._replace(state=AccountState(row.state)) for row in rows}
 
 
-def _note_gaps(connection: Connection, endings: list[Ending], leases: dict[str, Any]) -> None:
+def _note_gaps(connection: Connection, endings: list[Ending], leases: _Leases) -> None:
     for ending in endings:
         began_at = ending.ended_at - timedelta(seconds=ending.report.seconds)
         late_at = leases[ending.claim.account_id].late_at
@@ -150,16 +191,16 @@ def _note_gaps(connection: Connection, endings: list[Ending], leases: dict[str, 
             history.gap_ended(connection, ending.claim.account_id, began_at)
 
 
-def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: dict[str, Any]) -> None:
-    """What mailboxes showed, for status and for the next poll. One that is unchanged costs nothing."""
+def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: _Leases) -> None:
+    """Keep how mailboxes looked, for status and for the next poll. An unchanged mailbox costs nothing."""
     listed = [
         _mailbox_row(each, asked_again=leases[each.claim.account_id].asked)
         for each in endings
-        if each.report.listed is not None and not _idle(each)
+        if each.report.listed is not None and not _is_idle(each)
     ]
     if listed:
         connection.execute(_REMEMBER, listed)
-    # The look itself failed: a server that trips over it would do so every time.
+    # The glance itself failed: a server that trips over it would do so each time.
     tripped = [each for each in endings if each.report.listed is None and each.report.glanced]
     if tripped:
         connection.execute(_DISTRUST, [{"b_account_id": each.claim.account_id} for each in tripped])
@@ -169,7 +210,7 @@ def _remember_mailboxes(connection: Connection, endings: list[Ending], leases: d
 
 
 def _count_requests(connection: Connection, endings: list[Ending]) -> None:
-    """The deletions that were asked for up to an answered QUIT, and of which the next listing tells."""
+    """Count deletions requested in sessions whose QUIT was answered. The next listing shows their effect."""
     ids = [
         each.claim.account_id
         for each in endings
@@ -179,13 +220,13 @@ def _count_requests(connection: Connection, endings: list[Ending]) -> None:
         connection.execute(_COUNT_REQUESTS, {"ids": ids})
 
 
-def _idle(ending: Ending) -> bool:
+def _is_idle(ending: Ending) -> bool:
     return ending.report.glanced and ending.report.outcome == "ok"
 
 
-def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
+def _mailbox_row(ending: Ending, *, asked_again: bool) -> Parameters:
     report = ending.report
-    # Whoever asked while the poll went on may have had a reason of which it knew nothing.
+    # A poll that was asked for during this one may have a reason that this one could not see.
     look = None if asked_again else report.last_look
     return {
         "b_account_id": ending.claim.account_id,
@@ -201,21 +242,20 @@ def _mailbox_row(ending: Ending, *, asked_again: bool) -> dict[str, Any]:
     }
 
 
-def _spent_row(ending: Ending) -> dict[str, Any]:
-    """What was fetched counts against the account's budget of this day (UTC)."""
+def _spent_row(ending: Ending) -> Parameters:
+    """Fetched bytes count against the account's budget of this day (UTC)."""
     today = ending.ended_at.astimezone(UTC).date()
     fetched_bytes = ending.report.counts.fetched_bytes
     return {"b_account_id": ending.claim.account_id, "b_today": today, "b_bytes": fetched_bytes}
 
 
-def _released(
-    connection: Connection, ending: Ending, leases: dict[str, Any], accounts: dict[str, Any]
-) -> dict[str, Any]:
-    """The lease's row as it is to be; on the way, the account's, where that is another by now."""
-    stood, found = leases[ending.claim.account_id], accounts[ending.claim.account_id]
-    setbacks = Setbacks(stood.failures, stood.refusals)
-    following = ending.following(ScheduleState(setbacks, stood.interval_seconds))
-    state, reason = AccountState(found.state), found.state_reason
+def _release_row(
+    connection: Connection, ending: Ending, leases: _Leases, accounts: _Accounts, uniform: Uniform
+) -> Parameters:
+    """The lease's next row. Also writes the account's state and quirks, if they have changed."""
+    found = accounts[ending.claim.account_id]
+    following = _next_poll(ending, leases[ending.claim.account_id].schedule_state, uniform)
+    state, reason = found.state, found.state_reason
     if state is AccountState.ACTIVE or (state is AccountState.WAITING and ending.ends_wait):
         reason = following.pause_reason
         state = AccountState.ACTIVE if reason is None else AccountState.WAITING
@@ -230,7 +270,7 @@ def _released(
     late_after = timedelta(seconds=late_after_seconds(following.after_seconds))
     return {
         "b_account_id": ending.claim.account_id,
-        "b_paused": state is not AccountState.ACTIVE,
+        "b_parked": state is not AccountState.ACTIVE,
         "b_least": following.least_seconds,
         "b_after": following.after_seconds or 0.0,
         "b_recover": ending.report.journal_uncertain,
@@ -243,17 +283,30 @@ def _released(
     }
 
 
-def _tell_of_host(connection: Connection, ending: Ending, accounts: dict[str, Any]) -> Trouble | bool | None:
+def _next_poll(ending: Ending, before: ScheduleState, uniform: Uniform) -> NextPoll:
+    return next_poll(
+        ending.report,
+        setbacks=before.setbacks,
+        timetable=ending.timetable,
+        now=ending.ended_at,
+        uniform=uniform,
+        stands_at=before.interval_seconds,
+    )
+
+
+def _note_host(
+    connection: Connection, ending: Ending, accounts: _Accounts, uniform: Uniform
+) -> Trouble | bool | None:
     report, name = ending.report, ending.claim.host
     if report.reached:
         troubled = accounts[ending.claim.account_id].troubled is not None
         return (troubled and hosts.reached(connection, name)) or None
     if report.reached is False and report.outcome == "try_later":
-        return hosts.unreached(connection, name, report.error, ending.chance)
+        return hosts.unreached(connection, name, report.error, uniform)
     return None
 
 
-# Worded once: to put a statement together costs more than to run it.
+# Built once: to build a statement costs more than to run it.
 
 _OF_MAILBOX = mailbox.c.account_id == sa.bindparam("b_account_id")
 _REMEMBER = (
@@ -336,9 +389,9 @@ _NEW_POLLS = bulk.insert(
 )
 
 
-def _released_row(dialect: str, row: bulk.Values) -> sa.Update:
+def _release(dialect: str, row: bulk.Values) -> sa.Update:
     due_at = sa.case(
-        (row["b_paused"], sa.null()),
+        (row["b_parked"], sa.null()),
         (lease.c.asked, seconds_on(dialect, row["b_least"])),
         else_=seconds_on(dialect, row["b_after"]),
     )
@@ -368,7 +421,7 @@ def _released_row(dialect: str, row: bulk.Values) -> sa.Update:
 _RELEASE = bulk.ForRows(
     {
         "b_account_id": lease.c.account_id.type,
-        "b_paused": sa.Boolean(),
+        "b_parked": sa.Boolean(),
         "b_least": sa.Float(),
         "b_after": sa.Float(),
         "b_recover": lease.c.recover.type,
@@ -379,5 +432,5 @@ _RELEASE = bulk.ForRows(
         "b_looked_at": lease.c.looked_at.type,
         "b_late_at": lease.c.late_at.type,
     },
-    _released_row,
+    _release,
 )

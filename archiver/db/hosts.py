@@ -5,7 +5,7 @@ that could not even begin are counted there. From some number on the host backs
 off: no account of it is polled until a time, and then one poll tries it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -56,7 +56,9 @@ def reached(connection: Connection, name: str) -> bool:
     return connection.execute(sa.delete(host).where(host.c.name == name)).rowcount > 0
 
 
-def unreached(connection: Connection, name: str, error: str | None, chance: float) -> Trouble | None:
+def unreached(
+    connection: Connection, name: str, error: str | None, uniform: Callable[[float, float], float]
+) -> Trouble | None:
     """Note that a poll of this host could not begin; returns the trouble when the host backs off by that.
 
     Polls that began before the host backed off are not counted.
@@ -72,7 +74,7 @@ def unreached(connection: Connection, name: str, error: str | None, chance: floa
         )
         .returning(host.c.failures)
     ).scalar()
-    wait_seconds = None if failures is None else host_retry_seconds(failures, chance)
+    wait_seconds = None if failures is None else host_retry_seconds(failures, uniform)
     if wait_seconds is None:
         return None
     row = connection.execute(

@@ -29,7 +29,7 @@ from archiver import observe, policy, process
 from archiver.db import Database, endings, history, hosts, leases
 from archiver.db import claims as claiming
 from archiver.db.before import BeforePoll, before_poll, before_polls
-from archiver.db.endings import Ended, Ending, ScheduleState
+from archiver.db.endings import Ended, Ending
 from archiver.db.hosts import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, Claim, PollReport, mail_host
@@ -476,7 +476,9 @@ class Worker:
         """Write these ends and claim accounts for so many places, of them so many that failed last time."""
 
         def work(connection: Connection) -> Changeover:
-            ended: list[Ended | Exception] = [*endings.write(connection, ends)] if ends else []
+            ended: list[Ended | Exception] = []
+            if ends:
+                ended += endings.write(connection, ends, uniform=self.chance.uniform)
             if free <= 0:
                 return Changeover(ended, [], None)
             if not claiming.take_turn(connection, may_wait=may_wait):
@@ -665,22 +667,9 @@ class Worker:
             lease.claim,
             report,
             now,
-            following=partial(self._following, report, _timetable(account, fall_back=True), now),
+            _timetable(account, fall_back=True),
             avoids=policy.remembered(account.avoids, report, now),
             ends_wait=in_person and report.outcome == "ok",
-            chance=self.chance.uniform(0.0, 1.0),
-        )
-
-    def _following(
-        self, report: PollReport, timetable: Timetable, now: datetime, stood: ScheduleState
-    ) -> policy.NextPoll:
-        return policy.next_poll(
-            report,
-            setbacks=stood.setbacks,
-            timetable=timetable,
-            now=now,
-            uniform=self.chance.uniform,
-            stands_at=stood.interval_seconds,
         )
 
     def _ports_for(self, account: Account, lease: ActiveLease, *, in_person: bool) -> Ports:

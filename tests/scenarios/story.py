@@ -53,6 +53,11 @@ def claimed(worker: Worker, most: int) -> list[ActiveLease]:
     return [worker._hold(claim, asked_at) for claim in done.claims or ()]
 
 
+def middle(low: float, high: float) -> float:
+    """In place of chance."""
+    return (low + high) / 2
+
+
 def rest(_seconds: float) -> None:
     """In place of a longer pause: whoever waits for another thread looks again at once."""
     threading.Event().wait(0.01)
@@ -322,7 +327,7 @@ class Archive:
         settings: dict[str, Any] = {
             "lease_seconds": LEASE_SECONDS,
             "workers": 2,
-            "chance": Chance(uniform=lambda low, high: (low + high) / 2, sleep=self.clock.advance),
+            "chance": Chance(uniform=middle, sleep=self.clock.advance),
             "stopping": threading.Event(),
         }
         worker = Worker(ports or self.ports(), **(settings | others))

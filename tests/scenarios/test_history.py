@@ -16,11 +16,11 @@ from archiver.db.endings import Ending
 from archiver.db.history import Day, Gap
 from archiver.db.tables import gap, poll, poll_day
 from archiver.model import Account, new_account_id
-from archiver.policy import NextPoll, Setbacks
+from archiver.timetable import Timetable
 from archiver.views import status as view
 from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.scenarios.story import Archive, Death, Fuse, MortalDatabase, message
+from tests.scenarios.story import Archive, Death, Fuse, MortalDatabase, message, middle
 
 ADDED = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 INTERVAL = 3600.0
@@ -40,12 +40,11 @@ class Log:
     def poll(self, account: Account, ended_at: datetime, *, after: float = INTERVAL, **what: Any) -> None:
         """A poll, by the functions that polls call."""
         report = poll_report(account.name, **({"seconds": 5.0} | what))
-        setbacks = Setbacks(int(report.outcome != "ok"), 0)
 
         def end(connection: sa.Connection) -> None:
             claim = claims.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
             assert claim is not None
-            endings.write(connection, [Ending(claim, report, ended_at, lambda _: NextPoll(after, setbacks))])
+            endings.write(connection, [Ending(claim, report, ended_at, Timetable(after))], uniform=middle)
 
         self.database.transact(end)
 

@@ -289,10 +289,9 @@ def test_whatever_many_workers_do_no_cap_is_exceeded_and_no_host_starves(
 # Hosts in trouble.
 
 
-def unreached(archive: Archive, name: str, times: int = 1, chance: float = 1.0) -> list[Any]:
+def unreached(archive: Archive, name: str, times: int = 1) -> list[Any]:
     return [
-        archive.database.transact(lambda c: hosts.unreached(c, name, "timed out", chance))
-        for _ in range(times)
+        archive.database.transact(lambda c: hosts.unreached(c, name, "timed out", max)) for _ in range(times)
     ]
 
 

@@ -36,9 +36,10 @@ from archiver.db import (
 from archiver.db.endings import Ending
 from archiver.db.hosts import HostSessions
 from archiver.model import Claim, LastLook, Resolved, Segment, ServerRecord, SightingKey, What
-from archiver.policy import NextPoll, Setbacks
+from archiver.timetable import Timetable
 from tests.harness.reports import poll_report
 from tests.scenarios.plans import Plans, explained, nodes
+from tests.scenarios.story import middle
 
 pytestmark = pytest.mark.xdist_group("plans")
 
@@ -192,9 +193,7 @@ def _endings(connection: Connection) -> None:
 
     def ending(claim: Claim, outcome: Any, **what: Any) -> Ending:
         report = poll_report("a", outcome, seconds=1.0, **what)
-        return Ending(
-            claim, report, NOW + timedelta(hours=9), lambda _: NextPoll(300.0, Setbacks()), ("CAPA",)
-        )
+        return Ending(claim, report, NOW + timedelta(hours=9), Timetable(300.0), ("CAPA",))
 
     listed = {
         "listed": 2,
@@ -211,6 +210,7 @@ def _endings(connection: Connection) -> None:
             ending(OTHER_CLAIM, "try_later", glanced=True, reached=False, error="down"),
             ending(Claim(f"{3:016x}", 9, recover=False), "lease_lost"),
         ],
+        uniform=middle,
     )
 
 

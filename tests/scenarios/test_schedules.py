@@ -102,7 +102,7 @@ def test_why_an_account_waits_is_told(commands: Commands) -> None:
     commands.add()
     database = commands.database()
     for _ in range(5):
-        database.transact(lambda c: hosts.unreached(c, "pop.example.com", "timed out", 1.0))
+        database.transact(lambda c: hosts.unreached(c, "pop.example.com", "timed out", max))
     text = commands.run("account", "show", "sales")
     assert "waits because its host pop.example.com fails since" in text
     assert "timed out" in text

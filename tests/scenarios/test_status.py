@@ -22,12 +22,12 @@ from archiver.db.tables import account as account_table
 from archiver.db.tables import host as host_table
 from archiver.db.tables import mailbox as mailbox_table
 from archiver.model import Account, DeletePolicy, PollReport, new_account_id
-from archiver.policy import NextPoll, Setbacks
 from archiver.states import AccountState
+from archiver.timetable import Timetable
 from archiver.views import status as view
 from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import MailboxPlay, Send
-from tests.scenarios.story import Archive, message
+from tests.scenarios.story import Archive, message, middle
 
 REFUSED = Send(b"-ERR [SYS/PERM] this one not\r\n")
 
@@ -173,13 +173,12 @@ class Commands:
         return datetime.now(UTC)
 
     def poll(self, account: Account, **what: Any) -> None:
-        setbacks = Setbacks(int(what.get("outcome", "ok") != "ok"), 0)
         report = poll_report(account.name, **what)
 
         def end(connection: sa.Connection) -> None:
             claim = claims.claim_account(connection, account.id, owner="somebody", lease_seconds=60)
             assert claim is not None
-            endings.write(connection, [Ending(claim, report, self.now, lambda _: NextPoll(300.0, setbacks))])
+            endings.write(connection, [Ending(claim, report, self.now, Timetable(300.0))], uniform=middle)
 
         self.database.transact(end)
 

@@ -288,11 +288,11 @@ def test_not_even_who_asks_may_be_too_early() -> None:
 
 
 def test_a_host_is_closed_after_five_and_for_a_quarter_of_an_hour_at_most() -> None:
-    assert [policy.host_retry_seconds(failures, 1.0) for failures in (1, 4, 5, 6, 9, 10, 9999)] == [
+    assert [policy.host_retry_seconds(failures, highest) for failures in (1, 4, 5, 6, 9, 10, 9999)] == [
         *(None, None, 30.0, 60.0),
         *(480.0, 900.0, 900.0),
     ]
-    assert policy.host_retry_seconds(9999, 0.0) == policy.HOST_LEAST_SECONDS
+    assert policy.host_retry_seconds(9999, lowest) == policy.HOST_LEAST_SECONDS
 
 
 def test_half_of_the_threads_stay_for_those_that_work() -> None:
