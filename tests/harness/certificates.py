@@ -1,13 +1,11 @@
-"""Certificates for tests: the demo's for servers, which is what such servers need, and one for clients."""
+"""Certificates for tests: the demo's for servers, since such servers need it, and one for clients."""
 
 import hashlib
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from archiver.demo.certificates import self_signed
 
@@ -17,30 +15,23 @@ __all__ = ["certificate_sha256", "client_certificate", "key_sha256", "self_signe
 def client_certificate(
     directory: Path, name: str = "client", *, passphrase: bytes = b""
 ) -> tuple[Path, Path]:
-    """A certificate of a client and its key (PEM); a server that accepts it trusts it as an authority."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    encryption = (
-        serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    )
+    """A client's certificate, with the authority that signed it behind it, and its key (PEM).
+
+    A server that trusts what is in the first file accepts the client.
+    """
+    authority = trustme.CA()
+    issued = authority.issue_cert(f"{name}.example", common_name=name)
     certificate_file, key_file = directory / f"{name}.pem", directory / f"{name}.key"
-    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-    )
+    issued.cert_chain_pems[0].write_to_path(certificate_file)
+    authority.cert_pem.write_to_path(certificate_file, append=True)
+    key = issued.private_key_pem.bytes()
+    if passphrase:
+        key = serialization.load_pem_private_key(key, None).private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(passphrase),
+        )
+    key_file.write_bytes(key)
     return certificate_file, key_file
 
 
