@@ -20,6 +20,8 @@ from tests.harness.scripted_pop3 import (
     Talk,
 )
 
+pytestmark = pytest.mark.slow
+
 MOST_BYTES = 64_000_000
 MANY = 500_000
 

@@ -36,6 +36,8 @@ from archiver.store.spool import BytesBody
 from tests.harness.certificates import self_signed
 from tests.harness.seaweedfs import SeaweedFS
 
+pytestmark = pytest.mark.slow
+
 KEY = "messages/7/ab/abcdef.eml"
 BODY = BytesBody(b"From: a@example.com\r\n\r\nx\r\n")
 DONE = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n'

@@ -338,6 +338,7 @@ def _put_in_process(place: Directory | Bucket, key: str) -> bool:
     return place.open().put(key, BytesBody(key.encode() * 1000)).created
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_creates(place: Directory | Bucket) -> None:
     names = [f"messages/7/{number % 3}/{number}.eml" for number in range(20) for _ in range(4)]
     with ProcessPoolExecutor(4, mp_context=_processes) as pool:
@@ -424,6 +425,7 @@ def _put_and_stall(
         pytest.param("in_bucket", 2 * PART, PART + MIB, 1, id="s3 in parts", marks=pytest.mark.s3),
     ],
 )
+@pytest.mark.slow
 def test_a_process_killed_in_the_midst_leaves_nothing_to_be_seen(
     request: pytest.FixtureRequest, kind: str, size: int, offset: int, times: int
 ) -> None:

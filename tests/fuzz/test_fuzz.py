@@ -15,6 +15,7 @@ def test_what_is_in_the_corpus_holds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_nothing_is_found_in_a_short_run(target: str) -> None:
     assert fuzz(SECONDS_EACH, target=target) > 0
 

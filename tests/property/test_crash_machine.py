@@ -1,5 +1,6 @@
 """All that can happen to an archive, in any order: a short run. The long one is ``tests.soak.crash``."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -8,6 +9,7 @@ from tests.machine.machine import CrashMachine, expect_fair_shares
 EXAMPLES, STEPS = 30, 40
 
 
+@pytest.mark.slow
 def test_whatever_happens_nothing_is_lost_altered_or_unaccounted_for() -> None:
     told = CrashMachine.figures.copy()
     run_state_machine_as_test(

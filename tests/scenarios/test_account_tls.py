@@ -17,6 +17,8 @@ from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
 from tests.scenarios.story import message
 from tests.scenarios.test_commands import Commands
 
+pytestmark = pytest.mark.slow
+
 PIN = "ab" * 32
 URL = "pop3s://user@pop.example.com"
 

@@ -142,6 +142,7 @@ def test_no_usable_password_on_standard_input(commands: Commands, server: Script
     assert not (commands.directory / "archiver.db").exists()
 
 
+@pytest.mark.slow
 def test_a_poll_that_does_not_end_well_is_1_and_wrong_use_2(commands: Commands, server: ScriptedPop3) -> None:
     commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
     commands.run("sync", "work")
@@ -157,6 +158,7 @@ def test_a_poll_that_does_not_end_well_is_1_and_wrong_use_2(commands: Commands, 
     assert wrong.stderr.startswith("archiver: there is no capture")
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_enough_is_no_fault_of_ours(commands: Commands, server: ScriptedPop3) -> None:
     play = MailboxPlay([(b"%d" % number, message(str(number))) for number in range(300)])
     with ScriptedPop3(play) as many:
@@ -272,6 +274,7 @@ def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Pa
         assert (app.take_in(file), app.take_in(file)) == (3, 0)
 
 
+@pytest.mark.slow
 def test_an_accounts_file_is_taken_in_once_by_processes_that_start_together(
     postgres_url: str, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def calls_of_the_poll_after(archive: Archive) -> list[str]:
     return fuse.calls
 
 
+@pytest.mark.slow
 def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive) -> None:
     """Before each of its calls: what a death after one leaves is what one before the next leaves."""
     calls = calls_of_the_poll_after(archive)

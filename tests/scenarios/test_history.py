@@ -128,6 +128,7 @@ def test_a_days_listing_is_its_last_one_and_all_else_adds_up(log: Log) -> None:
     assert (day.first_look_at, day.last_look_at) == (ADDED, ADDED + timedelta(hours=2))
 
 
+@pytest.mark.slow
 def test_days_tell_the_same_before_and_after_they_are_added_up_and_removed(log: Log) -> None:
     several = [log.add(name) for name in ("one", "two", "three")]
     ends = max(a_month(log, account, seed) for seed, account in enumerate(several))
@@ -176,6 +177,7 @@ def test_the_days_of_all_are_those_of_each_added_up(log: Log) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after it"])
+@pytest.mark.slow
 def test_tidying_up_may_die_anywhere(log: Log, database_url: str, after: bool) -> None:
     several = [log.add(f"account {number}") for number in range(3)]
     ends = max(a_month(log, account, seed, days=5) for seed, account in enumerate(several))
@@ -201,6 +203,7 @@ def test_tidying_up_may_die_anywhere(log: Log, database_url: str, after: bool) -
     assert stored == 60
 
 
+@pytest.mark.slow
 def test_many_may_tidy_up_at_once_while_polls_end(log: Log) -> None:
     several = [log.add(f"account {number}") for number in range(4)]
     ends = max(a_month(log, account, seed, days=3) for seed, account in enumerate(several))

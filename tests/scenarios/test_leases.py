@@ -202,6 +202,7 @@ def watched(archive: Archive, fuse: Fuse) -> tuple[Ports, Database]:
     return ports, database
 
 
+@pytest.mark.slow
 def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Archive) -> None:
     deleting = {"delete": DeletePolicy(0.0)}
     play = eventful()

@@ -72,6 +72,7 @@ def calls_of_a_poll(archive: Archive) -> list[str]:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.slow
 def test_whenever_a_poll_dies_the_next_ones_end_in_the_same_state(archive: Archive, after: bool) -> None:
     expected = lived(archive)
     calls = calls_of_a_poll(archive)
@@ -605,6 +606,7 @@ def test_a_stopping_process_asks_for_nothing_more(archive: Archive) -> None:
     assert (server.commands["RETR"], server.commands["QUIT"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_five_thousand_absences_at_a_time(small_archive: Archive) -> None:
     archive = small_archive
     play = MailboxPlay([(b"%d" % number, b"x\r\n") for number in range(5_500)])

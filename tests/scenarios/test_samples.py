@@ -6,6 +6,7 @@ from tests.harness import samples
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_every_sample_is_what_the_program_prints() -> None:
     outputs = samples.play()
     pages = {str(page.relative_to(samples.DOCS)): page.read_text() for page in samples.pages()}

@@ -366,10 +366,12 @@ def assert_flat(archive: Archive, expected: Callable[[Account, int], Findings]) 
     assert blocks[2] - blocks[1] < (many - few) / 4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_an_accounts_captures(archive: Archive) -> None:
     assert_flat(archive, lambda _account, _captures: Findings())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_the_database_lost(small_archive: Archive) -> None:
     def lose_all(account: Account, captures: int) -> Findings:
         small_archive.execute(sa.delete(capture).where(capture.c.account_id == account.id))
@@ -378,6 +380,7 @@ def test_memory_does_not_grow_with_what_the_database_lost(small_archive: Archive
     assert_flat(small_archive, lose_all)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_the_store_lost(small_archive: Archive) -> None:
     def lose_all(account: Account, captures: int) -> Findings:
         shutil.rmtree(small_archive.directory / "store" / "messages" / account.id)

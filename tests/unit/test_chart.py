@@ -21,6 +21,8 @@ from archiver.settings import PREFIX, Settings
 from tests.conftest import require
 from tests.harness import helm
 
+pytestmark = pytest.mark.slow
+
 CHART = Path(__file__).parents[2] / "helm" / "archiver"
 GUIDE = CHART.parents[1] / "docs" / "how-to" / "kubernetes.md"
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))

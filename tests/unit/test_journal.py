@@ -82,6 +82,7 @@ resolutions = st.one_of(
 
 
 @given(st.lists(resolutions, max_size=5), st.text(st.characters(), max_size=20))
+@pytest.mark.slow
 def test_what_is_written_is_read_back(lines: list[Resolved], greeting: str) -> None:
     segment = replace(SEGMENT, lines=tuple(lines), server=replace(SEGMENT.server, greeting=greeting))
     encoded = journal.encode(segment)

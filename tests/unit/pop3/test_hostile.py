@@ -108,6 +108,7 @@ def retrieve(mailbox: Mailbox) -> None:
         pytest.param([*RETR, SendEndlessly(b"+OK\r\n.\r\n")], retrieve, id="unrequested answers"),
     ],
 )
+@pytest.mark.slow
 def test_what_never_ends_is_refused(script: list[Step], call: Callable[[Mailbox], object]) -> None:
     def go_on(mailbox: Mailbox) -> None:
         call(mailbox)
@@ -117,6 +118,7 @@ def test_what_never_ends_is_refused(script: list[Step], call: Callable[[Mailbox]
 
 
 @pytest.mark.parametrize("octets", [b"x", b"x\r\n", b"\r\n.x", b"..\r\n", b"\r"], ids=repr)
+@pytest.mark.slow
 def test_an_endless_message_ends_with_the_session(octets: bytes) -> None:
     error = attack([*RETR, Send(b"+OK\r\n"), SendEndlessly(octets)], retrieve, clock=Clock())
     assert error.kind is FailureKind.TRANSIENT

@@ -183,6 +183,7 @@ SHUFFLED = sorted(range(1, MANY + 1), key=lambda number: number * 7919 % 20_011)
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [0, 1000, 65536])
+@pytest.mark.slow
 def test_a_long_listing_is_read_as_line_by_line(uidl: bytes, sizes: bytes, piece_bytes: int) -> None:
     entries, skipped_lines, digest = slowly_listed(uidl, sizes)
     listing = listed(uidl, sizes, piece_bytes)

@@ -400,6 +400,7 @@ def test_success_with_a_proof_for_nothing_is_an_attack() -> None:
     assert refusal_of(lambda: mechanism.conclude(b"v=AAAA")).kind is FailureKind.SECURITY
 
 
+@pytest.mark.slow
 def test_the_most_that_a_server_can_make_us_compute_is_bounded() -> None:
     mechanism = Scram("SCRAM-SHA-512", USER)
     server = ScramServer("SCRAM-SHA-512", "hunter2", iterations=MOST_ITERATIONS)
