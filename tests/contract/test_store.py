@@ -791,7 +791,7 @@ def answering() -> Iterator[_Answering]:
         (413, "", OperatorNeeded, "limit"),
         (429, "", TryLater, ""),
         (500, "InternalError", TryLater, ""),
-        (501, "NotImplemented", OperatorNeeded, "ARCHIVER_S3_ENDPOINT_URL"),
+        (501, "NotImplemented", OperatorNeeded, "conditional writes"),
         (502, "", TryLater, ""),
         (503, "SlowDown", TryLater, ""),
         (507, "XMinioStorageFull", TryLater, ""),

@@ -24,7 +24,7 @@ from archiver.model import Account, journal_prefix, message_key, segment_key
 from archiver.store import Body, PutResult, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import BytesBody
-from tests.harness.made_archive import BATCH, content, make_archive
+from tests.harness.made_archive import content, make_archive
 from tests.harness.scripted_pop3 import MailboxPlay
 from tests.scenarios.story import Archive, Fuse, message
 
@@ -356,7 +356,7 @@ def blocks_to_verify(archive: Archive, account: Account, *, captures: int, expec
 
 def assert_flat(archive: Archive, expected: Callable[[Account, int], Findings]) -> None:
     """Verify accounts of two sizes. ``expected`` may break an account, and says what is to be found then."""
-    few, many = FINDINGS_KEPT + BATCH, 3 * FINDINGS_KEPT
+    few, many = 1_100, 2_400  # both more than a batch of rows, and than the findings that are named
     blocks = []
     for captures in (few, few, many):  # the first one fills caches
         account = make_archive(archive.database, archive.directory / "store", captures)

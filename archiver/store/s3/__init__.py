@@ -77,6 +77,10 @@ _RIGHTS = "grant s3:PutObject, s3:GetObject, s3:ListBucket and s3:AbortMultipart
 _BUCKET = "create the bucket, or correct ARCHIVER_STORE_URL or ARCHIVER_S3_ENDPOINT_URL"
 _REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
 _ENDPOINT = "check ARCHIVER_S3_ENDPOINT_URL: the server there does not speak S3 correctly"
+_INCOMPLETE = (
+    "this server lacks a part of S3 that the archive needs, such as conditional writes (If-None-Match: *); "
+    "use another server, or a newer release of it"
+)
 _CERTIFICATE = "set AWS_CA_BUNDLE to the certificate of the authority that signed the server's"
 _ORDER = "use a server that lists keys in the order of their bytes"
 _UNREACHABLE = "check ARCHIVER_S3_ENDPOINT_URL, the network, and that the server is running"
@@ -95,7 +99,7 @@ _LASTING = {
     "InvalidObjectState": "the object is in a cold storage class: restore it first",
     "InvalidToken": _EXPIRED,
     "NoSuchBucket": _BUCKET,
-    "NotImplemented": _ENDPOINT,
+    "NotImplemented": _INCOMPLETE,
     "PermanentRedirect": _REGION,
     "RequestTimeTooSkewed": "set this machine's clock",
     "SignatureDoesNotMatch": _CREDENTIALS,
@@ -105,7 +109,7 @@ _LASTING = {
     "403": _RIGHTS,
     "404": _BUCKET,
     "413": "raise the limit of the server, or of the proxy before it, for the size of a request",
-    "501": _ENDPOINT,
+    "501": _INCOMPLETE,
 }
 _DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 _PASSING = _DAMAGED | {
