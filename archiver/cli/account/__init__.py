@@ -7,13 +7,13 @@ import typer
 
 from archiver.accounts.fields import BY_NAME, Group, as_json
 from archiver.cli import lookup, options
-from archiver.cli.authorize import BY_TOKEN, authorize
+from archiver.cli.account.authorize import BY_TOKEN, authorize
+from archiver.cli.account.check import check
+from archiver.cli.account.deletion import allow_deletion, deletable
+from archiver.cli.account.reseal import reseal
 from archiver.cli.calendar import ScheduleShown
-from archiver.cli.check import check
-from archiver.cli.deletion import allow_deletion, deletable
 from archiver.cli.opened import opened
 from archiver.cli.output import Json, ago, emit, note, one_line, say, show, size, table
-from archiver.cli.reseal import reseal
 from archiver.cli.status import LONGEST_DAYS, tell_days
 from archiver.secrets import NONE, OAUTH, PROMPT
 from archiver.states import AccountState
