@@ -60,6 +60,12 @@ def check_reference(reference: str) -> str:
     )
 
 
+def shown(reference: str) -> str:
+    """The reference as it may be shown: where the secret is, and of a sealed one only that it is sealed."""
+    head, sealed, _ = reference.partition(_SEALED)
+    return f"{head}{sealed}".removesuffix(":") if sealed or reference in (PROMPT, NONE) else reference
+
+
 def is_sealed(reference: str) -> bool:
     """Whether the reference holds the secret itself, a password or a credential, sealed."""
     return reference.removeprefix(OAUTH).startswith(_SEALED)

@@ -1,7 +1,7 @@
 """``archiver message``: what was captured."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from archiver.bootstrap import App
+    from archiver.db.captures import Capture
 
 
 commands = typer.Typer(
@@ -43,6 +44,7 @@ def list_messages(
 ) -> None:
     """List captures in the order in which they were made."""
     from archiver.db import captures
+    from archiver.views.capture import capture_json
 
     with opened() as app, app.database.reading() as connection:
         account_id = None
@@ -51,11 +53,11 @@ def list_messages(
         rows = captures.listed(connection, account_id=account_id, limit=limit, newest=newest)
         if json:
             for row in rows:
-                emit(_json(row))
+                emit(capture_json(row))
             return
         made = table("account", "captured at", "size", "UIDL", "SHA-256", right=("size",))
         for row in rows:
-            described = _json(row)
+            described = capture_json(row)
             made.add_row(
                 row.account_name,
                 f"{row.captured_at:%Y-%m-%d %H:%M:%S}",
@@ -68,12 +70,13 @@ def list_messages(
 
 @commands.command("show")
 def show_message(capture: Which, json: Json = False) -> None:
-    """Show where a message came from and where it lies."""
+    """Show where a message came from, and where it is stored."""
+    from archiver.views.capture import capture_json
 
     with opened() as app:
         row = _find(app, capture)
         store = app.store.url
-    described = _json(row) | {"store": store}
+    described = capture_json(row) | {"store": store}
     if json:
         emit(described)
         return
@@ -151,7 +154,7 @@ def retry(
     poll([account], options.Given({}), json=json)
 
 
-def _find(app: "App", text: str) -> Any:
+def _find(app: "App", text: str) -> "Capture":
     """The one capture that a person means. Raises UsageError."""
     from archiver.db import captures
     from archiver.errors import UsageError
@@ -174,21 +177,3 @@ def _find(app: "App", text: str) -> Any:
             f"{text} names several captures", hint="give more digits, or the whole id: ACCOUNT-SHA256"
         )
     return rows[0]
-
-
-def _json(row: Any) -> dict[str, Any]:
-    from archiver.model import capture_id, message_key, uidl_text
-
-    return {
-        "capture": capture_id(row.account_id, row.sha256),
-        "account": row.account_name,
-        "uidl": uidl_text(row.uidl),
-        "sha256": row.sha256.hex(),
-        "size": row.size,
-        "key": message_key(row.account_id, row.sha256),
-        "captured_at": row.captured_at.isoformat(),
-        "version_id": row.version_id,
-        "epoch": row.epoch,
-        "token": row.token,
-        "segment": row.sequence,
-    }

@@ -5,6 +5,7 @@ sees bars and tables, a pipe sees plain lines.
 """
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -100,6 +101,16 @@ def size(count: float) -> str:
     from rich.filesize import decimal
 
     return decimal(int(count))
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 account``, ``2 accounts``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def quoted(text: str) -> str:
+    """A word of a command that people copy into their shell."""
+    return shlex.quote(text)
 
 
 def ago(then: datetime | None, now: datetime) -> str:

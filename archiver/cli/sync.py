@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,6 +48,7 @@ def sync(
 
 def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
     """Poll accounts and URLs now, or every account, and report. Exits with 1 where ``sync`` does."""
+    from archiver.views.poll import report_json
 
     endpoints = {target: given.endpoint(target) for target in targets if "://" in target}
     options.log_quietly()
@@ -62,29 +63,13 @@ def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
             reports = worker.poll_now(chosen, progress.watch)
     for report in reports:
         if json:
-            emit(as_json(report))
+            emit(report_json(report))
         else:
             _tell(report)
     if not chosen and not json:
         note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
     if app.stopping.is_set() or not all(map(_is_done, reports)):
         raise typer.Exit(1)
-
-
-def as_json(report: "PollReport") -> dict[str, Any]:
-    """A report in the form that scripts rely on."""
-    from archiver.views.poll import counts_json
-
-    return {
-        "account": report.account,
-        "outcome": report.outcome,
-        "listed": report.listed or 0,
-        **counts_json(report.counts, report.to_come or 0),
-        "bytes": report.counts.fetched_bytes,
-        "seconds": round(report.seconds, 3),
-        "error": report.error,
-        "warnings": report.warnings,
-    }
 
 
 def _is_done(report: "PollReport") -> bool:

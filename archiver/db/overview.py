@@ -4,7 +4,7 @@ Nothing here counts messages, so no question grows with the archive.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -70,6 +70,40 @@ def polls(connection: Connection, account_id: str, limit: int) -> list[PastPoll]
         sa.select(*columns).where(poll.c.account_id == account_id).order_by(poll.c.token.desc()).limit(limit)
     )
     return [PastPoll(Counts.of(row), *row[: len(others)]) for row in connection.execute(query)]
+
+
+class Due(NamedTuple):
+    """What an account's schedule stands at."""
+
+    due_at: datetime | None
+    """None if it is not polled by schedule."""
+    interval_seconds: float | None
+    """The present interval, if it adapts."""
+    failures: int
+    queued: bool
+    """Whether it is due and waits for a session at its host."""
+    day: date | None
+    """The last day (UTC) on which it fetched anything."""
+    day_bytes: int | None
+    """What it fetched on that day."""
+
+
+def due(connection: Connection, account_id: str) -> Due:
+    """What the account's schedule stands at."""
+    row = connection.execute(
+        sa.select(
+            lease.c.due_at,
+            lease.c.interval_seconds,
+            lease.c.failures,
+            lease.c.queued,
+            mailbox.c.day,
+            mailbox.c.day_bytes,
+        )
+        # An older release, which may run beside this one, adds accounts without a mailbox.
+        .outerjoin(mailbox, mailbox.c.account_id == lease.c.account_id)
+        .where(lease.c.account_id == account_id)
+    ).one()
+    return Due(row.due_at, row.interval_seconds, row.failures, bool(row.queued), row.day, row.day_bytes)
 
 
 class AccountStatus(NamedTuple):

@@ -187,12 +187,12 @@ def test_a_quarantined_message_that_is_gone_needs_nobody(commands: Commands) -> 
         commands.run("account", "add", "work", url(server), "--tls", "none", "--password-env", "PASSWORD")
         assert commands.json("sync", "work")[0]["quarantined"] == 1
         assert commands.json("status", code=1)[0]["quarantined"] == 1
-        assert "again in" in commands.run("account", "show", "work")
+        assert "next attempt in" in commands.run("account", "show", "work")
         play.messages.clear()
         commands.run("sync", "work")
     assert commands.json("status")[0]["quarantined"] == 0
     shown = commands.run("account", "show", "work")
-    assert "not shown any more" in shown
+    assert "no longer on the server" in shown
     # A server's words are shown as they are.
     assert "[SYS/PERM] [/red] :x:" in shown
     assert ":100:[/x]" in shown

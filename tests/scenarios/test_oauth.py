@@ -116,7 +116,7 @@ def test_a_token_that_the_server_refuses_is_had_anew_and_the_mail_archived(
     small_archive.clock.advance(600)
     server.deliver(USER, [message("two")])
     report = story.sync()
-    assert (report.outcome, report.new) == ("ok", 1)
+    assert (report.outcome, report.counts.new) == ("ok", 1)
     assert len(provider.requests) == asked + 1
     assert set(small_archive.archived(story.account)) == {message("one"), message("two")}
     # The provider ended the refresh tokens that it replaced; the newest one is in the database.
@@ -191,7 +191,7 @@ def test_a_mailbox_is_let_in_by_a_code_and_archived(
     [told] = commands.json("account", "authorize", "anna", *options)
     assert told["url"] == f"pop3s://{USER};AUTH=XOAUTH2@localhost:{server.pop3s_port}"
     [shown] = commands.json("account", "show", "anna")
-    assert shown["secret"] == "by OAuth, credential sealed"
+    assert shown["password"] == "oauth:sealed"
     for _ in range(3):  # each a process that must find the newest refresh token
         [report] = commands.json("sync", "anna")
         assert report["outcome"] == "ok"
@@ -226,7 +226,7 @@ def test_an_application_or_a_file_needs_no_person(
     file.write_text(json.dumps(document | {"client_secret": SECRET}))
     commands.run("account", "authorize", "anna", "--credential-file", str(file))
     [shown] = commands.json("account", "show", "anna")
-    assert shown["secret"] == f"by OAuth, credential in file {file}"
+    assert shown["password"] == f"oauth:file:{file}"
 
 
 @pytest.mark.parametrize(

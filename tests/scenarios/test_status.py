@@ -289,7 +289,7 @@ def test_an_account_shows_its_days(commands: Commands) -> None:
     (gap,) = shown["gaps"]
     assert gap["to"] is not None
     assert shown["days"][-2]["gap_seconds"] == 86400
-    assert "nobody looked from" in commands.run("account", "show", "work")
+    assert "no successful poll from" in commands.run("account", "show", "work")
     assert commands.json("db", "prune")["counted"] == 1
     assert commands.json("db", "recount") == {"accounts": 1, "mended": []}
     assert commands.json("db", "catch-up") == {"accounts": 1}

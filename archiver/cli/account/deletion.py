@@ -6,10 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from archiver.cli import lookup
+from archiver.cli.lookup import Name
 from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say, show, table
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)]
 
 MESSAGES_SHOWN = 20
 
