@@ -16,10 +16,8 @@ down_revision = "0003"
 
 RENAMED = {
     "account": {
-        "secret": "secret_reference",
         "deletion_hold": "deletion_suspended",
         "day_octets": "day_bytes",
-        "paused_reason": "state_reason",
     },
     "lease": {"in_line": "queued"},
     "mailbox": {"octets": "captured_bytes", "stat_octets": "stat_size", "day_octets": "day_bytes"},
@@ -51,12 +49,12 @@ def upgrade() -> None:
             UPDATE account SET
                 state = CASE
                     WHEN removed_at IS NOT NULL THEN 'removed'
-                    WHEN state_reason = 'paused by hand' THEN 'paused'
+                    WHEN paused_reason = 'paused by hand' THEN 'paused'
                     ELSE 'waiting' END,
-                state_reason = CASE
-                    WHEN removed_at IS NOT NULL OR state_reason = 'paused by hand' THEN NULL
-                    ELSE state_reason END
-            WHERE state = 'active' AND (removed_at IS NOT NULL OR state_reason IS NOT NULL)
+                paused_reason = CASE
+                    WHEN removed_at IS NOT NULL OR paused_reason = 'paused by hand' THEN NULL
+                    ELSE paused_reason END
+            WHERE state = 'active' AND (removed_at IS NOT NULL OR paused_reason IS NOT NULL)
             """
         )
         # Of a message that is archived, both had been about its deletion.
@@ -79,8 +77,8 @@ def downgrade() -> None:
             WHERE state = 'captured' AND (delete_attempts > 0 OR delete_retry_at IS NOT NULL)
             """
         )
-        op.execute("UPDATE account SET state_reason = 'removed' WHERE state = 'removed'")
-        op.execute("UPDATE account SET state_reason = 'paused by hand' WHERE state = 'paused'")
+        op.execute("UPDATE account SET paused_reason = 'removed' WHERE state = 'removed'")
+        op.execute("UPDATE account SET paused_reason = 'paused by hand' WHERE state = 'paused'")
         for health in QUEUES:
             changes.drop_index(f"ix_lease_queued_{health}", "lease")
         for name in ("delete_attempts", "delete_retry_at"):

@@ -103,14 +103,19 @@ class AccountRow(SQLModel, table=True):
     name: str = Field(sa_column=Column(Text, nullable=False, unique=True))
     url: str = Field(sa_column=Column(Text, nullable=False))
     tls: str = Field(sa_column=Column(Text, nullable=False))
-    secret_reference: str = Field(sa_column=Column(Text, nullable=False), repr=False)
+    # Two columns keep the names that scripts of operators know: a key says what each one is.
+    secret_reference: str = Field(
+        sa_column=Column("secret", Text, key="secret_reference", nullable=False), repr=False
+    )
     ca_file: str | None = Field(default=None, sa_column=Column(Text))
     delete_policy: str = Field(default="never", sa_column=Column(Text, nullable=False))
     interval_seconds: float
     timeout_seconds: float | None = None
     epoch: int = 1
     state: str = Field(default="active", sa_column=Column(Text, nullable=False, server_default="active"))
-    state_reason: str | None = Field(default=None, sa_column=Column(Text))
+    state_reason: str | None = Field(
+        default=None, sa_column=Column("paused_reason", Text, key="state_reason")
+    )
     tls_pins: str = Field(default="", sa_column=Column(Text, nullable=False))
     tls_minimum: str = Field(default="1.2", sa_column=Column(Text, nullable=False))
     tls_server_name: str | None = Field(default=None, sa_column=Column(Text))

@@ -89,7 +89,7 @@ class Fleet:
     def add(self, url: str, users: Iterable[str], interval_seconds: float) -> None:
         """Add accounts by the thousands."""
         with psycopg.connect(url) as connection:
-            columns = "id, name, url, tls, secret_reference, delete_policy, interval_seconds, epoch, "
+            columns = "id, name, url, tls, secret, delete_policy, interval_seconds, epoch, "
             columns += "tls_pins, tls_minimum, created_at"
             with connection.cursor().copy(f"COPY account ({columns}) FROM STDIN") as copy:
                 for user in users:

@@ -48,7 +48,7 @@ _SETTINGS = {
 }
 
 _ACCOUNTS = """
-INSERT INTO account (id, name, url, tls, secret_reference, delete_policy, interval_seconds, epoch,
+INSERT INTO account (id, name, url, tls, secret, delete_policy, interval_seconds, epoch,
                      tls_pins, tls_minimum, created_at)
 SELECT substr(md5(n::text), 1, 16), 'mailbox-' || n, 'pop3s://user' || n || '@mail' || n % 500 || '.example',
        'implicit', 'env:NONE', 'never', 300, 1, '', '1.2', now()

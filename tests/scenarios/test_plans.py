@@ -80,7 +80,7 @@ def _fill(connection: Connection) -> None:
         # What is filled in here refers to what is there: no need to look at every row's account.
         "SET LOCAL session_replication_role = replica",
         (
-            "INSERT INTO account (id, name, url, tls, secret_reference, delete_policy, interval_seconds, "
+            "INSERT INTO account (id, name, url, tls, secret, delete_policy, interval_seconds, "
             "epoch, tls_pins, tls_minimum, created_at) "
             f"SELECT {ids}, 'a' || n, 'pop3s://u' || n || '@h', 'implicit', 'env:X', "
             f"'never', 300, 1, '', '1.2', now() {every}"
