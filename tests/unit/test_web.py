@@ -225,7 +225,7 @@ def test_a_request_does_not_write(serve: Serve, database: Database) -> None:
 )
 def test_what_is_no_address_is_wrong_use(listen: str, database: Database) -> None:
     health = web.Health(lambda: True, lambda: None, lambda: STANDING)
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is not an address"):
         _serve_briefly(listen, database, health)
 
 

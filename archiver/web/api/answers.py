@@ -1,0 +1,70 @@
+"""From a request to an answer: access, parameters, and problems (RFC 9457), the same for every route."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from archiver.db import Database
+from archiver.errors import ArchiverError
+from archiver.web.auth import UNAUTHORIZED, Access, Refused
+
+BAD_REQUEST = 400
+NOT_FOUND = 404
+CONFLICT = 409
+UNAVAILABLE = 503
+
+LONGEST_NUMBER = 20
+"""Digits: enough for 64 bits. Python refuses to read a number of some thousand digits."""
+
+
+class Problem(Exception):
+    """An answer that is not the one that was asked for."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What handlers need. They are plain functions, which Starlette runs in threads: the database blocks."""
+
+    database: Database
+    access: Access
+
+    def handler(
+        self, answer: Callable[[Request], dict[str, Any]], *, status: int = 200, changes: bool = False
+    ) -> Callable[[Request], Response]:
+        """A handler that checks the access, and makes JSON of what ``answer`` returns or raises."""
+
+        def handle(request: Request) -> Response:
+            try:
+                self.access.check(request, changes=changes)
+                return JSONResponse(answer(request), status)
+            except Refused as refused:
+                return _problem(refused.status, refused.reason)
+            except Problem as problem:
+                return _problem(problem.status, problem.detail)
+            except ArchiverError as error:
+                return _problem(UNAVAILABLE, str(error))
+
+        return handle
+
+
+def number(request: Request, name: str, default: int, most: int) -> int:
+    """A parameter of the query. Raises Problem if it is not a whole number from 0 to ``most``."""
+    text = request.query_params.get(name, str(default))
+    is_number = text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
+    if not (is_number and int(text) <= most):
+        raise Problem(BAD_REQUEST, f"{name} is a whole number from 0 to {most}")
+    return int(text)
+
+
+def _problem(status: int, detail: str) -> JSONResponse:
+    headers = {"www-authenticate": "Bearer"} if status == UNAUTHORIZED else None
+    body: dict[str, Any] = {"status": status, "detail": detail}
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
