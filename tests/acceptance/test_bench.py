@@ -17,7 +17,8 @@ from tests.harness import postgres, seaweedfs
 pytestmark = [pytest.mark.slow, pytest.mark.dovecot, pytest.mark.postgres, pytest.mark.s3]
 
 REPOSITORY = Path(__file__).parents[2]
-BENCH_SECONDS = 600.0
+BENCH_SECONDS = 1200.0
+"""Other tests run beside it."""
 
 
 def test_every_row_can_be_measured(server_directory: Path) -> None:

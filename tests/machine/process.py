@@ -11,10 +11,10 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import sqlalchemy as sa
 
@@ -48,8 +48,18 @@ class Turn:
     after: bool = False
 
 
+class Passage(Protocol):
+    """Where the calls of one process pass: ``mail.list``, ``store.put journal``, ``db.commit`` and others."""
+
+    def passing(self, name: str, *, may_freeze: bool = True) -> AbstractContextManager[None]:
+        """Around one call. May raise what ends the process, before the call or after it."""
+
+    def repeats(self, name: str) -> bool:
+        """Whether the answer to the next call of this name is lost once, so that the call is repeated."""
+
+
 class Gate:
-    """Where the calls of one process pass. ``calls`` has their names."""
+    """A ``Passage`` where each call may meet its fate. ``calls`` has their names."""
 
     def __init__(self, turns: list[Turn], stand_still: Callable[[str], None]) -> None:
         self.turns = turns
@@ -77,7 +87,6 @@ class Gate:
                 self._befall(turn, f"after {name}", may_freeze)
 
     def repeats(self, name: str) -> bool:
-        """Whether the answer to the next call of this name is lost once, so that the call is repeated."""
         return Turn("repeated", name, self._times[name]) in self.turns
 
     def _befall(self, turn: Turn, where: str, may_freeze: bool) -> None:
@@ -194,7 +203,7 @@ class _Task(Future[T]):
 class GatedStore:
     """A store whose calls pass the gate."""
 
-    def __init__(self, store: Store, gate: Gate) -> None:
+    def __init__(self, store: Store, gate: Passage) -> None:
         self._store = store
         self._gate = gate
 
@@ -221,7 +230,7 @@ class GatedStore:
 class GatedDatabase(Database):
     """A database whose transactions pass the gate: before them, before their commit, after it."""
 
-    def __init__(self, url: str, gate: Gate) -> None:
+    def __init__(self, url: str, gate: Passage) -> None:
         super().__init__(url, sleep=lambda _: None)
         self._gate = gate
 
@@ -248,7 +257,7 @@ class GatedDatabase(Database):
 class GatedSession:
     """A session with a mailbox whose verbs, whichever it has, pass the gate."""
 
-    def __init__(self, session: pop3.Session, gate: Gate) -> None:
+    def __init__(self, session: pop3.Session, gate: Passage) -> None:
         self._session = session
         self._gate = gate
 

@@ -28,12 +28,11 @@ from archiver.model import Account, PollReport, Resolved, Segment, new_account_i
 from archiver.poll import finish
 from archiver.poll import poll as tell_poll
 from archiver.poll.ports import BatchLimits, Ports, Unwatched
-from archiver.store import Body, PutResult, Store, StoredObject
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
 from archiver.worker import ActiveLease, Chance, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
-from tests.machine.process import Uploads
+from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Uploads
 
 T = TypeVar("T")
 
@@ -85,7 +84,10 @@ class Death(Exception):
 
 
 class Fuse:
-    """Counts the calls that pass; at the chosen one the process dies, and so does every later call."""
+    """A gate that counts calls: at the chosen one the process dies, and so does every later call.
+
+    A reading counts for nothing: a death at one leaves what a death at the next call leaves.
+    """
 
     def __init__(self, at: int | None = None, *, after: bool = False) -> None:
         self.calls: list[str] = []
@@ -94,18 +96,22 @@ class Fuse:
         self._dead = False
         self._lock = threading.Lock()
 
+    def repeats(self, name: str) -> bool:
+        return False
+
     @contextmanager
-    def call(self, name: str) -> Iterator[None]:
+    def passing(self, name: str, *, may_freeze: bool = True) -> Iterator[None]:
         with self._lock:
             if self._dead:
                 raise Death(name)
-            index = len(self.calls)
-            self.calls.append(name)
-            if index == self._at and not self._after:
+            chosen = name != "db.reading" and len(self.calls) == self._at
+            if name != "db.reading":
+                self.calls.append(name)
+            if chosen and not self._after:
                 self._dead = True
                 raise Death(name)
         yield
-        if index == self._at:
+        if chosen:
             self._dead = True
             raise Death(f"after {name}")
 
@@ -119,8 +125,8 @@ class Intruder(Fuse):
         self._action = action
 
     @contextmanager
-    def call(self, name: str) -> Iterator[None]:
-        with super().call(name):
+    def passing(self, name: str, *, may_freeze: bool = True) -> Iterator[None]:
+        with super().passing(name, may_freeze=may_freeze):
             with self._lock:
                 comes = len(self.calls) > self._moment >= 0
                 self._moment = -1 if comes else self._moment
@@ -138,98 +144,6 @@ class ForgetfulDatabase(Database):
     def transact(self, work: Callable[[sa.Connection], T]) -> T:
         super().transact(work)
         return super().transact(work)
-
-
-class MortalStore:
-    """A store whose calls go through a fuse."""
-
-    def __init__(self, store: Store, fuse: Fuse) -> None:
-        self._store = store
-        self._fuse = fuse
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    def put(self, key: str, body: Body) -> PutResult:
-        with self._fuse.call(f"put {key.partition('/')[0]}"):
-            return self._store.put(key, body)
-
-    @contextmanager
-    def get(self, key: str) -> Iterator[Iterator[bytes]]:
-        with self._fuse.call("get"), self._store.get(key) as chunks:
-            yield chunks
-
-    def stat(self, key: str) -> StoredObject | None:
-        with self._fuse.call("stat"):
-            return self._store.stat(key)
-
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
-        return self._store.list(prefix, after=after)
-
-    def probe(self) -> None:
-        self._store.probe()
-
-
-class MortalDatabase(Database):
-    """A database whose transactions go through a fuse: before them, before their commit, after it."""
-
-    def __init__(self, url: str, fuse: Fuse) -> None:
-        super().__init__(url, sleep=lambda _: None)
-        self._fuse = fuse
-
-    def transact(self, work: Callable[[sa.Connection], T]) -> T:
-        def mortal(connection: sa.Connection) -> T:
-            result = work(connection)
-            with self._fuse.call("commit"):
-                return result
-
-        with self._fuse.call("transact"):
-            return super().transact(mortal)
-
-
-class MortalMailbox:
-    """A mailbox whose verbs go through a fuse."""
-
-    def __init__(self, mailbox: pop3.Mailbox, fuse: Fuse) -> None:
-        self._mailbox = mailbox
-        self._fuse = fuse
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._mailbox, name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._mailbox.close()
-
-    def login(self, password: str) -> None:
-        with self._fuse.call("login"):
-            self._mailbox.login(password)
-
-    def list(self) -> pop3.Listing:
-        with self._fuse.call("list"):
-            return self._mailbox.list()
-
-    def retrieve(self, *arguments: Any) -> Iterator[Any]:
-        outcomes = self._mailbox.retrieve(*arguments)
-        while True:
-            with self._fuse.call("retrieve"):
-                outcome = next(outcomes, None)
-            if outcome is None:
-                return
-            yield outcome
-
-    def delete(self, entries: Any) -> Any:
-        with self._fuse.call("delete"):
-            return self._mailbox.delete(entries)
-
-    def quit(self) -> None:
-        with self._fuse.call("quit"):
-            self._mailbox.quit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,12 +227,12 @@ class Archive:
 
     def mortal_ports(self, fuse: Fuse) -> Ports:
         """Of a process that the fuse kills; uploads go one by one, so that each poll has the same calls."""
-        database = MortalDatabase(self._url, fuse)
+        database = GatedDatabase(self._url, fuse)
         self._stack.callback(database.close)
         return self.ports(
-            store=MortalStore(self.store, fuse),
+            store=GatedStore(self.store, fuse),
             database=database,
-            connect=lambda account: MortalMailbox(self.connect(account), fuse),
+            connect=lambda account: GatedSession(self.connect(account), fuse),
             uploads=Uploads(at_once=True),
         )
 

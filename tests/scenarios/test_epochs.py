@@ -74,10 +74,10 @@ def calls_of_the_poll_after(archive: Archive) -> list[str]:
 def test_whenever_that_poll_dies_the_epoch_begins_once(archive: Archive) -> None:
     """Before each of its calls: what a death after one leaves is what one before the next leaves."""
     calls = calls_of_the_poll_after(archive)
-    assert calls.count("put journal") > 1
+    assert calls.count("store.put journal") > 1
     # What differs between the databases is what a transaction leaves: there, its calls are enough.
     everywhere = archive.database.engine.dialect.name == "sqlite"
-    for index in [at for at, call in enumerate(calls) if everywhere or call in {"transact", "commit"}]:
+    for index in [at for at, call in enumerate(calls) if everywhere or call in {"db.transact", "db.commit"}]:
         _, account = renumbered(archive)
         archive.poll_until_death(account, archive.mortal_ports(Fuse(index)))
         assert What.GONE not in {line.what for line in archive.lines(account)}
@@ -169,7 +169,7 @@ def test_another_worker_begins_the_epoch_in_between(archive: Archive) -> None:
 
 def test_an_older_database_learns_the_epoch_from_the_journal(archive: Archive) -> None:
     _, account = renumbered(archive)
-    before_its_row = calls_of_the_poll_after(archive).index("put journal")
+    before_its_row = calls_of_the_poll_after(archive).index("store.put journal")
     archive.poll_until_death(account, archive.mortal_ports(Fuse(before_its_row, after=True)))
     assert archive.segments(account)[-1].epoch == 2
     assert archive.fresh(account).epoch == 1

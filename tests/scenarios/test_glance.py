@@ -311,7 +311,7 @@ def test_what_a_listing_showed_is_not_overlooked_because_its_poll_died(archive: 
     play.messages[1] = (b"d", message("d"))
     fuse = Fuse(1, after=True)
     archive.poll_until_death(account, archive.mortal_ports(fuse))
-    assert fuse.calls == ["login", "list"]
+    assert fuse.calls == ["mail.login", "mail.list"]
     assert was_listed(server)
     row = archive.poll_on_schedule(account)
     assert (row.glanced, row.new) == (False, 1)

@@ -20,7 +20,8 @@ from archiver.timetable import Timetable
 from archiver.views import status as view
 from tests.harness.reports import poll_report
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.scenarios.story import Archive, Death, Fuse, MortalDatabase, message, middle
+from tests.machine.process import GatedDatabase
+from tests.scenarios.story import Archive, Death, Fuse, message, middle
 
 ADDED = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 INTERVAL = 3600.0
@@ -186,7 +187,7 @@ def test_tidying_up_may_die_anywhere(log: Log, database_url: str, after: bool) -
     bounds = history.Bounds(accounts=2, polls=7)
     deaths = 0
     for number in range(40):
-        mortal = MortalDatabase(database_url, Fuse(number % 11, after=after))
+        mortal = GatedDatabase(database_url, Fuse(number % 11, after=after))
         try:
             history.tidy(mortal, now=ends, keep_days=2, bounds=bounds)
         except Death:

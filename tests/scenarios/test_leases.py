@@ -46,15 +46,13 @@ from archiver.states import AccountState
 from archiver.store.spool import BytesBody
 from archiver.worker import ActiveLease, Chance, Over, Worker
 from tests.harness.scripted_pop3 import MailboxPlay, Send
-from tests.machine.process import Uploads
+from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Uploads
 from tests.scenarios.story import (
     LEASE_SECONDS,
     Archive,
     ForgetfulDatabase,
     Fuse,
     Intruder,
-    MortalMailbox,
-    MortalStore,
     claimed,
     message,
     rest,
@@ -178,26 +176,14 @@ def eventful() -> MailboxPlay:
     return mailbox("a", "b", "refused", "d", faults={"RETR 3": Send(b"-ERR [SYS/PERM] no\r\n")})
 
 
-class WatchedDatabase(Database):
-    """A database whose transactions pass a fuse before they begin."""
-
-    def __init__(self, url: str, fuse: Fuse) -> None:
-        super().__init__(url, sleep=lambda _: None)
-        self._fuse = fuse
-
-    def transact(self, work: Callable[[sa.Connection], Any]) -> Any:
-        with self._fuse.call("transact"):
-            return super().transact(work)
-
-
 def watched(archive: Archive, fuse: Fuse) -> tuple[Ports, Database]:
-    database = WatchedDatabase(archive.database.engine.url.render_as_string(hide_password=False), fuse)
+    database = GatedDatabase(archive.database.engine.url.render_as_string(hide_password=False), fuse)
     ports = archive.ports(
         # One thing at a time: where a new one comes, nothing of the old one goes on beside it.
         uploads=Uploads(at_once=True),
-        store=MortalStore(archive.store, fuse),
+        store=GatedStore(archive.store, fuse),
         database=database,
-        connect=lambda account: MortalMailbox(archive.connect(account), fuse),
+        connect=lambda account: GatedSession(archive.connect(account), fuse),
     )
     return ports, database
 
@@ -214,9 +200,11 @@ def test_an_old_holder_writes_nothing_more_wherever_a_new_one_comes(archive: Arc
     archive.run_out(account)
     archive.sync(account)
     expected = archive.state(account, play)
-    last_write = max(index for index, name in enumerate(fuse.calls) if name == "transact")
+    last_write = max(index for index, name in enumerate(fuse.calls) if name == "db.transact")
 
     for index, name in enumerate(fuse.calls):
+        if name == "db.commit":  # A new one waits there until the old one's transaction has ended.
+            continue
         play = eventful()
         account = archive.add(archive.serve(play), **deleting)
         old = archive.claim(account, owner="the old one")
@@ -270,9 +258,9 @@ def test_a_segment_that_an_older_poll_wrote_late_is_taken_in_by_the_next(archive
         def __init__(self) -> None:
             super().__init__(0, come)
 
-        def call(self, name: str) -> Any:
+        def passing(self, name: str, *, may_freeze: bool = True) -> Any:
             calls.append(name)
-            return super().call(name) if name == "put journal" else Fuse().call(name)
+            return super().passing(name) if name == "store.put journal" else Fuse().passing(name)
 
     ports, database = watched(archive, AtTheSegment())
     report = archive.sync(account, ports)

@@ -76,8 +76,8 @@ def calls_of_a_poll(archive: Archive) -> list[str]:
 def test_whenever_a_poll_dies_the_next_ones_end_in_the_same_state(archive: Archive, after: bool) -> None:
     expected = lived(archive)
     calls = calls_of_a_poll(archive)
-    assert {"login", "list", "retrieve", "delete", "quit"} < set(calls)
-    assert {"put messages", "put journal", "stat", "transact", "commit"} < set(calls)
+    assert {"mail.login", "mail.list", "mail.retrieve", "mail.delete", "mail.quit"} < set(calls)
+    assert {"store.put messages", "store.put journal", "store.stat", "db.transact", "db.commit"} < set(calls)
     for index, name in enumerate(calls):
         play = eventful_mailbox()
         account = archive.add(archive.serve(play), delete=AFTER_ARCHIVED)
@@ -95,7 +95,7 @@ def test_whenever_a_poll_dies_the_next_ones_end_in_the_same_state(archive: Archi
 def test_a_poll_that_dies_while_it_catches_up_is_caught_up_with(archive: Archive) -> None:
     expected = lived(archive)
     calls = calls_of_a_poll(archive)
-    before_its_row = calls.index("put journal")
+    before_its_row = calls.index("store.put journal")
     recovery = Fuse()
     for index in range(8):
         play = eventful_mailbox()
@@ -111,7 +111,7 @@ def test_a_poll_that_dies_while_it_catches_up_is_caught_up_with(archive: Archive
         for _ in range(2):
             assert archive.sync(account).outcome == "ok", index
         assert archive.state(account, play) == expected, (index, recovery.calls)
-    assert recovery.calls[:4] == ["get", "transact", "commit", "get"]
+    assert recovery.calls[:4] == ["store.get", "db.transact", "db.commit", "store.get"]
 
 
 def test_a_store_whose_answers_are_lost_costs_nothing(archive: Archive) -> None:

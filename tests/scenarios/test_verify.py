@@ -224,7 +224,7 @@ def test_a_poll_under_way_is_no_fault(archive: Archive) -> None:
     archive.poll_until_death(archive.add(archive.serve(play)), archive.mortal_ports(fuse))
     account = None
     for index, name in enumerate(fuse.calls):
-        if not name.startswith(("put", "transact", "commit")):
+        if not name.startswith(("store.put", "db.")):
             continue
         account = archive.add(archive.serve(play))
         archive.poll_until_death(account, archive.mortal_ports(Fuse(index, after=True)))
