@@ -1,35 +1,35 @@
 """When an account is polled, by its own calendar: interval, cron expression, blackout windows.
 
 Owns the reading of what an operator writes, and the arithmetic of local time:
-pure functions over aware times. Cron expressions are APScheduler's; the rest of
-the engine asks for the next moment and for the end of a blackout. What a poll's
-outcome means for the next one is ``policy``'s.
+pure functions over aware times. Cron expressions mean what they mean to Debian's
+cron (``cronsim``). The rest of the engine asks for the next moment and for the
+end of a blackout. ``policy`` decides what a poll's outcome means for the next one.
 
-Local time jumps twice a year. A moment that does not exist comes as much later
-as the clock jumped. Of an hour that comes twice a blackout takes both, and a
-cron expression fires in both.
+Local time jumps twice a year. A fixed time that the clock skips comes right after
+the jump; a fixed time in an hour that comes twice is used once. An expression
+with ``*`` in its minute or hour follows real time. A blackout covers both hours
+of the same name.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
-from typing import Any, NamedTuple, Self
+from functools import lru_cache
+from typing import NamedTuple, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from apscheduler.triggers.cron import CronTrigger
+from cronsim import CronSim, CronSimError
 
 from archiver.model import Account
 
 LONGEST_WAIT_SECONDS = 31 * 86400.0
-"""However long an interval was asked for: an account is looked at once a month."""
+"""However long its interval, an account is polled once a month."""
 
 INTERVAL_GROWTH = 1.5
-"""By which an adaptive interval grows with each poll that brings nothing."""
+"""Factor by which an adaptive interval grows with each poll that finds no new mail."""
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-_CRON_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")
-"""Cron counts from Sunday, and knows it as 7, too; APScheduler counts from Monday."""
 
 _MINUTES_OF_DAY = 24 * 60
 _WINDOW = re.compile(
@@ -40,7 +40,7 @@ _WINDOW = re.compile(
 
 
 class Window(NamedTuple):
-    """A span of local time on some days of the week (Monday is 0). Its end may lie on the next day."""
+    """A span of local time on some days of the week (Monday is 0). It may end on the next day."""
 
     days: frozenset[int]
     start_minute: int
@@ -54,7 +54,7 @@ def parse_zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"there is no time zone {name!r} here: use a name such as Europe/Berlin") from None
+        raise ValueError(f"unknown time zone {name!r}: use a name such as Europe/Berlin") from None
 
 
 def parse_blackout(text: str) -> tuple[Window, ...]:
@@ -75,11 +75,11 @@ def _window(text: str) -> Window:
     found = _WINDOW.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"{text!r} is no blackout: write Mon-Fri 08:00-18:00, or 22:00-02:00 for all days, with commas"
+            f"{text!r} is not a blackout: write Mon-Fri 08:00-18:00, or 22:00-02:00 for all days, with commas"
         )
     for day in (found["first"], found["last"]):
         if day is not None and day not in _DAYS:
-            raise ValueError(f"{day!r} is no day: use Mon, Tue, Wed, Thu, Fri, Sat, Sun")
+            raise ValueError(f"{day!r} is not a day: use Mon, Tue, Wed, Thu, Fri, Sat, Sun")
     start, end = _minute(found["start"]), _minute(found["end"])
     if start in (end, _MINUTES_OF_DAY):
         raise ValueError(f"the blackout {text!r} has no length: a whole day is 00:00-24:00")
@@ -94,52 +94,33 @@ def _window(text: str) -> Window:
 def _minute(text: str) -> int:
     hour, minute = map(int, text.split(":"))
     if minute > 59 or hour * 60 + minute > _MINUTES_OF_DAY:  # noqa: PLR2004
-        raise ValueError(f"{text!r} is no time of day: use 00:00 to 24:00")
+        raise ValueError(f"{text!r} is not a time of day: use 00:00 to 24:00")
     return hour * 60 + minute
 
 
-def parse_cron(text: str, zone: tzinfo) -> Any:
-    """A cron expression of five fields, as APScheduler's trigger. Raises ValueError with a sentence."""
-    fields = text.split()
-    if len(fields) != 5:  # noqa: PLR2004
-        raise ValueError(f"{text!r} is no cron expression: five fields, minute hour day month weekday")
-    minute, hour, day, month, weekday = fields
-    if day != "*" and weekday != "*":
-        # Cron would fire on either, APScheduler only where both meet.
-        raise ValueError(f"{text!r} names days of the month and of the week: give one of the two")
+# Of many accounts few have expressions of their own, and each poll asks.
+@lru_cache(maxsize=1024)
+def check_cron(text: str) -> str:
+    """A cron expression of five fields, checked. Raises ValueError with a sentence."""
+    if len(text.split()) != 5:  # noqa: PLR2004
+        raise ValueError(f"{text!r} is not a cron expression: five fields, minute hour day month weekday")
     try:
-        trigger = CronTrigger(
-            minute=minute, hour=hour, day=day, month=month, day_of_week=_weekdays(weekday), timezone=zone
-        )
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no cron expression: {error}") from None
-    if trigger.get_next_fire_time(None, datetime(2000, 1, 1, tzinfo=UTC)) is None:
-        raise ValueError(f"{text!r} never comes")
-    return trigger
+        next(CronSim(text, datetime(2000, 1, 1, tzinfo=UTC)))
+    except CronSimError as error:
+        raise ValueError(f"{text!r} is not a cron expression: {str(error).lower()}") from None
+    except StopIteration:
+        raise ValueError(f"{text!r} never comes") from None
+    return text
 
 
-def _weekdays(field: str) -> str:
-    """Cron's days of the week in APScheduler's words, ranges spelt out."""
-    if field.startswith("*"):
-        return field
-    names: list[str] = []
-    for part in field.lower().split(","):
-        span, _, step = part.partition("/")
-        first, _, last = span.partition("-")
-        if step and not (step.isascii() and step.isdigit() and int(step)):
-            raise ValueError(f"{step!r} is no step")
-        start, end = _weekday(first), _weekday(last or ("sat" if step else first))
-        length = (end - start) % 7 + 1
-        names += [_CRON_DAYS[(start + n) % 7] for n in range(0, length, int(step or 1))]
-    return ",".join(dict.fromkeys(names))
-
-
-def _weekday(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) < len(_CRON_DAYS):
-        return int(text)
-    if text in _CRON_DAYS:
-        return _CRON_DAYS.index(text)
-    raise ValueError(f"{text!r} is no day of the week")
+def next_moment(cron: str, zone: tzinfo, after: datetime) -> datetime:
+    """The first moment after ``after`` at which a checked expression, read in this zone, matches."""
+    moments = CronSim(cron, after.astimezone(zone))
+    found = next(moments)
+    # In the second of two equal hours, the moment that was passed in the first one comes up again.
+    while found <= after:
+        found = next(moments)
+    return found.astimezone(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +129,7 @@ class Timetable:
 
     interval_seconds: float
     interval_max_seconds: float | None = None
-    cron: Any = None
+    cron: str | None = None
     zone: tzinfo = UTC
     blackout: tuple[Window, ...] = ()
 
@@ -165,26 +146,26 @@ class Timetable:
         return cls(
             account.interval_seconds,
             longest,
-            None if account.cron is None else parse_cron(account.cron, zone),
+            None if account.cron is None else check_cron(account.cron),
             zone,
             parse_blackout(account.blackout),
         )
 
     def wait_seconds(self, now: datetime, interval_seconds: float) -> tuple[float, bool]:
-        """Until the next poll, and whether that may be spread: an interval may, a named moment not."""
-        if self.cron is not None:
-            return (self.next_cron(now) - now).total_seconds(), False
+        """Time until the next poll, and whether it may be spread: an interval may, a named moment may not."""
+        moment = self.next_cron(now)
+        if moment is not None:
+            return (moment - now).total_seconds(), False
         return min(interval_seconds, LONGEST_WAIT_SECONDS), True
 
-    def next_cron(self, now: datetime) -> datetime:
-        """The expression's next moment after now."""
-        found: datetime = self.cron.get_next_fire_time(None, now + timedelta(microseconds=1))
-        return found.astimezone(UTC)
+    def next_cron(self, now: datetime) -> datetime | None:
+        """The next moment of the cron expression; None without one."""
+        return None if self.cron is None else next_moment(self.cron, self.zone, now)
 
     def adapted_seconds(self, stands_at: float | None, *, news: bool) -> float | None:
-        """The adaptive interval after a poll that brought mail, or none; None where it does not adapt.
+        """The adaptive interval after a poll that found new mail, or no mail; None if it does not adapt.
 
-        Mail brings it down to the shortest at once: where one message came, more do.
+        New mail resets it to the shortest at once, since more mail often follows.
         """
         if self.interval_max_seconds is None:
             return None

@@ -138,8 +138,7 @@ def every(connection: Connection) -> list[Account]:
 
 def _first_due(wanted: Account, at: datetime) -> datetime | None:
     """The cron expression's next moment; None without one: at once."""
-    timetable = Timetable.of(wanted)
-    return None if timetable.cron is None else timetable.next_cron(at)
+    return Timetable.of(wanted).next_cron(at)
 
 
 def _refuse_second(connection: Connection, wanted: Account) -> None:

@@ -544,7 +544,7 @@ def test_a_calendar_that_makes_no_sense_here_needs_an_operator(archive: Archive)
     poll_due(worker, lease)
     (row,) = archive.polls(account)
     assert (row.outcome, server.connections) == ("operator_needed", 0)
-    assert "no time zone 'Mars/Olympus'" in row.error
+    assert "unknown time zone 'Mars/Olympus'" in row.error
 
 
 def test_an_account_with_a_cron_expression_is_due_when_it_says(archive: Archive) -> None:

@@ -86,8 +86,8 @@ def test_a_schedule_is_said_shown_changed_and_taken_away(commands: Commands) -> 
     ("options", "says"),
     [
         (("--cron", "0 6 * *"), "five fields"),
-        (("--cron", "0 6 * * *", "--time-zone", "Mars/Olympus"), "no time zone"),
-        (("--blackout", "at night"), "no blackout"),
+        (("--cron", "0 6 * * *", "--time-zone", "Mars/Olympus"), "unknown time zone"),
+        (("--blackout", "at night"), "not a blackout"),
         (("--interval", "600", "--interval-max", "60"), "shorter"),
         (("--day-bytes", "0"), "above 0"),
         (("--interval-max", "-5"), "at least 1"),
@@ -149,7 +149,7 @@ def test_the_accounts_file_has_schedules_too(tmp_path: Path) -> None:
         )
         assert (found.interval_max_seconds, found.day_bytes) == (900.0, 1000)
         file.write_text(head + 'blackout = "never"\n')
-        with pytest.raises(UsageError, match=r'"sales", line 1\): .*no blackout'):
+        with pytest.raises(UsageError, match=r'"sales", line 1\): .*not a blackout'):
             app.take_in(file)
 
 

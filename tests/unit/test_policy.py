@@ -9,7 +9,7 @@ from archiver import policy
 from archiver.errors import Outcome
 from archiver.model import DeletePolicy, PollReport
 from archiver.policy import NextPoll, Setbacks
-from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable, parse_blackout, parse_cron
+from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable, check_cron, parse_blackout
 from tests.harness.reports import poll_report
 
 NOW = datetime(2024, 2, 29, 12, tzinfo=UTC)
@@ -217,7 +217,7 @@ def test_when_another_login_would_be_refused(
 
 
 def test_a_cron_expression_goes_before_the_interval_and_is_not_spread() -> None:
-    noon = Timetable(300.0, cron=parse_cron("30 13 * * *", UTC))
+    noon = Timetable(300.0, cron=check_cron("30 13 * * *"))
     following = policy.next_poll(report(), setbacks=Setbacks(), timetable=noon, now=NOW, uniform=highest)
     assert following.after_seconds == 90 * 60.0
     # After trouble it is not the next day that is waited for.

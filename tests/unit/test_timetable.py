@@ -1,5 +1,6 @@
 """Calendars: intervals that adapt, cron expressions, blackouts, and clocks that jump."""
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archiver.model import Account
-from archiver.timetable import Timetable, parse_blackout, parse_cron, parse_zone
+from archiver.timetable import Timetable, check_cron, next_moment, parse_blackout, parse_zone
 
 DAY = st.integers(0, 6)
 ACCOUNT = Account(id="0", name="a", url="pop3s://a@host", tls="implicit", secret_reference="")
@@ -32,7 +33,7 @@ def fires(expression: str, zone: str, after: str, count: int) -> list[str]:
     table = timetable(cron=expression, time_zone=zone)
     found, moment = [], at(after)
     for _ in range(count):
-        moment = table.next_cron(moment)
+        moment = table.next_cron(moment) or moment
         found.append(f"{moment:%m-%d %H:%M}")
     return found
 
@@ -49,12 +50,53 @@ def test_cron_counts_its_days_from_sunday() -> None:
     ]
 
 
-def test_a_moment_that_does_not_exist_comes_an_hour_later() -> None:
-    assert fires("30 2 * * *", BERLIN, "2025-03-28T12:00", 3) == ["03-29 01:30", "03-30 01:30", "03-31 00:30"]
+def test_days_of_the_month_and_of_the_week_are_either_or() -> None:
+    # As in Debian's cron: the 13th, and every Friday. 2025-06-13 is a Friday.
+    assert fires("0 6 13 * fri", "UTC", "2025-06-01", 4) == [
+        f"06-{day} 06:00" for day in ("06", "13", "20", "27")
+    ]
+    assert fires("0 6 13 * mon", "UTC", "2025-06-10", 2) == ["06-13 06:00", "06-16 06:00"]
+    assert fires("0 6 */2 * mon", "UTC", "2025-06-01", 2) == ["06-09 06:00", "06-23 06:00"]
 
 
-def test_an_hour_that_comes_twice_fires_in_both() -> None:
-    assert fires("30 2 * * *", BERLIN, "2025-10-25T12:00", 3) == ["10-26 00:30", "10-26 01:30", "10-27 01:30"]
+def test_a_moment_that_the_clock_skips_comes_right_after_the_jump() -> None:
+    assert fires("30 2 * * *", BERLIN, "2025-03-28T12:00", 3) == ["03-29 01:30", "03-30 01:00", "03-31 00:30"]
+    assert fires("15,45 2 * * *", BERLIN, "2025-03-29T12:00", 3) == [
+        "03-30 01:00",
+        "03-31 00:15",
+        "03-31 00:45",
+    ]
+
+
+def test_a_fixed_time_in_an_hour_that_comes_twice_is_used_once() -> None:
+    assert fires("30 2 * * *", BERLIN, "2025-10-25T12:00", 2) == ["10-26 00:30", "10-27 01:30"]
+    # Also if the question is asked in the second of the two hours.
+    assert fires("30 2 * * *", BERLIN, "2025-10-26T01:10", 1) == ["10-27 01:30"]
+    assert fires("45 2 * * *", BERLIN, "2025-10-26T01:50", 1) == ["10-27 01:45"]
+
+
+def test_an_expression_with_a_star_follows_real_time() -> None:
+    assert fires("0 * * * *", BERLIN, "2025-10-25T23:30", 4) == [
+        *("10-26 00:00", "10-26 01:00", "10-26 02:00", "10-26 03:00")
+    ]
+    assert fires("*/30 * * * *", BERLIN, "2025-03-30T00:30", 2) == ["03-30 01:00", "03-30 01:30"]
+
+
+MINUTES = st.sampled_from(["0", "30", "*/20", "5,55", "10-12"])
+HOURS = st.sampled_from(["*", "2", "0-3", "*/6", "23"])
+DAYS = st.sampled_from([("*", "*"), ("1", "*"), ("*", "1-5"), ("13", "fri"), ("*", "7"), ("L", "*")])
+
+
+@given(MINUTES, HOURS, DAYS, st.sampled_from(["UTC", BERLIN]), st.integers(0, 366 * 24 * 3600))
+def test_the_next_moment_is_later_and_every_moment_between_gives_the_same(
+    minute: str, hour: str, days: tuple[str, str], zone: str, second: int
+) -> None:
+    cron = check_cron(f"{minute} {hour} {days[0]} * {days[1]}")
+    after = at("2025-01-01") + timedelta(seconds=second)
+    found = next_moment(cron, parse_zone(zone), after)
+    assert found > after
+    assert next_moment(cron, parse_zone(zone), found - timedelta(seconds=1)) == found
+    assert next_moment(cron, parse_zone(zone), after + (found - after) / 2) == found
 
 
 @pytest.mark.parametrize(
@@ -63,22 +105,31 @@ def test_an_hour_that_comes_twice_fires_in_both() -> None:
         ("", "five fields"),
         ("0 6 * *", "five fields"),
         ("0 6 * * * *", "five fields"),
-        ("61 6 * * *", "higher than the maximum"),
-        ("0 6 * * 8", "no day of the week"),
-        ("0 6 * * 1/0", "no step"),
-        ("0 6 1 * 1", "one of the two"),
-        ("0 0 30 2 *", "never comes"),
+        ("61 6 * * *", "bad minute"),
+        ("0 6 * * 8", "bad day-of-week"),
+        ("0 6 * * 1/0", "bad day-of-week"),
+        ("0 6 * * fri-mon", "bad day-of-week"),
+        ("0 0 30 2 *", "bad day-of-month"),
+        ("0 0 */31 2 mon#5", "never comes"),
+        ("a b c d e", "bad minute"),
         ("@daily", "five fields"),
     ],
 )
-def test_what_is_no_cron_expression_is_said(text: str, says: str) -> None:
+def test_an_expression_that_is_wrong_is_refused_with_the_field(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        parse_cron(text, UTC)
+        check_cron(text)
+
+
+@given(st.lists(st.text("0123456789*/,-#LWmonfrijan", max_size=6), min_size=5, max_size=5))
+def test_any_expression_is_either_refused_or_comes(fields: list[str]) -> None:
+    text = " ".join(fields)
+    with suppress(ValueError):
+        assert next_moment(check_cron(text), UTC, at("2025-01-01")) > at("2025-01-01")
 
 
 @pytest.mark.parametrize("name", ["", "Europe/Atlantis", "../../etc/passwd", "/etc/passwd", "\x00"])
 def test_what_is_no_time_zone_is_said(name: str) -> None:
-    with pytest.raises(ValueError, match="no time zone"):
+    with pytest.raises(ValueError, match="unknown time zone"):
         parse_zone(name)
 
 
@@ -167,12 +218,12 @@ def test_a_blackout_covers_what_it_says_and_no_other_minute(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("weekdays", "no blackout"),
-        ("8-18", "no blackout"),
-        ("08:00-18:00,", "no blackout"),
-        ("Fry 08:00-18:00", "no day"),
-        ("08:00-24:01", "no time of day"),
-        ("08:60-09:00", "no time of day"),
+        ("weekdays", "not a blackout"),
+        ("8-18", "not a blackout"),
+        ("08:00-18:00,", "not a blackout"),
+        ("Fry 08:00-18:00", "not a day"),
+        ("08:00-24:01", "not a time of day"),
+        ("08:60-09:00", "not a time of day"),
         ("08:00-08:00", "no length"),
         ("24:00-08:00", "no length"),
         ("00:00-24:00", "leaves no time"),
