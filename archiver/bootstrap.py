@@ -21,6 +21,7 @@ from archiver.accounts import file, rules
 from archiver.db import Database, accounts, migrate
 from archiver.db.hosts import HostSessions
 from archiver.errors import UsageError
+from archiver.evidence import identity
 from archiver.model import Account
 from archiver.poll.ports import BatchLimits, Budget, Ports
 from archiver.secrets import Secrets
@@ -93,6 +94,11 @@ class App:
             _ = self.database
         _ = self.store
         self.make_database()
+        self.check_store()
+
+    def check_store(self) -> None:
+        """Check that store and database belong together. Raises as ``identity.check`` does."""
+        identity.check(self.store, self.database, self.now())
 
     def take_in(self, accounts_file: Path) -> int:
         """Bring the accounts of a file into the database, and count what changed. Raises UsageError."""
@@ -165,6 +171,7 @@ class App:
                 settings.day_bytes,
                 settings.slice_seconds,
             ),
+            check_store=self.check_store,
             full_listing_seconds=settings.full_listing_seconds,
             forbid_deletion=settings.forbid_deletion,
             uniform=random.uniform,

@@ -100,6 +100,7 @@ def _web(app: "App", listen: str, is_open: threading.Event) -> "AbstractContextM
         if app.stopping.is_set():
             raise TryLater("draining")
         migrate.ensure(app.raw_database)
+        app.check_store()
 
     def standing() -> overview.Overview:
         with app.raw_database.reading() as connection:

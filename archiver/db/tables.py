@@ -423,13 +423,22 @@ class EventRow(SQLModel, table=True):
     body: str = Field(sa_column=Column(Text, nullable=False))
 
 
+class ArchiveRow(SQLModel, table=True):
+    """Which archive this database belongs to: one row, once the store was seen (``evidence.identity``)."""
+
+    __tablename__ = "archive"
+
+    number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    archive_id: str = Field(sa_column=Column(Text, nullable=False))
+
+
 def table(model: type[SQLModel]) -> Table:
     """The Core table behind a model: the hot paths speak Core, which costs a third of the ORM."""
     return cast(Table, model.__dict__["__table__"])
 
 
 metadata: MetaData = SQLModel.metadata
-account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, gap, event = (
+account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, gap, event, archive = (
     table(model)
     for model in (
         AccountRow,
@@ -443,5 +452,6 @@ account, lease, host, mailbox, capture, sighting, journal, poll, poll_day, gap, 
         PollDayRow,
         GapRow,
         EventRow,
+        ArchiveRow,
     )
 )

@@ -164,6 +164,7 @@ class _Poll:
                 yield
                 self.listing = self._list(mailbox, seen)
                 plan = self._plan(self.listing)
+                self._check_store(plan)
                 self._archive(mailbox, plan)
                 self._delete(mailbox, plan)
                 self._look_back(mailbox, plan)
@@ -296,6 +297,23 @@ class _Poll:
             )
         self.watch.listed(listing.count, len(plan.fetch), plan.bytes_to_fetch())
         return plan
+
+    def _check_store(self, plan: Plan) -> None:
+        """Before anything is fetched, written or deleted: is this the store that the database belongs to?
+
+        It must show the archive's identity, and the last segment that the database knows.
+        """
+        if not (plan.fetch or plan.absent or plan.due):
+            return
+        try:
+            self.ports.check_store()
+        except OperatorNeeded as error:
+            # It is no trouble of this account, and passes when the volume is back.
+            raise TryLater(str(error), hint=error.hint) from error
+        if self.head.sequence:
+            last = _Object(segment_key(self.account.id, self.head.sequence), self.head.digest)
+            if (fault := self._look_at(last)) is not None:
+                raise IntegrityError(fault, hint="nothing was fetched or deleted; run: archiver verify")
 
     def _archive(self, mailbox: pop3.Session, plan: Plan) -> None:
         """Fetch what is new; close a batch whenever it is full; lose nothing that was fetched whole."""

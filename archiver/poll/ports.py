@@ -102,5 +102,7 @@ class Ports:
     forbid_deletion: bool = False
     uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
     another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None
+    check_store: Callable[[], None] = lambda: None
+    """Raises OperatorNeeded when the store is not the one that the database belongs to."""
     budget: Budget = Budget()
     make_room: Callable[[], bool] = lambda: False
