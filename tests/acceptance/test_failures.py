@@ -69,7 +69,7 @@ def test_a_refused_password_pauses_an_account_until_it_is_corrected(
     assert archive.rows("SELECT due_at, owner FROM lease") == [(None, None)]
     assert {line["outcome"] for line in service.log("poll.ended")} == {"operator_needed"}
     paused = cli.run("account", "show", "alice", "--json").json[0]
-    assert (paused["state"], archive.status()["paused"]) == ("paused", 1)
+    assert (paused["state"], archive.status()["paused"]) == ("waiting", 1)
     assert paused["state_reason"] == paused["last_error"]
 
     # A sync of all leaves it alone; one that names it, with the right password, sets it free.
