@@ -27,7 +27,12 @@ def verify(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Compare sizes; do not read and hash every message again.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Compare names and sizes alone, without reading messages. Other content of the same size "
+            "passes.",
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -78,11 +78,12 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What the store says about an object. Where the store keeps no SHA-256, ``sha256`` has None."""
+    """What the store says about an object."""
 
     key: str
     size: int
     sha256: bytes | None = None
+    """What the store itself computed over the whole object. None: read the object to know."""
     version_id: str | None = None
     modified_at: datetime | None = None
 
@@ -99,8 +100,8 @@ class Store(Protocol):
 
         When this returns, the object is durable and complete. The store compared
         its SHA-256 with ``body.sha256``; for a directory, that happens during the
-        write. An object that exists already is compared by size, and by SHA-256
-        where the store knows it. Raises TryLater, OperatorNeeded, ObjectDiffers
+        write. An object that exists already is compared by size and SHA-256: the
+        store's own, or else it is read. Raises TryLater, OperatorNeeded, ObjectDiffers
         (it exists with other content), IntegrityError (size or SHA-256 of the
         body are wrong).
         """

@@ -1,5 +1,6 @@
 """The store's contract, the same for a directory and for a bucket of a real S3 server."""
 
+import base64
 import functools
 import hashlib
 import http.server
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO
 import boto3
 import botocore.session
 import pytest
+from botocore.config import Config
 from botocore.credentials import CredentialResolver
 
 from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater
@@ -702,7 +704,34 @@ def test_an_object_says_what_it_is(in_bucket: Bucket, size: int) -> None:
         assert head["Metadata"] == {"sha256": body.sha256.hex()}
         stored = store.stat(key)
         assert stored is not None
-        assert stored.sha256 == body.sha256
+        # Of parts, the server knows only a checksum of their checksums.
+        assert stored.sha256 == (body.sha256 if size < PART else None)
+
+
+def _plant(place: Bucket, data: bytes, claimed: bytes) -> None:
+    """Put an object as a stranger can who has the right to write: with metadata, without a checksum."""
+    config = Config(request_checksum_calculation="when_required")
+    client = place.session().client("s3", endpoint_url=place.endpoint_url, config=config)
+    metadata = {"sha256": hashlib.sha256(claimed).hexdigest()}
+    client.put_object(Bucket=place.name, Key=f"some/prefix/{KEY}", Body=data, Metadata=metadata)
+
+
+@pytest.mark.parametrize("size", [0, 100, EXPECT + 1, PART + 1])
+def test_metadata_prove_nothing(in_bucket: Bucket, size: int) -> None:
+    store, body = in_bucket.open(), BytesBody(content(size))
+    _plant(in_bucket, content(size, seed=1) if size else b"x", claimed=body.data)
+    stored = store.stat(KEY)
+    assert stored is not None
+    assert stored.sha256 is None
+    with pytest.raises(ObjectDiffers):
+        store.put(KEY, body)
+
+
+@pytest.mark.parametrize("size", [0, 100, PART + 1])
+def test_an_object_without_a_checksum_is_read(in_bucket: Bucket, size: int) -> None:
+    body = BytesBody(content(size))
+    _plant(in_bucket, body.data, claimed=b"something else")
+    assert not in_bucket.open().put(KEY, body).created
 
 
 @pytest.mark.parametrize("size", [100, PART + 1])
@@ -812,6 +841,37 @@ def test_a_refusal_says_what_happens_next(
         assert "a secret" not in str(error)
         if isinstance(error, TryLater):
             assert error.wait_seconds == 7
+
+
+_OF_THE_WHOLE = base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_proof"),
+    [
+        ({"x-amz-checksum-sha256": _OF_THE_WHOLE}, True),
+        ({"x-amz-checksum-sha256": _OF_THE_WHOLE, "x-amz-checksum-type": "FULL_OBJECT"}, True),
+        (
+            {"x-amz-checksum-sha256": _OF_THE_WHOLE, "x-amz-checksum-type": "FULL_OBJECT", "ETag": '"x-2"'},
+            True,
+        ),
+        ({"x-amz-checksum-sha256": _OF_THE_WHOLE, "x-amz-checksum-type": "COMPOSITE"}, False),
+        ({"x-amz-checksum-sha256": f"{_OF_THE_WHOLE}-2"}, False),
+        ({"x-amz-checksum-sha256": f"{_OF_THE_WHOLE}-2", "x-amz-checksum-type": "FULL_OBJECT"}, False),
+        ({"x-amz-checksum-sha256": _OF_THE_WHOLE, "ETag": '"x-2"'}, False),
+        ({"x-amz-checksum-sha256": base64.b64encode(bytes(31)).decode()}, False),
+        ({"x-amz-checksum-sha256": "\u00fc"}, False),
+        ({"x-amz-meta-sha256": bytes(range(32)).hex()}, False),
+        ({"x-amz-checksum-crc64nvme": "AAAAAAAAAAA=", "x-amz-checksum-type": "FULL_OBJECT"}, False),
+    ],
+)
+def test_only_a_checksum_of_the_whole_object_is_believed(
+    answering: _Answering, headers: dict[str, str], is_proof: bool
+) -> None:
+    answering.answer = (200, {"ETag": '"x"', **headers}, b"")
+    stored = Bucket(f"http://127.0.0.1:{answering.server_port}", "mail", "key", "a secret").open().stat(KEY)
+    assert stored is not None
+    assert stored.sha256 == (bytes(range(32)) if is_proof else None)
 
 
 @pytest.mark.parametrize("page", [b"", b"<html>Welcome to the hotel's network</html>", b"<html>Welcome"])

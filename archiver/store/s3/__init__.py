@@ -15,7 +15,6 @@ Small objects are uploaded by ``put.py``, all others by boto3.
 """
 
 import base64
-import binascii
 import hashlib
 import io
 import os
@@ -393,13 +392,35 @@ class S3Store:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
 
     def _compare(self, key: str, body: Body) -> PutResult:
-        """Check an object that exists already: the caller will rely on it."""
+        """Check an object that exists already: the caller will rely on it.
+
+        It is read unless the server's own checksum proves that it is the same.
+        """
         stored = self.stat(key)
         if stored is None:
-            raise TryLater(f"{key} was removed from {self._where} while it was being written again")
-        if stored.size != body.size or stored.sha256 not in (None, body.sha256):
-            raise ObjectDiffers(f"{key} is in {self._where} already, with other content")
-        return PutResult(False, stored.version_id)
+            raise self._removed(key)
+        if stored.size == body.size and (
+            stored.sha256 == body.sha256 or self._digest(key, body.size) == body.sha256
+        ):
+            return PutResult(False, stored.version_id)
+        raise ObjectDiffers(f"{key} is in {self._where} already, with other content")
+
+    def _digest(self, key: str, size: int) -> bytes | None:
+        """SHA-256 of an object as it is read, or None where it has more than ``size`` bytes."""
+        digest = hashlib.sha256()
+        try:
+            with self.get(key) as chunks:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size -= len(chunk)
+                    if size < 0:
+                        return None
+        except ObjectNotFound as error:
+            raise self._removed(key) from error
+        return digest.digest()
+
+    def _removed(self, key: str) -> TryLater:
+        return TryLater(f"{key} was removed from {self._where} while it was being written again")
 
     def _chunks(self, key: str, content: Any) -> Iterator[bytes]:
         with self._translated(f"read {key}"):
@@ -526,19 +547,17 @@ def _base64(digest: bytes) -> str:
 
 
 def _sha256_of(head: Any) -> bytes | None:
-    """The digest of the whole object from an answer to HEAD.
+    """The SHA-256 that the server itself computed over the whole object, from an answer to HEAD.
 
-    That is the server's own, if it made one of the whole. (A composite one, of a
-    multipart upload, ends in "-" and the number of parts.) Otherwise the object's
-    metadata have it. Some servers change the case of metadata.
+    Metadata are what a client wrote, so they prove nothing. An object in parts
+    has a checksum of its parts' checksums: its type says so, or its ETag, which
+    then ends in "-" and the number of parts.
     """
-    with suppress(binascii.Error):
+    kind = head.get("ChecksumType") or ("COMPOSITE" if "-" in head["ETag"] else "FULL_OBJECT")
+    with suppress(ValueError):
         digest = base64.b64decode(head.get("ChecksumSHA256", ""), validate=True)
-        if len(digest) == hashlib.sha256().digest_size and head.get("ChecksumType") != "COMPOSITE":
+        if kind == "FULL_OBJECT" and len(digest) == hashlib.sha256().digest_size:
             return digest
-    for name, value in head.get("Metadata", {}).items():
-        if name.lower() == "sha256" and re.fullmatch("[0-9a-f]{64}", value):
-            return bytes.fromhex(value)
     return None
 
 
