@@ -10,6 +10,7 @@ listing, which is sorted by key. Findings beyond ``FINDINGS_KEPT`` are only coun
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from archiver.db import Database, before, captures, leases
-from archiver.errors import IntegrityError
+from archiver.errors import IntegrityError, OperatorNeeded
 from archiver.evidence import journal
 from archiver.evidence.scratch import Content, Scratch, scratch
 from archiver.model import Account, JournalHead, Segment, What, journal_prefix, message_key, segment_key
-from archiver.store import ObjectNotFound, Store, StoredObject
+from archiver.store import ObjectNotFound, Store, StoredObject, is_key
 
 Kind = Literal["missing", "damaged", "chain_break", "unrecorded", "miscounted"]
 
@@ -33,6 +34,8 @@ IN_FLIGHT = timedelta(minutes=15)
 HASHED_AT_ONCE = 64
 FINDINGS_KEPT = 1_000
 """How many findings are named. All of them are counted."""
+
+UNRECORDED_KEPT = 500
 
 
 class Finding(NamedTuple):
@@ -59,7 +62,8 @@ class Findings:
     unrecorded: int = 0
     miscounted: int = 0
     named: list[Finding] = field(default_factory=list)
-    """The first ``FINDINGS_KEPT``."""
+    """The first ``FINDINGS_KEPT``, at most ``UNRECORDED_KEPT`` of them unrecorded."""
+    unrecorded_named: int = field(default=0, repr=False, compare=False)
 
     @property
     def clean(self) -> bool:
@@ -77,6 +81,14 @@ class Findings:
                 self.unrecorded += 1
             case "miscounted":
                 self.miscounted += 1
+        self._name(finding)
+
+    def _name(self, finding: Finding) -> None:
+        # Many strangers must not hide what is missing.
+        if finding.kind == "unrecorded":
+            if self.unrecorded_named >= UNRECORDED_KEPT:
+                return
+            self.unrecorded_named += 1
         if len(self.named) < FINDINGS_KEPT:
             self.named.append(finding)
 
@@ -90,7 +102,8 @@ class Findings:
         self.chain_breaks += later.chain_breaks
         self.unrecorded += later.unrecorded
         self.miscounted += later.miscounted
-        self.named += later.named[: FINDINGS_KEPT - len(self.named)]
+        for finding in later.named:
+            self._name(finding)
 
 
 def verify(
@@ -136,24 +149,34 @@ def verify(
 
 
 def find_strays(known: Collection[str], store: Store, findings: Findings) -> None:
-    """Add to ``findings`` the accounts that the store has objects of and the database does not know.
+    """Add to ``findings`` what lies beside the accounts' folders, where the database knows no account.
 
-    ``known`` has every account's id. Costs one request an account: the rest of
-    an account's objects is skipped.
+    ``known`` has every account's id. An unknown folder is one finding, whatever
+    is in it. Costs one request for a thousand names.
     """
     for prefix in ("messages/", "journal/"):
-        after = ""
-        while (found := next(iter(store.list(prefix, after=after)), None)) is not None:
-            account_id = found.key.removeprefix(prefix).partition("/")[0]
-            if account_id not in known:
-                detail = "the database has no account with this id"
-                findings.add(Finding("unrecorded", account_id, f"{prefix}{account_id}/", detail))
-            # The tilde comes after every character that our keys have.
-            after = f"{prefix}{account_id}/~"
+        for name in store.names(prefix):
+            account_id = name.removesuffix("/")
+            if name.endswith("/") and account_id in known:
+                continue
+            detail = "the database has no account with this id" if is_key(account_id) else _NO_KEY
+            findings.add(Finding("unrecorded", printable(account_id), printable(prefix + name), detail))
 
 
-_END = ("~", None)
-"""Comes after every key of a message."""
+_NO_KEY = "the archiver gives no object such a name"
+
+_SHOWN_CHARACTERS = 300
+
+
+def printable(name: str) -> str:
+    """A stranger's name for people and JSON: escaped, and cut where it is too long."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+
+
+_MESSAGE = re.compile(r"messages/[^/]+/([0-9a-f]{2})/\1[0-9a-f]{62}\.eml")
+_FOLDER = re.compile(r"(messages/[^/]+/([0-9a-f]{2}/)?|journal/[^/]+/)")
+"""A folder that the archiver makes. It is empty after a crash, or where a console shows it."""
 
 
 class _Check:
@@ -180,11 +203,14 @@ class _Check:
     def read_journal(self) -> None:
         """Follow the chain from its first segment, and put what was captured into the scratch file."""
         last = JournalHead(0, bytes(32))
-        for listed in self._store.list(journal_prefix(self._account.id)):
+        for listed in self._store.list(journal_prefix(self._account.id), strangers=True):
             sequence = self._sequence_of(listed.key)
             if sequence is None:
-                self._report("unrecorded", listed.key, "it is not a journal segment")
+                if not _FOLDER.fullmatch(listed.key):
+                    self._report("unrecorded", printable(listed.key), "it is not a journal segment")
                 continue
+            if sequence <= last.sequence:
+                raise _out_of_order(listed.key)
             if sequence > last.sequence + 1:
                 lost = last.sequence + 1
                 self._report("chain_break", self._segment_key(lost), f"segment {lost} is not in the store")
@@ -233,8 +259,7 @@ class _Check:
         Objects that the store lacks are noted for ``report_missing``.
         """
         named = ((self._message_key(content.sha256), content) for content in self._contents.contents())
-        listed = ((found.key, found) for found in self._store.list(f"messages/{self._account.id}/"))
-        for key, content, found in _side_by_side(named, listed):
+        for key, content, found in _side_by_side(named, self._messages()):
             if content is None:
                 if found is not None and not self._is_young(found):
                     self._report("unrecorded", key, "no journal segment names it")
@@ -248,6 +273,18 @@ class _Check:
                 self._report("damaged", key, f"{found.size} bytes, but the journal says {content.size}")
             else:
                 yield found, content.sha256
+
+    def _messages(self) -> Iterator[tuple[str, StoredObject]]:
+        """The objects that can be messages, by key. All others are reported."""
+        last = ""
+        for found in self._store.list(f"messages/{self._account.id}/", strangers=True):
+            if _MESSAGE.fullmatch(found.key):
+                if found.key <= last:
+                    raise _out_of_order(found.key)
+                last = found.key
+                yield found.key, found
+            elif not _FOLDER.fullmatch(found.key):
+                self._report("unrecorded", printable(found.key), _NO_KEY)
 
     def report_missing(self) -> None:
         """Report what ``compare_store`` did not find, in the order of the journal."""
@@ -273,6 +310,13 @@ class _Check:
         return number if number and key == self._segment_key(number) else None
 
 
+def _out_of_order(key: str) -> OperatorNeeded:
+    # A comparison with the journal would report objects as missing that are there.
+    return OperatorNeeded(
+        f"the store does not list {key} in the order of its keys", hint="report it to the maker of the store"
+    )
+
+
 def _captured(segment: Segment) -> Iterator[tuple[bytes, int]]:
     for line in segment.lines:
         if line.what is What.CAPTURED and line.sha256 is not None and line.size is not None:
@@ -286,16 +330,19 @@ def _side_by_side(
     content_key, content = next(named, _END)
     found_key, found = next(listed, _END)
     while content is not None or found is not None:
-        if content_key < found_key:
+        if found is None or (content is not None and content_key < found_key):
             yield content_key, content, None
             content_key, content = next(named, _END)
-        elif found_key < content_key:
+        elif content is None or found_key < content_key:
             yield found_key, None, found
             found_key, found = next(listed, _END)
         else:
             yield found_key, content, found
             content_key, content = next(named, _END)
             found_key, found = next(listed, _END)
+
+
+_END = ("", None)
 
 
 def _taken_as_is(

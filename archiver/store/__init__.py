@@ -112,10 +112,21 @@ class Store(Protocol):
     def stat(self, key: str) -> StoredObject | None:
         """Size and more of one object; None if it does not exist. Raises TryLater, OperatorNeeded."""
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
         """Every object whose key starts with ``prefix``, ordered by key.
 
-        Starts after the key ``after``, if given. Raises TryLater and
+        Starts after the key ``after``, if given. With ``strangers``, lists also
+        what others put there under names that no key has (``is_key``): any
+        character, lone surrogates included; a slash at the end for a folder
+        without objects. Some servers order strangers in their own way, so the
+        caller then checks the order of the keys that it needs ordered. Raises
+        TryLater and OperatorNeeded, also in the middle.
+        """
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        """The names directly below the folder ``prefix``, strangers' too; those of folders end in a slash.
+
+        Starts after the name ``after``, if given. Raises TryLater and
         OperatorNeeded, also in the middle.
         """
 

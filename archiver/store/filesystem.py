@@ -10,6 +10,7 @@ Leaves to the operator: permissions, backups, and a file system that knows
 hard links and fsync.
 """
 
+import builtins
 import contextlib
 import hashlib
 import itertools
@@ -113,10 +114,14 @@ class FilesystemStore:
         modified_at = datetime.fromtimestamp(status.st_mtime, UTC)
         return StoredObject(key, status.st_size, modified_at=modified_at)
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
         parent, slash, _ = check_prefix(prefix).rpartition("/")
         self._check_root()
-        return self._walk(parent + slash, prefix, after)
+        return self._walk(parent + slash, prefix, after, strangers=strangers)
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        self._check_root()
+        return (name for name in self._names(check_prefix(prefix)) if name > after)
 
     def probe(self) -> None:
         """As the port says. Also makes the directory, and removes files that dead processes left in it."""
@@ -217,27 +222,36 @@ class FilesystemStore:
                     if entry.stat(follow_symlinks=False).st_mtime < limit:
                         Path(entry.path).unlink()
 
-    def _walk(self, directory: str, prefix: str, after: str) -> Iterator[StoredObject]:
+    def _names(self, directory: str) -> builtins.list[str]:
+        """The names in a directory ("" or "a/b/"), sorted; those of directories end in a slash."""
+        try:
+            with os.scandir(self._root / directory) as entries:
+                return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise failure(error, f"list {self._root / directory}") from error
+
+    def _walk(self, directory: str, prefix: str, after: str, *, strangers: bool) -> Iterator[StoredObject]:
         """The objects below ``directory`` ("" or "a/b/"), in the order of their whole keys.
 
         A directory sorts by its name with the slash, as its keys do: "a-b"
         comes before "a/x", and "a/x" before "a0".
         """
-        try:
-            with os.scandir(self._root / directory) as entries:
-                names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise failure(error, f"list {self._root / directory}") from error
+        names = self._names(directory)
+        if strangers and not names and directory > after and directory.startswith(prefix):
+            yield StoredObject(directory, 0)
         for name in names:
             key = directory + name
             if not is_key(key.removesuffix("/")):
-                continue  # not an object, or still incoming
+                # Not an object, or still incoming. A directory is one stranger, whatever is in it.
+                if strangers and key > after and key.startswith(prefix):
+                    yield StoredObject(key, 0)
+                continue
             if name.endswith("/"):
                 wanted = key.startswith(prefix) or prefix.startswith(key)
                 if wanted and (key > after or after.startswith(key)):
-                    yield from self._walk(key, prefix, after)
+                    yield from self._walk(key, prefix, after, strangers=strangers)
             elif key.startswith(prefix) and key > after:
                 stored = self.stat(key)
                 if stored is not None:

@@ -76,21 +76,32 @@ class RetryingStore:
     def probe(self) -> None:
         self._repeat("probe", self._store.probe)
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
-        last = after
-        rest: Iterator[StoredObject] | None = None
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
+        def start(last: str) -> Iterator[StoredObject]:
+            return self._store.list(prefix, after=last, strangers=strangers)
 
-        def next_batch() -> tuple[StoredObject, ...]:
+        return self._batches(start, lambda stored: stored.key, after)
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        return self._batches(lambda last: self._store.names(prefix, after=last), str, after)
+
+    def _batches(
+        self, start: Callable[[str], Iterator[_Result]], key_of: Callable[[_Result], str], last: str
+    ) -> Iterator[_Result]:
+        """What ``start`` lists after ``last``, requested in batches. Each batch is repeated by itself."""
+        rest: Iterator[_Result] | None = None
+
+        def next_batch() -> tuple[_Result, ...]:
             nonlocal rest
             try:
-                rest = rest or self._store.list(prefix, after=last)
+                rest = rest or start(last)
                 return tuple(islice(rest, _LIST_BATCH))
             except TryLater:
                 rest = None  # a generator that raised yields nothing more
                 raise
 
         while batch := self._repeat("list", next_batch):
-            last = batch[-1].key
+            last = key_of(batch[-1])
             yield from batch
 
     def _repeat(self, verb: str, call: Callable[[], _Result]) -> _Result:

@@ -239,6 +239,31 @@ def test_a_listing_of_several_pages_is_complete(store: Store) -> None:
     assert keys(store, "messages/") == sorted(expected)
 
 
+def test_names_are_those_directly_below(store: Store) -> None:
+    for key in ("a/b/1", "a/b/2", "a/c", "a/d/e/f", "b/1"):
+        store.put(key, BytesBody(b"x"))
+    assert list(store.names("a/")) == ["b/", "c", "d/"]
+    assert list(store.names("a/", after="b/")) == ["c", "d/"]
+    assert list(store.names("none/")) == []
+
+
+STRANGE = ["a/new\nline", "a/\N{SNOWMAN}", "a/~", "a/.hidden", "a/\x7f"]
+
+
+def test_strangers_are_listed_on_demand(place: Directory | Bucket) -> None:
+    store = place.open()
+    store.put("a/b", BytesBody(b"x"))
+    for name in STRANGE:
+        if isinstance(place, Directory):
+            (place.root / name).write_bytes(b"x")
+        else:
+            client = place.session().client("s3", endpoint_url=place.endpoint_url)
+            client.put_object(Bucket=place.name, Key=f"some/prefix/{name}", Body=b"x")
+    assert keys(store, "a/") == ["a/b", "a/~"]
+    assert {stored.key for stored in store.list("a/", strangers=True)} == {"a/b", *STRANGE}
+    assert {f"a/{name}" for name in store.names("a/")} == {"a/b", *STRANGE}
+
+
 def test_a_directory_sorts_by_whole_keys(in_directory: Directory) -> None:
     store = in_directory.open()
     expected = ["a-b", "a.b", "a/x", "a/y-z", "a/y/z", "a0"]

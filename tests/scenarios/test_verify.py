@@ -2,6 +2,9 @@
 
 import gc
 import hashlib
+import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +16,22 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 
 from archiver.db import requests
 from archiver.db.tables import capture, lease
 from archiver.db.tables import journal as journal_table
 from archiver.errors import OperatorNeeded, TryLater
 from archiver.evidence import journal
-from archiver.evidence.verify import FINDINGS_KEPT, Finding, Findings, find_strays, verify
+from archiver.evidence.verify import (
+    FINDINGS_KEPT,
+    UNRECORDED_KEPT,
+    Finding,
+    Findings,
+    find_strays,
+    verify,
+)
 from archiver.model import Account, journal_prefix, message_key, segment_key
 from archiver.store import Body, PutResult, StoredObject
 from archiver.store.filesystem import FilesystemStore
@@ -61,6 +73,10 @@ class Scene:
 
 @pytest.fixture
 def scene(archive: Archive) -> Scene:
+    return archived(archive)
+
+
+def archived(archive: Archive) -> Scene:
     play = MailboxPlay([(name.encode(), message(name)) for name in NAMES])
     account = archive.add(archive.serve(play))
     assert archive.sync(account).segments == 3
@@ -300,6 +316,84 @@ def test_what_lies_there_for_an_account_that_the_database_lacks(scene: Scene) ->
     assert findings.unrecorded == 3
 
 
+foreign_name = st.one_of(
+    st.sampled_from(
+        [b"~", b"~~", b"~backup.eml", b"!", b"-x", b"00", b"zz", b"new\nline", b"\xff\xfe", b".h"]
+    ),
+    st.binary(min_size=1, max_size=40),
+    st.text(alphabet=st.characters(codec="utf-8"), min_size=1, max_size=40).map(str.encode),
+).map(lambda name: bytes(each for each in name if each not in b"/\0") or b"~")
+
+
+@pytest.fixture(scope="module")
+def shared_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("strangers")
+    with Archive(f"sqlite:///{directory}/archiver.db", directory) as archive:
+        yield archived(archive)
+
+
+@given(name=foreign_name, where=st.integers(0, 5), as_directory=st.booleans(), filled=st.booleans())
+@example(name=b"~backup.eml", where=2, as_directory=False, filled=False)
+@example(name=b"ab", where=4, as_directory=False, filled=False)
+@example(name=b"000000000002.ndjson.bak", where=5, as_directory=True, filled=False)
+@settings(max_examples=60, deadline=None)
+def test_every_foreign_name_is_reported_once(
+    shared_scene: Scene, name: bytes, where: int, *, as_directory: bool, filled: bool
+) -> None:
+    scene = shared_scene
+    one_of_ours = scene.object("a").parent
+    folders = (
+        "messages", "journal", f"messages/{scene.account.id}", f"journal/{scene.account.id}",
+        f"messages/{scene.account.id}/{one_of_ours.name}", f"journal/{scene.account.id}",
+    )  # fmt: skip
+    store = scene.archive.directory / "store"
+    path = store / folders[where] / os.fsdecode(name)
+    is_folder_of_ours = as_directory and not filled and where == 2 and re.fullmatch(rb"[0-9a-f]{2}", name)
+    assume(name not in (b".", b"..") and not path.exists() and not is_folder_of_ours)
+    if as_directory:
+        path.mkdir()
+        if filled:
+            (path / "inside").write_bytes(b"x")
+    else:
+        path.write_bytes(b"x")
+    try:
+        findings = scene.archive.verify(scene.account)
+        find_strays({scene.account.id}, scene.archive.store, findings)
+    finally:
+        shutil.rmtree(path) if as_directory else path.unlink()
+    assert (findings.unrecorded, findings.missing, findings.damaged, findings.chain_breaks) == (1, 0, 0, 0)
+    assert findings.named[0].key.isprintable()
+    json.dumps(findings.named[0]).encode()
+
+
+def test_a_directory_in_the_place_of_an_object(scene: Scene) -> None:
+    scene.object("a").unlink()
+    scene.object("a").mkdir()
+    scene.segment(3).unlink()
+    scene.segment(3).mkdir()
+    found = scene.findings()
+    assert ("missing", scene.key("a")) in found
+    assert ("unrecorded", f"{scene.key('a')}/") in found
+    assert ("unrecorded", f"{segment_key(scene.account.id, 3)}/") in found
+    assert any(kind == "chain_break" for kind, _ in found)
+
+
+def test_folders_as_deep_as_they_can_be(scene: Scene) -> None:
+    deep = scene.archive.directory / "store" / f"messages/{scene.account.id}" / "/".join(["a"] * 300)
+    deep.mkdir(parents=True)
+    assert scene.counts() == (0, 0, 0, 1)
+
+
+def test_many_strangers_do_not_hide_what_is_missing(scene: Scene) -> None:
+    folder = scene.object("a").parent
+    for number in range(UNRECORDED_KEPT + 20):
+        (folder / f"{number}~").touch()
+    scene.object("f").unlink()
+    findings = scene.archive.verify(scene.account)
+    assert (findings.unrecorded, findings.missing) == (UNRECORDED_KEPT + 20, 1)
+    assert len(findings.named) == UNRECORDED_KEPT + 1
+
+
 @dataclass
 class Counting:
     """A store that notes, whenever it is used, the most memory blocks that Python had allocated."""
@@ -326,11 +420,14 @@ class Counting:
     def stat(self, key: str) -> StoredObject | None:
         return self.store.stat(key)
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
-        for stored in self.store.list(prefix, after=after):
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
+        for stored in self.store.list(prefix, after=after, strangers=strangers):
             self.look()
             yield stored
         self.look()
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        return self.store.names(prefix, after=after)
 
     def probe(self) -> None:
         self.store.probe()

@@ -54,12 +54,19 @@ class Failing:
         self._fail()
         return self.store.stat(key)
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
         self._fail()
-        for position, stored in enumerate(self.store.list(prefix, after=after)):
+        for position, stored in enumerate(self.store.list(prefix, after=after, strangers=strangers)):
             if position == 3:
                 self._fail()
             yield stored
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        self._fail()
+        for position, name in enumerate(self.store.names(prefix, after=after)):
+            if position == 3:
+                self._fail()
+            yield name
 
     def probe(self) -> None:
         self._fail()
@@ -79,6 +86,7 @@ VERBS: list[Callable[[Store], object]] = [
     lambda store: store.get("a/1").__enter__(),
     lambda store: store.stat("a/1"),
     lambda store: list(store.list("a/")),
+    lambda store: list(store.names("a/")),
     lambda store: store.probe(),
 ]
 

@@ -50,7 +50,7 @@ from archiver.store.s3.put import SmallPut
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from botocore.awsrequest import AWSPreparedRequest
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ListObjectsV2OutputTypeDef
 
 __all__ = ["S3Store"]
 
@@ -259,19 +259,14 @@ class S3Store:
             modified_at=head.get("LastModified"),
         )
 
-    def list(self, prefix: str, *, after: str = "") -> Iterator[StoredObject]:
-        query: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
-        if after:
-            query["StartAfter"] = self._prefix + after
-        pages = iter(self._client.get_paginator("list_objects_v2").paginate(**query))
+    def list(self, prefix: str, *, after: str = "", strangers: bool = False) -> Iterator[StoredObject]:
         last = after
-        while True:
-            with self._translated(f"list {prefix or 'everything'}"):
-                page = next(pages, None)
-            if page is None:
-                return
+        for page in self._pages(prefix, after):
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
+                if strangers:
+                    yield StoredObject(key, item["Size"], modified_at=item["LastModified"])
+                    continue
                 if not is_key(key):
                     continue  # a bucket may hold other things, such as a console's "folders"
                 if key <= last:
@@ -280,6 +275,28 @@ class S3Store:
                     raise OperatorNeeded(f"{self._where} lists {key} after {last}", hint=_ORDER)
                 last = key
                 yield StoredObject(key, item["Size"], modified_at=item["LastModified"])
+
+    def names(self, prefix: str, *, after: str = "") -> Iterator[str]:
+        for page in self._pages(prefix, prefix + after if after else "", Delimiter="/"):
+            folders = [item["Prefix"] for item in page.get("CommonPrefixes", ())]
+            objects = [item["Key"] for item in page.get("Contents", ())]
+            for name in sorted(found.removeprefix(self._prefix + prefix) for found in folders + objects):
+                # Servers differ in whether a folder's name starts after itself.
+                if name != after:
+                    yield name
+
+    def _pages(self, prefix: str, after: str, **query: str) -> "Iterator[ListObjectsV2OutputTypeDef]":
+        if after:
+            query["StartAfter"] = self._prefix + after
+        whole = self._prefix + check_prefix(prefix)
+        paginator = self._client.get_paginator("list_objects_v2")
+        pages = iter(paginator.paginate(Bucket=self._bucket, Prefix=whole, **query))  # type: ignore[arg-type]
+        while True:
+            with self._translated(f"list {prefix or 'everything'}"):
+                page = next(pages, None)
+            if page is None:
+                return
+            yield page
 
     def probe(self) -> None:
         """As the port says. Tests writing by a multipart upload that is begun and aborted."""
