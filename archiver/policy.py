@@ -63,9 +63,9 @@ class DeletionVerdict(StrEnum):
     NO_ID = "no_id"
 
 
-def delete_in_force(policy: DeletePolicy, *, hold: str | None, forbidden: bool) -> DeletePolicy:
-    """The deletion policy that counts: a hold of the account, or a ban for all, goes before its own."""
-    return NEVER_DELETE if forbidden or hold is not None else policy
+def delete_in_force(policy: DeletePolicy, *, suspended: str | None, forbidden: bool) -> DeletePolicy:
+    """The deletion policy in force: suspension, and a ban for all accounts, override the account's own."""
+    return NEVER_DELETE if forbidden or suspended is not None else policy
 
 
 def delete_verdict(
@@ -74,7 +74,7 @@ def delete_verdict(
     state: str,
     by_content: bool,
     captured_at: datetime,
-    hold: str | None,
+    suspended: str | None,
     forbidden: bool,
     now: datetime,
 ) -> DeletionVerdict:
@@ -85,7 +85,7 @@ def delete_verdict(
         return DeletionVerdict.NEVER
     if forbidden:
         return DeletionVerdict.FORBIDDEN
-    if hold is not None:
+    if suspended is not None:
         return DeletionVerdict.SUSPENDED
     if by_content:
         return DeletionVerdict.NO_ID
@@ -107,29 +107,31 @@ def deletable_at(policy: DeletePolicy, captured_at: datetime) -> datetime | None
         return None
 
 
-RENUMBERED_HELD = 10
-"""Fewer ids than these vanish together in a usual day, and prove nothing."""
+RENUMBERED_LEAST = 10
+"""Fewer ids than these vanish together on an ordinary day, and prove nothing."""
 
 RENUMBERED_FOUND = 0.02
-"""Share of the ids before that may still be found: a server may have kept some, or give some again."""
+"""Share of the known ids that may still be listed: a server may have kept some, or given some again."""
 
-RENUMBERED_OTHERS = 0.5
-"""At least so many strange ids for each one held before. Few new ones come while a mailbox is emptied."""
+RENUMBERED_UNKNOWN = 0.5
+"""Least number of unknown ids for each known one. Few new messages come while a mailbox is emptied."""
 
 RENUMBERED_KNOWN = 0.5
-"""Share of the messages behind strange ids whose content must be in the archive already."""
+"""Share of the messages with unknown ids whose content must be in the archive already."""
 
 
-def may_be_renumbered(*, held: int, found: int, strange: int) -> bool:
+def may_be_renumbered(*, known: int, found: int, unknown: int) -> bool:
     """Whether a complete listing looks as if the server had given all messages other ids.
 
-    ``held`` ids were shown before and are not expected to be gone, ``found`` of
-    them are shown still, ``strange`` are those shown that nobody knows. That
-    alone proves nothing: a provider that shows a window of the mailbox (Gmail)
-    looks the same. So it is only a suspicion, of which ``is_renumbered`` judges.
+    ``known`` ids were listed before and are not expected to be gone. ``found`` of
+    them are still listed. ``unknown`` ids are listed for the first time. That alone
+    proves nothing: a provider that shows a window of the mailbox (Gmail) looks the
+    same. So it is only a suspicion, which ``is_renumbered`` confirms or not.
     """
     return (
-        held >= RENUMBERED_HELD and found <= held * RENUMBERED_FOUND and strange >= held * RENUMBERED_OTHERS
+        known >= RENUMBERED_LEAST
+        and found <= known * RENUMBERED_FOUND
+        and unknown >= known * RENUMBERED_UNKNOWN
     )
 
 
@@ -173,18 +175,19 @@ def is_trusted(until: datetime, now: datetime, full_listing_seconds: float) -> b
     return 0 < (until - now).total_seconds() <= full_listing_seconds
 
 
-def is_worth_a_tail(*, listed: int, new: int, spared_lines: int, pipelining: bool) -> bool:
-    """Whether to ask for each of so many new messages costs less than a listing that has them all.
+def is_worth_increment(*, listed: int, new: int, spared_lines: int, pipelining: bool) -> bool:
+    """Whether it costs less to ask for each new message by its number than to list the mailbox again.
 
-    ``listed`` are those of before, of which ``spared_lines`` must go with each new one.
+    It does if a listing would repeat ``spared_lines`` of the ``listed`` messages for each new one.
     """
-    return 0 < new <= (TAIL_MOST if pipelining else TAIL_MOST_SINGLY) and listed >= new * spared_lines
+    most = INCREMENT_MOST if pipelining else INCREMENT_MOST_SINGLY
+    return 0 < new <= most and listed >= new * spared_lines
 
 
-TAIL_MOST = 16
+INCREMENT_MOST = 16
 """Two commands each: as many as are under way at once anyway."""
 
-TAIL_MOST_SINGLY = 2
+INCREMENT_MOST_SINGLY = 2
 """Where each command costs a round trip, of which a listing takes two."""
 
 

@@ -1,10 +1,10 @@
 """What a poll has fetched and not recorded yet, and what of it makes the next batch.
 
-Owns the queue between the wire and the journal: what is on its way to the
-store, what is there, what turned out without an object. Promises that a batch
-holds stored messages alone, in the order of their arrival unless one takes
-long, and that little piles up. Leaves the uploads, and what is done with a
-batch, to ``archiver.poll``.
+Owns the queue between the wire and the journal: messages on their way to the store,
+messages that are there, and what was resolved without an object. Promises that a
+batch holds stored messages alone, in the order of their arrival unless one takes
+long, and that little piles up. Uploading, and recording a batch, is the caller's.
+For the poll's own thread.
 """
 
 from collections import deque
@@ -20,10 +20,10 @@ from archiver.poll.ports import BatchLimits
 from archiver.store import PutResult
 
 BATCHES_UPLOADING = 2.0
-"""So many may be on their way to the store; then the next message waits until half of them are there."""
+"""With this many batches on their way to the store, the next message waits until half of them are there."""
 
 BATCHES_UNRECORDED = 3.0
-"""So many may be fetched and not recorded; then what is stored need not wait for what is older and is not."""
+"""With this many batches fetched and not recorded, stored messages do not wait for older ones."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Fetched:
 
 
 class Batch(NamedTuple):
-    """Messages whose objects are in the store, and fates without one, which are recorded together."""
+    """Messages whose objects are in the store, and lines without an object, which are recorded together."""
 
     fetched: list[Fetched]
     resolved: list[Resolved]
@@ -48,23 +48,22 @@ class Batch(NamedTuple):
 
 @dataclass(slots=True)
 class Unrecorded:
-    """The queue. Times are seconds by one monotonic clock; ``opened_at`` is of the batch that is open.
-
-    ``uploading`` are those of ``fetched`` whose upload was not seen to end;
-    ``error`` is what kept a message out of the store, the first such.
-    """
+    """The queue. Times are seconds of one monotonic clock."""
 
     limits: BatchLimits
     opened_at: float
+    """When the batch that is open was opened."""
     fetched: list[Fetched] = field(default_factory=list)
     uploading: list[Fetched] = field(default_factory=list)
+    """Those of ``fetched`` whose upload has not ended, as far as was noticed."""
     resolved: list[Resolved] = field(default_factory=list)
     total_bytes: int = 0
     uploading_bytes: int = 0
     error: BaseException | None = None
+    """The first error that kept a message out of the store."""
 
     def add(self, fetched: Fetched) -> None:
-        """A message more, whose upload is under way."""
+        """Add a message whose upload is under way."""
         self.fetched.append(fetched)
         self.uploading.append(fetched)
         self.total_bytes += fetched.size
@@ -72,7 +71,7 @@ class Unrecorded:
 
     @property
     def is_much(self) -> bool:
-        """Whether it is so much that what is stored need not wait for what is older and is not."""
+        """Whether so much is unrecorded that stored messages do not wait for older ones."""
         return self._batches(len(self.fetched) + len(self.resolved), self.total_bytes) > BATCHES_UNRECORDED
 
     @property
@@ -81,15 +80,15 @@ class Unrecorded:
         return self._batches(len(self.uploading), self.uploading_bytes) >= BATCHES_UPLOADING
 
     def is_due(self, monotonic: float) -> bool:
-        """Whether a batch closes: it is full, or was open for long enough."""
+        """Whether a batch closes because it is full, or was open for long enough."""
         is_full = (
             len(self.fetched) + len(self.resolved) >= self.limits.messages
             or self.total_bytes >= self.limits.total_bytes
         )
         return is_full or self._is_late(monotonic)
 
-    def look(self) -> None:
-        """Notice which uploads have come to their end."""
+    def notice_uploads(self) -> None:
+        """Notice which uploads have ended."""
         uploading, self.uploading = self.uploading, []
         for fetched in uploading:
             if not fetched.upload.done():
@@ -101,44 +100,44 @@ class Unrecorded:
             self.error = self.error or error
 
     def wait_for_some(self) -> None:
-        """Return when half of the uploads have come to their end, whichever these are."""
+        """Wait until half of the uploads have ended, in whatever order."""
         ended = as_completed([fetched.upload for fetched in self.uploading])
         deque(islice(ended, len(self.uploading) // 2 + 1), maxlen=0)
-        self.look()
+        self.notice_uploads()
 
     def wait_for_all(self) -> None:
-        """Return when all uploads have come to their end."""
+        """Wait until all uploads have ended."""
         for fetched in self.uploading:
             fetched.upload.exception()
-        self.look()
+        self.notice_uploads()
 
-    def take(self, monotonic: float) -> Batch | None:
-        """The next batch, where one is due and stored. An upload that takes long holds up a few batches."""
+    def next_batch(self, monotonic: float) -> Batch | None:
+        """The next batch, if one is due and stored. A slow upload delays a few batches at most."""
         if not self.is_due(monotonic):
             return None
         if self.is_much or self._is_late(monotonic):
-            return self.take_stored(monotonic)
+            return self.stored_batch(monotonic)
         first = self._close(self.fetched)
-        return self._take(first, monotonic) if all(fetched.is_stored for fetched in first) else None
+        return self._remove(first, monotonic) if all(fetched.is_stored for fetched in first) else None
 
-    def take_stored(self, monotonic: float) -> Batch | None:
-        """A batch of what is stored, due or not, while there is something."""
+    def stored_batch(self, monotonic: float) -> Batch | None:
+        """A batch of what is stored, due or not; None if nothing is."""
         stored = [fetched for fetched in self.fetched if fetched.is_stored]
-        return self._take(self._close(stored), monotonic) if stored or self.resolved else None
+        return self._remove(self._close(stored), monotonic) if stored or self.resolved else None
 
     def _is_late(self, monotonic: float) -> bool:
         return bool(self.fetched) and monotonic - self.opened_at >= self.limits.seconds
 
     def _close(self, fetched: list[Fetched]) -> list[Fetched]:
-        """The first of these, as many as a batch holds beside what is resolved."""
+        """The first of these: as many as a batch has room for beside what is resolved."""
         room, room_bytes = self.limits.messages - len(self.resolved), self.limits.total_bytes
-        for place, each in enumerate(fetched):
-            if place >= room or room_bytes <= 0:
-                return fetched[:place]
+        for index, each in enumerate(fetched):
+            if index >= room or room_bytes <= 0:
+                return fetched[:index]
             room_bytes -= each.size
         return fetched
 
-    def _take(self, taken: list[Fetched], monotonic: float) -> Batch:
+    def _remove(self, taken: list[Fetched], monotonic: float) -> Batch:
         batch = Batch(taken, self.resolved)
         gone = set(map(id, taken))
         self.fetched = [fetched for fetched in self.fetched if id(fetched) not in gone]

@@ -33,7 +33,7 @@ from archiver.db.endings import Ended, Ending
 from archiver.db.hosts import DEFAULT_SESSIONS, HostSessions
 from archiver.errors import ArchiverError, LeaseLost, OperatorNeeded, TryLater
 from archiver.model import Account, Claim, PollReport, mail_host
-from archiver.poll import Story, begin, finish, poll
+from archiver.poll import NEEDS_THREAD, Story, begin, finish, poll
 from archiver.poll.ports import Ports, Watch
 from archiver.pop3 import Loop
 from archiver.timetable import Timetable
@@ -388,7 +388,7 @@ class Worker:
         """Poll, as far as that is to wait for the server, together with others; what is left has a thread."""
         with self._abandoned([polling]):
             report = begin(polling.story)
-            if report is None:
+            if report is NEEDS_THREAD:
                 self._pool.submit(self._poll_on, polling)
             else:
                 self._is_over(Over(polling, report))

@@ -120,7 +120,7 @@ def verdicts(archive: Archive, account: Account, *, forbidden: bool = False) -> 
                 state=known.state,
                 by_content=bool(key.content),
                 captured_at=known.first_seen_at,
-                hold=account.deletion_suspended,
+                suspended=account.deletion_suspended,
                 forbidden=forbidden,
                 now=archive.clock.now(),
             ).value

@@ -99,11 +99,11 @@ def test_absences_go_on_where_they_were_left(shown: set[int], left_at: int) -> N
     pairs = [(b"%03d" % number, 1) for number in sorted(shown)]
     held = [(SightingKey(b"%03d" % number, 1), known()) for number in range(41)]
     plan = Plan.of(listing_of(pairs), held, {}, delete=DeletePolicy(None), now=NOW)
-    everything = [line.sighting for line in plan.take_absent()]
+    everything = [line.sighting for line in plan.pop_absent()]
     assert everything == [key for key, _ in held if int(key.uidl) not in shown]
     after = held[left_at][0]
     plan.find_more_absent(held[left_at + 1 :], after)
-    assert [line.sighting for line in plan.take_absent()] == [key for key in everything if key > after]
+    assert [line.sighting for line in plan.pop_absent()] == [key for key in everything if key > after]
 
 
 def test_a_listing_that_was_not_read_whole_proves_no_absence() -> None:

@@ -310,7 +310,7 @@ def test_polls_begin_with_one_and_grow_to_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "found", "strange", "suspicious"),
+    ("known", "found", "unknown", "suspicious"),
     [
         (1000, 0, 1000, True),
         (1000, 20, 500, True),
@@ -322,8 +322,8 @@ def test_polls_begin_with_one_and_grow_to_all() -> None:
         (0, 0, 100, False),
     ],
 )
-def test_a_renumbering_is_suspected(held: int, found: int, strange: int, suspicious: bool) -> None:
-    assert policy.may_be_renumbered(held=held, found=found, strange=strange) is suspicious
+def test_a_renumbering_is_suspected(known: int, found: int, unknown: int, suspicious: bool) -> None:
+    assert policy.may_be_renumbered(known=known, found=found, unknown=unknown) is suspicious
 
 
 @pytest.mark.parametrize(("fetched", "known", "sure"), [(0, 0, False), (4, 2, True), (4, 1, False)])
@@ -367,7 +367,7 @@ def test_what_is_remembered_is_trusted_no_longer_than_anything_is() -> None:
 def test_new_messages_are_asked_for_singly_where_that_spares_a_long_listing(
     listed: int, new: int, pipelining: bool, worth: bool
 ) -> None:
-    asked = policy.is_worth_a_tail(listed=listed, new=new, spared_lines=100, pipelining=pipelining)
+    asked = policy.is_worth_increment(listed=listed, new=new, spared_lines=100, pipelining=pipelining)
     assert asked is worth
 
 
@@ -379,6 +379,6 @@ def test_a_message_falls_due_when_its_days_are_over() -> None:
 
 def test_a_hold_and_a_ban_go_before_the_policy() -> None:
     wanted = DeletePolicy(0.0)
-    assert policy.delete_in_force(wanted, hold=None, forbidden=False) == wanted
-    assert policy.delete_in_force(wanted, hold="renumbered", forbidden=False) == DeletePolicy(None)
-    assert policy.delete_in_force(wanted, hold=None, forbidden=True) == DeletePolicy(None)
+    assert policy.delete_in_force(wanted, suspended=None, forbidden=False) == wanted
+    assert policy.delete_in_force(wanted, suspended="renumbered", forbidden=False) == DeletePolicy(None)
+    assert policy.delete_in_force(wanted, suspended=None, forbidden=True) == DeletePolicy(None)

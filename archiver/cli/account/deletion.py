@@ -58,7 +58,7 @@ def deletable(
                     state=known.state,
                     by_content=bool(key.content),
                     captured_at=known.first_seen_at,
-                    hold=account.deletion_suspended,
+                    suspended=account.deletion_suspended,
                     forbidden=app.settings.forbid_deletion,
                     now=now,
                 )
