@@ -18,7 +18,7 @@ The parts: ``look`` (glance or listing), ``plan`` (what to do about a listing),
 ``budget`` (what may still be fetched), ``intake`` (steps 1 and 2, and batches),
 ``chain`` (steps 3 and 4), ``absences``, ``proof`` and ``deletion`` (step 5).
 
-Threads: a poll is told by one thread at a time, which may change where the story
+Threads: one thread at a time tells a poll's story. It may change where the story
 yields. Two kinds of work go on in other threads meanwhile: uploads, and one
 recording at a time. ``intake`` and ``chain`` say what belongs to them.
 """
@@ -226,7 +226,7 @@ class _Poll:
                 raise IntegrityError(found, hint="nothing was fetched or deleted; run: archiver verify")
 
     def archive(self, mailbox: pop3.Session, intake: Intake) -> None:
-        """Fetch what is new and record it in batches. What was fetched whole is recorded, whatever fails."""
+        """Fetch new messages and record them in batches. Whatever fails, those fetched whole are recorded."""
         plan = intake.plan
         if not plan.looks_renumbered and plan.overflows:
             record_absences(intake, self.ports)
@@ -279,7 +279,7 @@ class _Poll:
         """End the session: all that was fetched in it is recorded by now.
 
         Only QUIT makes deletions happen (RFC 1939 section 6). If none was asked
-        for, a server that hangs up instead of answering does no harm.
+        for, a server that disconnects instead of answering does no harm.
         """
         self.lease.check()
         try:

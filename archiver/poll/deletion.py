@@ -1,9 +1,12 @@
 """Which messages the server is asked to delete, the proof that they are archived, and DELE.
 
-Owns step 5 of a batch. Promises that DELE is sent only for a message that this
-session's one listing shows with the id and size of a committed transaction, whose
-content was read in this session, and whose object and journal segments are found in
-the store now. For the poll's own thread; the store is asked in others.
+Owns step 5 of a batch. Promises that DELE is sent only for a message that
+
+- this session's one listing shows with the id and size of a committed transaction,
+- whose content was read in this session,
+- and whose object and journal segments are found intact in the store now.
+
+For the poll's own thread. The store is asked in other threads.
 """
 
 from array import array
@@ -22,7 +25,7 @@ from archiver.poll.proof import Expected, fault
 from archiver.store.spool import SpooledMessage
 
 DELETIONS_AT_ONCE = 500
-"""Messages between a check of the store and their DELE: so many are unsure if the connection is lost."""
+"""Messages between a check of the store and their DELE. A lost connection leaves these uncertain."""
 
 READING_AGAIN_SECONDS = 300.0
 """How long one session reads messages again before it deletes them: all of it is lost with the connection."""

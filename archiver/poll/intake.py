@@ -3,8 +3,8 @@
 Owns the messages that were asked for, those that arrive, their uploads, and when a
 batch is recorded. Promises that a batch holds stored messages alone, that nothing
 that was fetched whole is dropped while it can still be recorded, and that a report
-counts only what the database knows. What is asked for, and when, is the caller's
-business.
+counts only what the database knows. The caller decides which messages are asked
+for, and when.
 
 Threads: an ``Intake`` belongs to the poll's own thread. A message's content is
 handed over to the thread that uploads it, and the chain to the thread that records
@@ -52,7 +52,7 @@ class Intake:
         self.recorder = recorder
         self.spending = spending
         self.counts = counts
-        """What is recorded, and what the listing showed that needs nothing done."""
+        """Recorded messages, and listed ones that need nothing done."""
         self.seen_contents: set[SightingKey] = set()
         """Messages without an id of their own that were fetched in this session."""
         self._lease = lease
@@ -79,7 +79,7 @@ class Intake:
         return bool(self._uploads)
 
     def close(self) -> None:
-        """Give everything back. What has begun in another thread is waited for."""
+        """Give everything back, and wait for the work that has begun in other threads."""
         # An upload that could be cancelled may be queued behind many of other accounts.
         wait([upload for upload in self._uploads if not upload.cancel()])
         self.recorder.abandon()
@@ -179,7 +179,7 @@ class Intake:
         if plan.looks_renumbered and unrecorded.is_due(self._ports.monotonic()):
             unrecorded.wait_for_all()  # The first batch decides about all that follows.
         if unrecorded.error is not None:
-            self.record_all()  # Anything else that was fetched would wait for a store that is away.
+            self.record_all()  # Anything else that was fetched would wait for a store that does not answer.
         if self.recorder.has_result or (self.recorder.is_recording and unrecorded.is_much):
             self.end_recording()
         if self.recorder.is_recording:

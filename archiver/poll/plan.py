@@ -4,8 +4,8 @@ Owns identity within a listing, and the comparison: what to fetch, what may be
 deleted, what is absent. Both sides come in the byte order of the UIDLs and are
 walked side by side. So half a million messages take one pass and a few bytes
 each, and only what differs becomes an object. Sets of ids decide, never dates or
-message numbers. Pure: it asks neither server nor store nor database. What is done
-about a plan, and in which order, is the poll's.
+message numbers. Pure: it asks neither server nor store nor database. The poll decides
+what is done about a plan, and in which order.
 """
 
 from array import array
@@ -47,7 +47,7 @@ class Item:
 
 @dataclass(slots=True)
 class Plan:
-    """What is to be done about a listing. Messages are indices of ``listing.entries``."""
+    """The work that a listing makes. Messages are indices of ``listing.entries``."""
 
     listing: pop3.Listing
     order: "array[int]"
@@ -72,7 +72,7 @@ class Plan:
     attempts: dict[SightingKey, int] = field(default_factory=dict)
     """How often fetching has failed."""
     still_there: list[SightingKey] = field(default_factory=list)
-    """What is listed although we asked to delete it, or although it was absent."""
+    """Sightings that are listed although we asked to delete them, or although they were absent."""
     absent: list[Resolved] = field(default_factory=list)
     """The first of the absences."""
     overflows: bool = False

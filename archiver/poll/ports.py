@@ -1,7 +1,7 @@
-"""What a poll works with, and within which limits.
+"""The ports that a poll works with, and its limits.
 
-Values and ports, no more: the parts are made in ``bootstrap.py``, and what is
-done with them is ``archiver.poll``'s story.
+Nothing but values and ports. ``bootstrap.py`` makes the parts, and ``archiver.poll``
+uses them.
 """
 
 from collections.abc import Callable
@@ -28,33 +28,35 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one poll may fetch, and what one account may in a day (UTC) unless it says so itself.
+    """How much a poll may fetch. One message is always fetched, however large: a budget delays, but never stops.
 
-    A poll that went on for ``slice_seconds`` ends when others wait for its
-    thread or its host. ``ends_at`` is when the account's next blackout begins.
-    One message is fetched at least, however large: a budget slows down, and
-    does not stop.
+    None: no limit.
     """
 
     messages: int | None = None
+    """Messages in one poll."""
     total_bytes: int | None = None
+    """Bytes in one poll."""
     day_bytes: int | None = None
+    """Bytes in one day (UTC), for an account without a limit of its own."""
     slice_seconds: float = 60.0
+    """A poll that has lasted this long ends when others wait for its thread or its host."""
     ends_at: datetime | None = None
+    """When the account's next blackout begins."""
 
 
 class Watch(Protocol):
-    """Told of a poll's progress while it goes on."""
+    """Receives a poll's progress."""
 
     def listed(self, listed: int, to_fetch: int, total_bytes: int | None) -> None:
-        """The listing was read: so many messages on the server, so many (of so many bytes) to fetch."""
+        """The listing was read: messages on the server, messages to fetch, and their bytes if known."""
 
     def fetched(self, message_bytes: int) -> None:
-        """One message more was read from the server."""
+        """One more message was read from the server."""
 
 
 class Unwatched:
-    """Nobody looks."""
+    """Discards the progress."""
 
     def listed(self, listed: int, to_fetch: int, total_bytes: int | None) -> None: ...
     def fetched(self, message_bytes: int) -> None: ...
@@ -67,42 +69,39 @@ class Lease(Protocol):
     def claim(self) -> Claim: ...
 
     def check(self) -> None:
-        """Raises LeaseLost when so much time has gone by without a renewal that another may hold it soon."""
+        """Raises LeaseLost if the lease was not renewed for so long that another worker may get it soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """What a poll works with. ``connect`` opens a session with an account's server, not yet logged in.
-
-    ``another_password`` is asked for one in place of that which the server
-    refused; None where there is no other: an access token can be had anew, a
-    password cannot.
-    ``stopping`` tells that the process wants to end: what is under way is
-    finished, nothing more is asked for. ``session_seconds`` is when a poll of a
-    large mailbox makes room for others. ``full_listing_seconds`` is how long a
-    mailbox that looks unchanged is not listed, nor one that grew by so little that
-    ``spared_lines`` of a listing are spared for each new message. With ``forbid_deletion`` nothing
-    is deleted from any server, whatever the accounts say. ``make_room`` asks
-    whether others wait; a poll that is told so ends.
-    """
+    """What a poll works with."""
 
     connect: Callable[[Account], pop3.Session]
+    """Opens a session with an account's server, not yet logged in."""
     password: Callable[[Account], str]
     store: Store
     database: Database
     spool: Spool
     uploads: Executor
+    """Threads for uploads, recordings and checks of the store."""
     now: Callable[[], datetime]
     monotonic: Callable[[], float]
     stopping: Callable[[], bool]
+    """Whether the process is to end. Then a poll finishes what it has asked for, and asks for nothing more."""
     batch: BatchLimits = BatchLimits()
     session_seconds: float = 1800.0
+    """After this time a poll of a large mailbox stops fetching, so that other accounts get their turn."""
     full_listing_seconds: float = 4 * 3600.0
+    """Longest time between full listings of a mailbox that looks unchanged, or only grew."""
     spared_lines: int = 100
+    """Lines of a full listing that an incremental one must spare for each new message."""
     forbid_deletion: bool = False
+    """Delete nothing from any server, whatever the accounts say."""
     uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
     another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None
+    """Another password in place of the refused one, or None. Access tokens can be renewed, passwords cannot."""
     check_store: Callable[[], None] = lambda: None
     """Raises OperatorNeeded when the store is not the one that the database belongs to."""
     budget: Budget = Budget()
     make_room: Callable[[], bool] = lambda: False
+    """Whether this poll is to end now because others wait."""

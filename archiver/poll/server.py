@@ -1,8 +1,7 @@
-"""What a mail server said and showed, in the words of this project.
+"""The border to the POP3 client: a mail server in the words of this project.
 
-The border to the client: its failures become what happens next, once, here;
-what is wrong with a server becomes a sentence for whoever runs this; and what
-is kept of it for the record is chosen.
+Turns the client's failures into this project's errors, once. Turns faults of a
+server into sentences for operators. Chooses the facts for the journal.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from archiver.model import Account, ServerRecord
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """The client's failures, as what happens next."""
+    """Raise the client's failures as this project's errors."""
     try:
         yield
     except pop3.Pop3Error as error:
@@ -33,18 +32,20 @@ def translated() -> Iterator[None]:
 
 
 def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
-    """What is wrong with this server, or with how it is used, though polls of it work. A pure function."""
+    """Faults of this server, or of its settings here, although polls of it work. A pure function."""
     found = []
     if account.tls_minimum not in pop3.SAFE_TLS_VERSIONS and facts.tls_version is not None:
         old = facts.tls_version not in _SAFE_TLS_NAMES
         found.append(
-            f"{facts.tls_version} is broken (RFC 8996): on the way, the password and the mail may be read"
+            f"{facts.tls_version} is broken (RFC 8996): others on the network may read the password and the mail"
             if old
             else f"TLS {account.tls_minimum} is allowed for this account and not needed: "
             f"the server speaks {facts.tls_version}; set its tls_minimum to 1.2"
         )
     if facts.expire_days == 0:
-        found.append("the server may remove messages once they were read (EXPIRE 0), whatever our policy is")
+        found.append(
+            "the server may remove messages once they are read (EXPIRE 0), whatever the deletion policy says"
+        )
     return tuple(found)
 
 
@@ -56,11 +57,11 @@ _NEW_CREDENTIALS = (
 )
 
 _OF_ACCOUNTS = frozenset({"connect_seconds", "greeting_seconds", "idle_seconds"})
-"""Limits in whose place an account's own timeout stands, where it has one."""
+"""Limits that an account's own timeout replaces."""
 
 
 def _how_to_raise(limit: str | None) -> str | None:
-    """The setting of a limit of the client's bears its name; docs/reference/settings.md describes each."""
+    """The setting has the name of the client's limit. docs/reference/settings.md describes each."""
     if limit is None:
         return None
     own = ", or the account's timeout if it has one" if limit in _OF_ACCOUNTS else ""
