@@ -15,11 +15,11 @@ from archiver.timetable import LONGEST_WAIT_SECONDS, Timetable
 
 BACKOFF_BASE_SECONDS = 30.0
 BACKOFF_CAP_SECONDS = 3600.0
-"""A server that was away for a night is asked within the hour after it is back."""
+"""After an outage of any length, a server is polled again within an hour."""
 
 OPERATOR_BACKOFF_SECONDS = (300.0, 1800.0, 7200.0)
-"""One refused login may be throttling in disguise, so it is tried again, ever more rarely. Then the account
-is paused: a server that locks accounts out does so after more, or after faster, attempts than these."""
+"""One refused login may be throttling in disguise, so the login is tried again, ever more rarely. Then the
+account waits for an operator. Servers that lock accounts do so after more, or faster, attempts than these."""
 
 QUARANTINE_BASE_SECONDS = 3600.0
 QUARANTINE_CAP_SECONDS = 7 * 86400.0
@@ -28,30 +28,30 @@ UNHEEDED_REQUESTS = 2
 UNHEEDED_RETRY_SECONDS = 86400.0
 
 FATAL_ATTEMPTS = 3
-"""How often the connection may die over one message before that message is set aside."""
+"""How often the connection may die over one message before that message is quarantined."""
 
 HOST_FAILURES = 5
-"""Polls in a row that could not even begin, before a host is closed to all its accounts. Fewer are chance."""
+"""Polls in a row that could not connect, before all accounts of a host back off. Fewer may be chance."""
 
 HOST_BACKOFF_CAP_SECONDS = 900.0
-"""A host that is back after a night is found out within a quarter of an hour, by one poll."""
+"""After an outage of any length, one poll finds within a quarter of an hour that the host is back."""
 
 HOST_LEAST_SECONDS = 5.0
-"""A host that was just found dead is not asked again in the same breath."""
+"""A host that has just failed is not asked again at once."""
 
 MIDNIGHT_SPREAD_SECONDS = 600.0
 BLACKOUT_SPREAD_SECONDS = 60.0
-"""Over which the accounts are spread that waited for the same moment."""
+"""Accounts that waited for the same moment are spread over this time."""
 
 LOGIN_DELAY_MARGIN_SECONDS = 5.0
-"""Beyond the LOGIN-DELAY of a server (RFC 2449 section 6.5), which counts whole seconds by its own clock."""
+"""Added to a server's LOGIN-DELAY (RFC 2449 section 6.5), which counts whole seconds by its own clock."""
 
 INTERVAL_JITTER = 0.1
 """Share of the interval by which due times are spread, so that accounts added together drift apart."""
 
 
 class DeletionVerdict(StrEnum):
-    """What becomes at the next poll of a message that the server still shows, and why."""
+    """Whether the next poll deletes a message that the server still shows, or the reason why not."""
 
     GOES = "goes"
     NEVER = "never"
@@ -78,7 +78,7 @@ def delete_verdict(
     forbidden: bool,
     now: datetime,
 ) -> DeletionVerdict:
-    """Whether a message goes at the next poll, or the first reason why it stays."""
+    """Whether the next poll deletes a message, or the first reason why not."""
     if state != "captured":
         return DeletionVerdict.QUARANTINED if state == "quarantined" else DeletionVerdict.TO_COME
     if delete.after_days is None:
@@ -93,12 +93,12 @@ def delete_verdict(
 
 
 def may_delete(policy: DeletePolicy, captured_at: datetime, now: datetime) -> bool:
-    """Whether the account's policy lets a message go that was captured then."""
+    """Whether the policy allows to delete a message that was captured at this time."""
     return policy.after_days is not None and (now - captured_at) / timedelta(days=1) >= policy.after_days
 
 
 def deletable_at(policy: DeletePolicy, captured_at: datetime) -> datetime | None:
-    """When the policy lets a message go that was captured then; None for never, and for the far future."""
+    """From when on the policy allows to delete such a message; None for never, and for the far future."""
     if policy.after_days is None:
         return None
     try:
@@ -136,12 +136,12 @@ def may_be_renumbered(*, known: int, found: int, unknown: int) -> bool:
 
 
 def is_renumbered(*, fetched: int, known: int) -> bool:
-    """Whether the suspicion is right: most of the first messages fetched are held under other ids."""
+    """Whether the suspicion is right: most of the first messages fetched are archived under other ids."""
     return fetched > 0 and known >= fetched * RENUMBERED_KNOWN
 
 
 def why_suspended(epoch: int, began_at: datetime) -> str:
-    """Why nothing of an account is deleted, in words for its operator."""
+    """Why deletion is suspended, for the operator."""
     return f"the server gave its messages other ids: epoch {epoch} began at {began_at:%Y-%m-%d %H:%M} UTC"
 
 
@@ -155,10 +155,10 @@ def trusted_until(
     due_at: Iterable[datetime | None],
     uniform: Callable[[float, float], float],
 ) -> datetime | None:
-    """Until when a mailbox that looks unchanged need not be listed; None when it must be, the next time.
+    """Until when a mailbox that looks unchanged need not be listed; None if the next poll must list it.
 
-    Never beyond what is due of its messages: a quarantined one's next try, the
-    moment from which one may be deleted.
+    ``due_at`` is when its messages need attention: the retry of one in quarantine,
+    or the first deletion that the policy allows.
     """
     seconds = min(full_listing_seconds, LONGEST_WAIT_SECONDS)
     latest = now + timedelta(seconds=seconds - uniform(0.0, seconds * FULL_LISTING_JITTER))
@@ -167,10 +167,10 @@ def trusted_until(
 
 
 def is_trusted(until: datetime, now: datetime, full_listing_seconds: float) -> bool:
-    """Whether what was remembered of a mailbox is believed still.
+    """Whether the memory of a mailbox is still trusted.
 
-    What is to be believed for longer than anything may be was remembered before
-    the clock was set back, or the setting was another one.
+    A memory that claims more time than the setting allows dates from before the
+    clock was set back, or the setting was changed.
     """
     return 0 < (until - now).total_seconds() <= full_listing_seconds
 
@@ -185,28 +185,27 @@ def is_worth_increment(*, listed: int, new: int, spared_lines: int, pipelining: 
 
 
 INCREMENT_MOST = 16
-"""Two commands each: as many as are under way at once anyway."""
+"""With two commands each, these are as many as the client sends at once."""
 
 INCREMENT_MOST_SINGLY = 2
-"""Where each command costs a round trip, of which a listing takes two."""
+"""Without pipelining each command costs a round trip; a listing takes two in all."""
 
 
 LATE_LEAST_SECONDS = 600.0
-"""However often a mailbox is polled: ten minutes without a look are not told as a gap."""
+"""However often a mailbox is polled, ten minutes without a successful poll are no gap."""
 
 
 def late_after_seconds(after_seconds: float | None) -> float:
-    """How long nobody may look into a mailbox until that is a gap: twice the wait that was planned."""
+    """After how long without a successful poll a gap begins: twice the scheduled wait."""
     return max(LATE_LEAST_SECONDS, 2.0 * (after_seconds or 0.0))
 
 
 def may_ask_again(*, requested: bool, unheeded: int, retry_at: datetime | None, now: datetime) -> bool:
-    """Whether a deletion is asked for in this session; ``requested`` tells that the last one was to no avail.
+    """Whether this session asks for a deletion. With ``requested``, the last session asked without success.
 
-    A session that ended before its QUIT was answered does not count. A server
-    that says +OK to QUIT and deletes nothing (Gmail and GMX obey a setting
-    instead) is asked once more, and then once a day: each time the message is
-    read again first.
+    A session that ended before QUIT was answered does not count. Some servers say
+    +OK to QUIT and delete nothing: Gmail and GMX follow a setting instead. They are
+    asked once more, then once a day. Each time the message is read again first.
     """
     if requested:
         return unheeded < UNHEEDED_REQUESTS
@@ -214,43 +213,45 @@ def may_ask_again(*, requested: bool, unheeded: int, retry_at: datetime | None, 
 
 
 def quarantine_retry_seconds(attempts: int) -> float:
-    """How long a message that failed by itself so often is left alone: an hour, doubling, at most a week."""
+    """The wait before a message in quarantine is retried: an hour, doubling, at most a week."""
     return float(min(QUARANTINE_CAP_SECONDS, QUARANTINE_BASE_SECONDS * 2.0 ** (attempts - 1)))
 
 
 def is_fatal(attempts: int) -> bool:
-    """Whether a message has cost so many connections that it is set aside."""
+    """Whether a message has cost enough connections to be quarantined."""
     return attempts >= FATAL_ATTEMPTS
 
 
 class Setbacks(NamedTuple):
-    """Polls that failed in a row: ``failures`` by trouble that passes, ``refusals`` for want of an operator.
+    """Polls in a row that failed.
 
-    They are counted apart, so that one refused login after a night without
-    network is the first refusal, not the last.
+    The two are counted separately, so that one refused login after a night
+    without network is the first refusal, not the last.
     """
 
     failures: int = 0
+    """Failed for a reason that passes by itself."""
     refusals: int = 0
+    """Failed for a reason that needs an operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextPoll:
-    """When an account is due again; None when it waits for an operator, who is told ``pause_reason``.
-
-    Not even somebody who asks for a poll gets one before ``least_seconds``.
-    ``interval_seconds`` is where an adaptive interval stands from now on.
-    """
+    """When an account is due again."""
 
     after_seconds: float | None
+    """None if the account waits for an operator."""
     setbacks: Setbacks
     pause_reason: str | None = None
+    """Why it waits."""
     least_seconds: float = 0.0
+    """Before this time, even a poll that an operator asks for does not begin."""
     interval_seconds: float | None = None
+    """The adaptive interval from now on."""
 
 
 def is_too_early(report: PollReport) -> bool:
-    """Whether the server would refuse a login right after this poll, since it wants a longer delay."""
+    """Whether the server would refuse a login right after this poll, because it wants a longer delay."""
     delay_seconds = report.login_delay_seconds or 0.0
     return delay_seconds > 0 and report.seconds < delay_seconds + LOGIN_DELAY_MARGIN_SECONDS
 
@@ -266,19 +267,19 @@ def next_poll(
 ) -> NextPoll:
     """Decide when to poll again, by the class of what happened.
 
-    ``stands_at`` is the adaptive interval up to here. A blackout puts off
-    whatever is decided until it is over.
+    ``stands_at`` is the adaptive interval so far. A blackout delays the poll until
+    its end.
 
-    An operator who is needed once the mailbox was listed (or while the journal
-    is caught up with) is needed for the store, the spool or the database. No
-    account is paused for that: it would be all of them, and each would have to
-    be resumed.
+    If an operator is needed after the mailbox was listed, or while the poll
+    catches up with the journal, the trouble is with the store, the spool or the
+    database. No account is stopped for that: it would be all accounts, and an
+    operator would have to resume each.
 
-    A LOGIN-DELAY that the server announced is a lower bound, whatever happened:
-    a login that comes too early is refused, and may count against the account.
+    The server's LOGIN-DELAY is a lower bound in every case: a login that comes too
+    early is refused, and may count against the account.
 
-    Full jitter (a wait drawn evenly between nothing and the exponential bound)
-    spreads accounts that failed together:
+    Full jitter spreads accounts that failed together. It draws the wait evenly
+    between nothing and the exponential bound:
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     least = report.wait_seconds or 0.0
@@ -313,7 +314,7 @@ def _after_success(
     now: datetime,
     uniform: Callable[[float, float], float],
 ) -> float:
-    """What is still to come is fetched at once, behind all that is due; but no more than the day may have."""
+    """At once if messages are still to come and the day's budget is not spent; else by the schedule."""
     day_is_spent = report.held_back == "day"
     if report.to_come and not day_is_spent:
         return 0.0
@@ -323,7 +324,7 @@ def _after_success(
         wait += uniform(-wait * INTERVAL_JITTER, wait * INTERVAL_JITTER)
     if day_is_spent:
         tomorrow = datetime.combine(now.astimezone(UTC).date() + timedelta(days=1), time(), UTC)
-        # Not on the stroke of midnight, by whoever's clock.
+        # Not exactly at midnight: clocks differ.
         wait = min(wait, (tomorrow - now).total_seconds() + 60.0 + uniform(0.0, MIDNIGHT_SPREAD_SECONDS))
     return wait
 
@@ -331,7 +332,7 @@ def _after_success(
 def _allowed_seconds(
     after_seconds: float, timetable: Timetable, now: datetime, uniform: Callable[[float, float], float]
 ) -> float:
-    """The same, or if that moment is in a blackout, soon after its end."""
+    """The same, or soon after the end of the blackout that this moment is in."""
     ends_at = timetable.blackout_ends(now + timedelta(seconds=after_seconds))
     if ends_at is None:
         return after_seconds
@@ -350,30 +351,31 @@ def host_retry_seconds(failures: int, uniform: Callable[[float, float], float]) 
 
 
 def threads_for_failing(workers: int) -> int:
-    """Of a process's threads, how many may be with accounts whose last poll failed.
+    """How many of a process's threads may poll accounts whose last poll failed.
 
-    Servers that hang hold a thread for minutes; the other half goes on.
+    A server that stalls takes up a thread for minutes. The other half goes on.
     """
     return max(1, workers // 2)
 
 
 def ramped_up(workers: int, running_seconds: float, ramp_seconds: float) -> int:
-    """Polls at once, so long after the start: from one to all, so that a restart is no storm of logins."""
+    """Polls at once after this running time: from one to all, so that a restart causes no storm of logins."""
     if running_seconds >= ramp_seconds:
         return workers
     return max(1, int(workers * running_seconds / ramp_seconds))
 
 
 AVOID_DAYS = 30
-"""So long a server is spared what it tripped over. Then it is asked again: servers are mended."""
+"""How long a command that failed is avoided. Then it is tried again: servers get fixed."""
 
 
 class Quirk(NamedTuple):
-    """What an account's server trips over. ``certain``: beyond chance, in which connections end too."""
+    """A command or capability that an account's server does not handle."""
 
     name: str
     since: date
     certain: bool
+    """False after one failure, which may be chance: connections end for other reasons, too."""
 
     @property
     def until(self) -> date:
@@ -383,14 +385,14 @@ class Quirk(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is avoided, for people."""
-        return _REASONS.get(self.name, f"the server hung, or hung up, at {self.name}")
+        return _REASONS.get(self.name, f"the server stalled or disconnected at {self.name}")
 
 
 _REASONS = {
-    "AUTH": "the server hung up at AUTH twice in a row; the login is by USER and PASS, within TLS",
-    "PIPELINING": "the server lost its place, or hung up, while several commands were under way",
-    "UIDL": "the server hung up at UIDL, which it does not offer; messages are told apart by content",
-    "UIDL-N": "the server answered UIDL or LIST for one message in another form than RFC 1939 says",
+    "AUTH": "the server disconnected at AUTH twice in a row; the login uses USER and PASS, within TLS",
+    "PIPELINING": "the server mixed up answers, or disconnected, while several commands were under way",
+    "UIDL": "the server disconnected at UIDL, which it does not offer; messages are known by their content",
+    "UIDL-N": "the server answered UIDL or LIST for one message in a form that RFC 1939 does not allow",
 }
 
 
@@ -404,7 +406,7 @@ def quirks(avoids: Iterable[str]) -> list[Quirk]:
 
 
 def avoided(account: Account, now: datetime) -> frozenset[str]:
-    """What is not asked of the account's server."""
+    """The commands and capabilities that the account's server is not asked for."""
     names = {quirk.name for quirk in quirks(account.avoids) if quirk.certain and now.date() < quirk.until}
     return frozenset(names)
 
@@ -412,8 +414,8 @@ def avoided(account: Account, now: datetime) -> frozenset[str]:
 def remembered(avoids: Iterable[str], report: PollReport, now: datetime) -> tuple[str, ...]:
     """``Account.avoids`` after a poll.
 
-    A connection that ends at a command may end there by chance. That it ends
-    at the same one again, with no poll in between that went well, is no chance.
+    A connection that ends at a command may end there by chance. If it ends at the
+    same command again, with no successful poll in between, it is no chance.
     """
     before = {quirk.name: quirk for quirk in quirks(avoids) if now.date() < quirk.until}
     suspects = {name: quirk for name, quirk in before.items() if not quirk.certain}

@@ -28,9 +28,9 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much a poll may fetch. One message is always fetched, however large: a budget delays, but never stops.
+    """How much a poll may fetch; None where there is no limit.
 
-    None: no limit.
+    One message is always fetched, however large: a budget delays, but never stops.
     """
 
     messages: int | None = None
@@ -87,7 +87,7 @@ class Ports:
     now: Callable[[], datetime]
     monotonic: Callable[[], float]
     stopping: Callable[[], bool]
-    """Whether the process is to end. Then a poll finishes what it has asked for, and asks for nothing more."""
+    """Whether the process is to end. Then a poll finishes what it has asked for and stops asking."""
     batch: BatchLimits = BatchLimits()
     session_seconds: float = 1800.0
     """After this time a poll of a large mailbox stops fetching, so that other accounts get their turn."""
@@ -99,7 +99,7 @@ class Ports:
     """Delete nothing from any server, whatever the accounts say."""
     uniform: Callable[[float, float], float] = lambda low, high: (low + high) / 2
     another_password: Callable[[Account, str], str | None] = lambda _account, _refused: None
-    """Another password in place of the refused one, or None. Access tokens can be renewed, passwords cannot."""
+    """Another password in place of the refused one, or None. Only access tokens can be renewed."""
     check_store: Callable[[], None] = lambda: None
     """Raises OperatorNeeded when the store is not the one that the database belongs to."""
     budget: Budget = Budget()

@@ -37,7 +37,7 @@ def warnings(account: Account, facts: pop3.ServerFacts) -> tuple[str, ...]:
     if account.tls_minimum not in pop3.SAFE_TLS_VERSIONS and facts.tls_version is not None:
         old = facts.tls_version not in _SAFE_TLS_NAMES
         found.append(
-            f"{facts.tls_version} is broken (RFC 8996): others on the network may read the password and the mail"
+            f"{facts.tls_version} is broken (RFC 8996): others may read the password and the mail"
             if old
             else f"TLS {account.tls_minimum} is allowed for this account and not needed: "
             f"the server speaks {facts.tls_version}; set its tls_minimum to 1.2"
