@@ -28,7 +28,7 @@ from archiver.secrets import Secrets
 from archiver.settings import Settings
 from archiver.store import Store, open_store
 from archiver.store.spool import Spool
-from archiver.worker import Chance, Worker
+from archiver.worker import Terms, Worker
 
 
 class App:
@@ -131,16 +131,14 @@ class App:
     @cached_property
     def worker(self) -> Worker:
         """The worker, its clock not started."""
-        worker = Worker(
-            self.ports,
+        terms = Terms(
             lease_seconds=self.settings.lease_seconds,
             workers=self.settings.workers,
-            chance=Chance(uniform=random.uniform),
-            stopping=self.stopping,
-            history_days=self.settings.history_days,
             sessions=self.host_sessions,
             ramp_seconds=self.settings.ramp_seconds,
+            history_days=self.settings.history_days,
         )
+        worker = Worker(self.ports, terms, stopping=self.stopping)
         self._close.append(worker.close)
         return worker
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,10 @@ from rich.table import Table
 from archiver import observe
 from archiver.db.before import BeforePoll
 from archiver.model import PollReport
-from archiver.worker import ActiveLease, Chance, Over, Worker
+from archiver.poll.ports import Ports
+from archiver.worker.changeover import Changeovers
+from archiver.worker.leases import ActiveLease, Leases, Terms
+from archiver.worker.polling import Ends, Finished, Polls
 from tests.bench.machine import cpu_seconds_of
 from tests.harness.postgres import postgres
 from tests.harness.scripted_pop3 import MailboxPlay
@@ -33,28 +35,40 @@ _POLLS = 1_200
 _ROUNDS = 5
 
 
-class _Changing(Worker):
-    """Its polls are over as soon as they begin."""
+class _Over(Polls):
+    """Polls that are over as soon as they begin."""
 
-    leases: Sequence[ActiveLease] = ()
-    before: Mapping[str, BeforePoll] = MappingProxyType({})
+    finished: Sequence[Finished] = ()
 
-    def _begin(
-        self, leases: list[ActiveLease], before: Mapping[str, BeforePoll] | None = None
+    def begin(
+        self, leases: Sequence[ActiveLease], before: Mapping[str, BeforePoll] | None, ends: Ends
     ) -> list[Future[PollReport]]:
-        self.leases, self.before = leases, before or {}
+        self.finished = [self._over(lease, (before or {})[lease.claim.account_id]) for lease in leases]
         return []
 
+    def _over(self, lease: ActiveLease, before: BeforePoll) -> Finished:
+        report = PollReport(before.account.name, "ok", listed=0, glanced=True, reached=True)
+        return Finished(self.polling(lease, before), report)
+
+
+class _Changing:
+    """Changeovers whose polls have no sessions."""
+
+    def __init__(self, ports: Ports) -> None:
+        terms = Terms(lease_seconds=LEASE_SECONDS, workers=_ACCOUNTS)
+        leases = Leases(ports.database, terms, monotonic=ports.monotonic, slice_seconds=60.0)
+        self._polls = _Over(ports, leases, terms.workers)
+        self._changeovers = Changeovers(ports, terms, leases, self._polls, threading.Event())
+
     def change(self, places: int) -> None:
-        """End the polls that began last, and begin others in so many places."""
-        over = []
-        for lease in self.leases:
-            before = self.before[lease.claim.account_id]
-            report = PollReport(before.account.name, "ok", listed=0, glanced=True, reached=True)
-            over.append(Over(self._polling(lease, before), report))
-        self._end_and_begin(over, places)
-        if len(self.leases) != places:
-            raise RuntimeError(f"{len(self.leases)} polls begin, not {places}")
+        """End the polls that began last, and begin this many others."""
+        self._changeovers.change_over(self._polls.finished, places)
+        if len(self._polls.finished) != places:
+            raise RuntimeError(f"{len(self._polls.finished)} polls begin, not {places}")
+
+    def close(self) -> None:
+        self._polls.close()
+        self._changeovers.close()
 
 
 def _measure(table: Table, name: str, url: str, place: Path, server_pid: int | None) -> None:
@@ -67,13 +81,7 @@ def _measure(table: Table, name: str, url: str, place: Path, server_pid: int | N
         for number in range(_ACCOUNTS):
             archive.add(server, url=f"pop3://user{number}@localhost:{server.port}", interval_seconds=0.0001)
         for at_once in _AT_ONCE:
-            worker = _Changing(
-                archive.ports(),
-                lease_seconds=LEASE_SECONDS,
-                workers=_ACCOUNTS,
-                chance=Chance(lambda low, high: (low + high) / 2),
-                stopping=threading.Event(),
-            )
+            worker = _Changing(archive.ports())
             worker.change(at_once)
             ours, theirs = [], []
             for _ in range(_ROUNDS):

@@ -31,7 +31,6 @@ from archiver.db import accounts, leases, requests
 from archiver.db.tables import host, lease
 from archiver.model import NEVER_DELETE, DeletePolicy, PollReport, message_key, segment_key
 from archiver.poll.ports import Unwatched
-from archiver.worker import Chance
 from tests.machine.mailbox import Fault, Letter, ModelMailbox, Session
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Process, Turn, Uploads
 from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, Clock
@@ -475,13 +474,11 @@ class CrashMachine(RuleBasedStateMachine):
             replace(ports, connect=connect),
             owner=worker.name,
             # It waits for a lease that another holds: in a few long steps, not in many short ones.
-            chance=Chance(
-                lambda low, high: (low + high) / 2, lambda _: self.clock.advance(LEASE_SECONDS / 2)
-            ),
+            sleep=lambda _: self.clock.advance(LEASE_SECONDS / 2),
         )
         try:
             if due:
-                for ended in runs._end_and_begin([], 1, may_wait=True):
+                for ended in runs.changeovers.change_over([], 1, may_wait=True):
                     ended.result()
                 return None
             [report] = runs.poll_now([self.archive.fresh(self.account)], lambda _: Unwatched())

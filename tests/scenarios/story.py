@@ -9,7 +9,7 @@ stops there leaves, with its lease in its hand.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -30,7 +30,8 @@ from archiver.poll import poll as tell_poll
 from archiver.poll.ports import BatchLimits, Ports, Unwatched
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.spool import Spool
-from archiver.worker import ActiveLease, Chance, Worker
+from archiver.worker import Terms, Worker
+from archiver.worker.leases import ActiveLease
 from tests.harness.scripted_pop3 import MailboxPlay, ScriptedPop3
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Uploads
 
@@ -45,11 +46,10 @@ def message(text: str) -> bytes:
     return f"Subject: {text}\r\n\r\nThis is {text}.\r\n".encode()
 
 
-def claimed(worker: Worker, most: int) -> list[ActiveLease]:
-    """Accounts that the worker claims, and does not begin yet."""
-    asked_at = worker.ports.monotonic()
-    done = worker._transact([], most, worker._may_fail(()), may_wait=True)
-    return [worker._hold(claim, asked_at) for claim in done.claims or ()]
+def poll_claimed(worker: Worker, lease: ActiveLease) -> PollReport:
+    """Poll an account that is claimed, as the service does, until its end is written."""
+    [ended] = worker.changeovers.begin([lease])
+    return ended.result()
 
 
 def middle(low: float, high: float) -> float:
@@ -236,15 +236,21 @@ class Archive:
             uploads=Uploads(at_once=True),
         )
 
-    def worker(self, ports: Ports | None = None, **others: Any) -> Worker:
+    def worker(
+        self,
+        ports: Ports | None = None,
+        *,
+        stopping: threading.Event | None = None,
+        sleep: Callable[[float], None] | None = None,
+        **terms: Any,
+    ) -> Worker:
         """A worker whose clock does not tick by itself."""
-        settings: dict[str, Any] = {
-            "lease_seconds": LEASE_SECONDS,
-            "workers": 2,
-            "chance": Chance(uniform=middle, sleep=self.clock.advance),
-            "stopping": threading.Event(),
-        }
-        worker = Worker(ports or self.ports(), **(settings | others))
+        worker = Worker(
+            ports or self.ports(),
+            Terms(**({"lease_seconds": LEASE_SECONDS, "workers": 2} | terms)),
+            stopping=stopping or threading.Event(),
+            sleep=sleep or self.clock.advance,
+        )
         self._stack.callback(worker.close)
         return worker
 
@@ -256,10 +262,8 @@ class Archive:
 
     def poll_on_schedule(self, account: Account, ports: Ports | None = None) -> Any:
         """Poll once as the service does when an account is due, and give the row that is kept of it."""
-        stopping = threading.Event()
-        stopping.set()  # so that it looks for no other account
-        worker = self.worker(ports, stopping=stopping)
-        wait(worker._begin([self.claim(account, owner=worker.owner)]))
+        worker = self.worker(ports)
+        poll_claimed(worker, self.claim(account, owner=worker.terms.owner))
         return self.polls(account)[-1]
 
     def mailbox_row(self, account: Account) -> Any:

@@ -17,7 +17,7 @@ from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
 from tests.conftest import Mailbox
 from tests.harness.scripted_pop3 import CAPABILITIES, Channel, HangUp, MailboxPlay, ScriptedPop3, Send, Talk
-from tests.scenarios.story import Archive, Fuse, message
+from tests.scenarios.story import Archive, Fuse, message, poll_claimed
 from tests.scenarios.test_poll import mailbox as scripted_mailbox
 
 IDLE_STATEMENTS = 10
@@ -115,10 +115,8 @@ def test_mailboxes_are_looked_at_together_and_take_no_thread(archive: Archive) -
 
     for play in plays:
         play.faults = {"STAT": Talk(answer)}
-    stopping = threading.Event()
-    stopping.set()
-    worker = archive.worker(workers=1, stopping=stopping)
-    wait(worker._begin([archive.claim(account, owner=worker.owner) for account in accounts]))
+    worker = archive.worker(workers=1)
+    wait(worker.changeovers.begin([archive.claim(account, owner=worker.terms.owner) for account in accounts]))
     assert [archive.polls(account)[-1].glanced for account in accounts] == [True] * 3
 
 
@@ -482,13 +480,11 @@ def test_an_idle_poll_asks_little_of_the_database(archive: Archive) -> None:
         if not statement.startswith(("BEGIN", "COMMIT")):
             statements.append(statement)
 
-    stopping = threading.Event()
-    stopping.set()
-    worker = archive.worker(stopping=stopping)
-    held = archive.claim(account, owner=worker.owner)
+    worker = archive.worker()
+    held = archive.claim(account, owner=worker.terms.owner)
     sa.event.listen(archive.database.engine, "before_cursor_execute", note)
     try:
-        wait(worker._begin([held]))
+        poll_claimed(worker, held)
     finally:
         sa.event.remove(archive.database.engine, "before_cursor_execute", note)
     assert archive.polls(account)[-1].glanced

@@ -323,7 +323,7 @@ def test_the_service_tidies_up(archive: Archive, log_output: list[MutableMapping
     archive.clock.advance(3 * 86400)
     archive.sync(account)
     worker = archive.worker(history_days=1)
-    worker._tidy()
+    worker.jobs.run("history")
     (told,) = [line for line in log_output if line["event"] == "history.tidied"]
     # The database may be shared with other stories.
     assert (told["counted"] >= 2, told["removed"] >= 1, told["whole"]) == (True, True, True)
@@ -332,5 +332,5 @@ def test_the_service_tidies_up(archive: Archive, log_output: list[MutableMapping
         days = view.ledger(connection, account.id, archive.clock.now(), days=30).days
     assert (sum(day.polls for day in days), sum(day.new for day in days)) == (2, 1)
     worker.stopping.set()
-    worker._tidy()
+    worker.jobs.run("history")
     assert [line["whole"] for line in log_output if line["event"] == "history.tidied"] == [True, False]

@@ -44,8 +44,10 @@ from archiver.pop3.loop import until_ready
 from archiver.process import name_owner
 from archiver.states import AccountState
 from archiver.store.spool import BytesBody
-from archiver.worker import ActiveLease, Chance, Over, Worker
-from tests.harness.scripted_pop3 import MailboxPlay, Send
+from archiver.worker import Worker
+from archiver.worker.leases import ActiveLease
+from archiver.worker.polling import Finished
+from tests.harness.scripted_pop3 import Channel, MailboxPlay, Send, Talk
 from tests.machine.process import GatedDatabase, GatedSession, GatedStore, Uploads
 from tests.scenarios.story import (
     LEASE_SECONDS,
@@ -53,8 +55,8 @@ from tests.scenarios.story import (
     ForgetfulDatabase,
     Fuse,
     Intruder,
-    claimed,
     message,
+    poll_claimed,
     rest,
 )
 
@@ -335,10 +337,10 @@ def test_a_database_that_was_restored_catches_up_without_new_mail(archive: Archi
 def test_a_heartbeat_extends_the_lease_and_its_absence_ends_the_poll(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox()))
     worker = archive.worker()
-    held = worker._wait_for(account)
+    held = worker.on_demand.claim(account)
     archive.run_out(account)
     archive.clock.advance(LEASE_SECONDS * 0.6)
-    worker._heartbeat()
+    worker.leases.renew()
     assert seconds_left(archive, account) > LEASE_SECONDS / 2
     archive.clock.advance(LEASE_SECONDS * 0.6)
     held.check()
@@ -350,11 +352,11 @@ def test_a_heartbeat_extends_the_lease_and_its_absence_ends_the_poll(archive: Ar
 def test_a_heartbeat_tells_a_poll_that_another_has_its_account(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox()))
     worker = archive.worker()
-    held = worker._wait_for(account)
+    held = worker.on_demand.claim(account)
     archive.run_out(account)
     # In this very process: the old poll must not live on the new one's renewals.
-    again = worker._wait_for(account)
-    worker._heartbeat()
+    again = worker.on_demand.claim(account)
+    worker.leases.renew()
     again.check()
     with pytest.raises(LeaseLost):
         held.check()
@@ -370,7 +372,7 @@ def test_a_lease_counts_from_when_it_was_asked_for(archive: Archive) -> None:
             return result
 
     database = Slow(archive.database.engine.url.render_as_string(hide_password=False))
-    held = archive.worker(archive.ports(database=database))._wait_for(account)
+    held = archive.worker(archive.ports(database=database)).on_demand.claim(account)
     database.close()
     with pytest.raises(LeaseLost):
         held.check()
@@ -379,8 +381,8 @@ def test_a_lease_counts_from_when_it_was_asked_for(archive: Archive) -> None:
 def test_a_heartbeat_after_the_release_changes_nothing(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox()))
     worker = archive.worker()
-    held = worker._wait_for(account)
-    worker._poll_held(account, held, None)
+    held = worker.on_demand.claim(account)
+    poll_claimed(worker, held)
     before = archive.lease(account)
     assert (
         archive.database.transact(
@@ -404,16 +406,16 @@ def test_an_account_claimed_again_before_its_thread_let_go_is_renewed(lone_archi
             result = super().transact(work)
             if not claiming.is_set() and archive.polls(account):
                 claiming.set()
-                again.extend(claimed(worker, 1))
+                again.extend(worker.changeovers.claim(1))
             return result
 
     database = Eager(archive.database.engine.url.render_as_string(hide_password=False))
     worker = archive.worker(archive.ports(database=database))
-    (first,) = claimed(worker, 1)
-    wait(worker._begin([first]))
+    (first,) = worker.changeovers.claim(1)
+    poll_claimed(worker, first)
     assert [lease.claim.token for lease in again] == [2]
     archive.clock.advance(LEASE_SECONDS * 0.6)
-    worker._heartbeat()
+    worker.leases.renew()
     archive.clock.advance(LEASE_SECONDS * 0.6)
     again[0].check()
     database.close()
@@ -423,11 +425,11 @@ def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archi
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker()
-    (held,) = claimed(worker, 1)
+    (held,) = worker.changeovers.claim(1)
     archive.execute(sa.update(account_table).values(delete_policy="of a newer release"))
-    wait(worker._begin([held]))
+    assert worker.changeovers.begin([held]) == []
     archive.run_out(account)
-    worker._heartbeat()
+    worker.leases.renew()
     assert [claim.token for claim in claim_due(archive)] == [2]
 
 
@@ -446,14 +448,11 @@ def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker(archive.ports(password=panics))
-    worker.stopping.set()
-    held = archive.claim(account, owner=worker.owner)
-    if wants_a_thread:
-        held.claim = replace(held.claim, recover=True)
-    worker._held[held.claim] = held
-    [ended] = worker._begin([held])
+    claim = archive.claim(account, owner=worker.terms.owner).claim
+    held = worker.leases.take(replace(claim, recover=wants_a_thread), archive.clock.monotonic())
+    [ended] = worker.changeovers.begin([held])
     assert isinstance(ended.exception(20), Panic)
-    assert worker._held == {}
+    assert len(worker.leases) == 0
 
 
 # Changeovers.
@@ -489,9 +488,9 @@ def test_the_end_of_a_poll_and_the_claim_for_its_place_are_one_transaction(lone_
 
     database = Seen(archive.database.engine.url.render_as_string(hide_password=False))
     worker = archive.worker(archive.ports(database=database), workers=1)
-    worker._tick()
+    worker.changeovers.tick()
     assert set(served(archive, *chosen).values()) == {1}
-    worker._changeovers.submit(threading.Event).result()
+    worker.changeovers.settle()
     assert seen == [(0, 1), (1, 1), (2, 1), (3, 0)]
     database.close()
 
@@ -503,14 +502,15 @@ def test_ends_do_not_wait_for_a_claim_that_stands_still(postgres_url: str, tmp_p
         first, second, third = chosen
         worker = archive.worker(workers=2)
         set_due(archive, third, None)
-        leases = {lease.claim.account_id: lease for lease in claimed(worker, 2)}
+        leases = {lease.claim.account_id: lease for lease in worker.changeovers.claim(2)}
         set_due(archive, third, sa.func.now())
-        worker._serves = True
+        worker.changeovers.tick()  # no worker is free
+        worker.changeovers.settle()
         with archive.database.engine.begin() as another:
             assert claims.take_turn(another, may_wait=False)
             for account in (first, second):
                 # The second ends when a claim has been waiting since the first one did.
-                worker._begin([leases[account.id]])
+                worker.changeovers.begin([leases[account.id]])
                 assert served(archive, account) == {account.name: 1}
             assert archive.polls(third) == []
         assert served(archive, third) == {third.name: 1}
@@ -524,17 +524,20 @@ def test_a_claim_that_waited_for_its_turn_until_the_stop_takes_nothing(
         worker: Worker = archive.worker()
         with archive.database.engine.begin() as another:
             assert claims.take_turn(another, may_wait=False)
-            worker._tick()
-            worker._changeovers.submit(threading.Event).result()
+            worker.changeovers.tick()
+            worker.changeovers.settle()
             assert is_claiming(worker)
             worker.stopping.set()
-        worker._pool.shutdown()
+        done = threading.Event()
+        for _ in range(200):
+            if not is_claiming(worker) or done.wait(0.05):
+                break
         assert not is_claiming(worker)
         assert archive.lease(account).owner is None
 
 
 def is_claiming(worker: Worker) -> bool:
-    return worker._is_claiming
+    return worker.changeovers.is_claiming
 
 
 def set_due(archive: Archive, account: Account, due_at: Any) -> None:
@@ -546,21 +549,20 @@ def test_an_end_that_cannot_be_written_takes_no_other_along(lone_archive: Archiv
     archive = lone_archive
     server = archive.serve(mailbox("a"))
     chosen = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(3)]
-    worker = archive.worker(stopping=threading.Event())
-    worker.stopping.set()
-    over = [
-        Over(
-            worker._polling(worker._wait_for(account), archive.before(account)),
+    worker = archive.worker()
+    finished = [
+        Finished(
+            worker.polls.polling(worker.on_demand.claim(account), archive.before(account)),
             PollReport(account.name, "ok"),
         )
         for account in chosen
     ]
     what_no_column_takes: Any = object()
-    mistaken = replace(over[1].report, counts=Counts(quarantined=what_no_column_takes))
-    worker._end_and_begin([over[0], over[1]._replace(report=mistaken), over[2]], 0)
+    mistaken = replace(finished[1].report, counts=Counts(quarantined=what_no_column_takes))
+    worker.changeovers.change_over([finished[0], finished[1]._replace(report=mistaken), finished[2]], 0)
     assert [len(archive.polls(account)) for account in chosen] == [1, 0, 1]
-    assert [archive.lease(account).owner for account in chosen] == [None, worker.owner, None]
-    assert worker._held == {}
+    assert [archive.lease(account).owner for account in chosen] == [None, worker.terms.owner, None]
+    assert len(worker.leases) == 0
 
 
 def test_an_account_that_cannot_be_read_takes_no_other_along(lone_archive: Archive) -> None:
@@ -570,11 +572,11 @@ def test_an_account_that_cannot_be_read_takes_no_other_along(lone_archive: Archi
     bad = sa.update(account_table).where(account_table.c.id == chosen[1].id)
     archive.execute(bad.values(delete_policy="of a newer release"))
     worker = archive.worker()
-    assert len(worker._end_and_begin([], 3, may_wait=True)) == 2
+    assert len(worker.changeovers.change_over([], 3, may_wait=True)) == 2
     assert set(served(archive, chosen[0], chosen[2]).values()) == {1}
-    assert archive.lease(chosen[1]).owner == worker.owner
-    worker._changeovers.submit(threading.Event).result()
-    assert worker._held == {}
+    assert archive.lease(chosen[1]).owner == worker.terms.owner
+    worker.changeovers.settle()
+    assert len(worker.leases) == 0
 
 
 # Pauses.
@@ -583,11 +585,11 @@ def test_an_account_that_cannot_be_read_takes_no_other_along(lone_archive: Archi
 def test_an_account_paused_during_its_poll_is_due_no_more(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker()
-    held = worker._wait_for(account)
+    held = worker.on_demand.claim(account)
     stop(archive, account, AccountState.PAUSED)
-    worker._heartbeat()
+    worker.leases.renew()
     assert archive.lease(account).due_at is None
-    assert worker._poll_held(account, held, None).outcome == "ok"
+    assert poll_claimed(worker, held).outcome == "ok"
     lease = archive.lease(account)
     assert (lease.due_at, lease.owner) == (None, None)
     assert archive.fresh(account).state is AccountState.PAUSED
@@ -610,10 +612,10 @@ def test_an_account_resumed_during_its_poll_goes_on(archive: Archive) -> None:
     account = archive.add(archive.serve(mailbox("a")))
     stop(archive, account, AccountState.WAITING)
     worker = archive.worker()
-    held = worker._wait_for(account)
+    held = worker.on_demand.claim(account)
     archive.database.transact(lambda connection: schedule.resume(connection, account.id))
     assert archive.lease(account).due_at == archive.lease(account).expires_at
-    worker._poll_held(archive.fresh(account), held, None)
+    poll_claimed(worker, held)
     assert archive.lease(account).due_at is not None
     assert archive.fresh(account).state is AccountState.ACTIVE
 
@@ -704,8 +706,8 @@ def test_a_release_that_fails_is_left_to_the_end_of_the_lease(archive: Archive) 
     (report,) = worker.poll_now([account], lambda _: Unwatched())
     database.close()
     assert report.outcome == "ok"
-    assert archive.lease(account).owner == worker.owner
-    assert worker._held == {}
+    assert archive.lease(account).owner == worker.terms.owner
+    assert len(worker.leases) == 0
     archive.run_out(account)
     assert archive.sync(account).counts.known == 1
 
@@ -734,17 +736,28 @@ def test_ctrl_c_finishes_what_is_under_way_and_begins_nothing(small_archive: Arc
 
 def test_a_service_that_is_told_to_stop_drains(small_archive: Archive) -> None:
     archive = small_archive
-    account = archive.add(archive.serve(mailbox("a")))
-    stop = threading.Event()
-    chance = Chance(uniform=lambda low, high: low, sleep=rest)
-    worker: Worker = archive.worker(chance=chance)
-    worker._tick()
-    assert worker._changeovers.submit(lambda: len(worker._held)).result() == 1  # right after the tick's
+    drains, stop = threading.Event(), threading.Event()
+
+    def say_goodbye(channel: Channel) -> None:
+        assert drains.wait(20)
+        channel.send(b"+OK\r\n")
+
+    def look_again(seconds: float) -> None:
+        drains.set()
+        rest(seconds)
+
+    account = archive.add(archive.serve(mailbox("a", faults={"QUIT": Talk(say_goodbye)})))
+    worker = archive.worker(sleep=look_again)
+    worker.changeovers.tick()
+    worker.changeovers.settle()
+    assert len(worker.leases) == 1
     stop.set()
     assert worker.serve(stop, drain_seconds=30.0)
     assert archive.lease(account).owner is None
-    worker._tick()
-    assert worker._held == {}
+    assert len(archive.polls(account)) == 1
+    worker.changeovers.tick()
+    worker.changeovers.settle()
+    assert len(worker.leases) == 0
 
 
 def test_ticks_that_meet_claim_once(lone_archive: Archive) -> None:
@@ -753,7 +766,7 @@ def test_ticks_that_meet_claim_once(lone_archive: Archive) -> None:
     added = [archive.add(server, url=f"pop3://user{n}@localhost:{server.port}") for n in range(6)]
     worker = archive.worker(workers=2)
     with ThreadPoolExecutor(4) as pool:
-        wait([pool.submit(worker._tick) for _ in range(8)])
+        wait([pool.submit(worker.changeovers.tick) for _ in range(8)])
         # Each poll that ends looks for more by itself.
         done = threading.Event()
         for _ in range(200):
@@ -791,21 +804,18 @@ def test_a_process_whose_database_hangs_is_alive(small_archive: Archive) -> None
 
 def test_a_process_whose_sessions_stand_still_is_not_alive(small_archive: Archive) -> None:
     worker, gate = small_archive.worker(), threading.Event()
-    worker._loop.begin(gate.wait)
+    worker.polls.loop.begin(gate.wait)
     small_archive.clock.advance(61)
-    worker._loop.begin(worker._beat)
+    worker.jobs.run("loop")
     assert not worker.alive
     beat = threading.Event()
-    worker._loop.begin(beat.set)
+    worker.polls.loop.begin(beat.set)
     gate.set()
     assert beat.wait(20)
     assert worker.alive
 
 
-def test_a_server_that_holds_up_all_sessions_loses_its_own(
-    small_archive: Archive, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("archiver.worker.HOLD_UP_SECONDS", 0.0)
+def test_a_server_that_holds_up_all_sessions_loses_its_own(small_archive: Archive) -> None:
     worker, reads_on, ended = small_archive.worker(), threading.Event(), threading.Event()
     ours, theirs = socket.socketpair()
 
@@ -817,9 +827,9 @@ def test_a_server_that_holds_up_all_sessions_loses_its_own(
             ended.set()
 
     with ours, theirs:
-        worker._loop.begin(read_for_ever)
+        worker.polls.loop.begin(read_for_ever)
         theirs.send(b"!")
         assert reads_on.wait(20)
         assert not ended.is_set()
-        worker._see_to_loop()
+        worker.polls.check_loop(hold_up_seconds=0.0)
         assert ended.wait(20)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,9 +20,9 @@ from archiver.model import Account, Claim, new_account_id
 from archiver.policy import HOST_FAILURES
 from archiver.poll.ports import Budget, Unwatched
 from archiver.states import AccountState
-from archiver.worker import ActiveLease, Chance, Worker
+from archiver.worker import Worker
 from tests.harness.scripted_pop3 import MailboxPlay
-from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, claimed, message, rest
+from tests.scenarios.story import LEASE_SECONDS, LONG_AGO, Archive, message, poll_claimed, rest
 
 THREADS = 8
 NOW = datetime.now(UTC)
@@ -228,8 +228,7 @@ def test_a_poll_by_name_takes_a_slot_or_says_that_there_is_none(archive: Archive
 
 def test_polls_by_name_of_one_process_wait_for_each_other_at_a_host(archive: Archive) -> None:
     chosen = [archive.add(archive.serve(MailboxPlay([(b"a", message("a"))]))) for _ in range(4)]
-    chance = Chance(uniform=lambda low, high: low, sleep=rest)
-    worker = archive.worker(workers=4, sessions=HostSessions(1), chance=chance)
+    worker = archive.worker(workers=4, sessions=HostSessions(1), sleep=rest)
     reports = worker.poll_now(chosen, lambda _: Unwatched())
     assert [report.outcome for report in reports] == ["ok"] * 4
     assert slots(archive) == []
@@ -366,17 +365,17 @@ def test_accounts_that_fail_leave_threads_for_the_others(archive: Archive) -> No
     set_lease(archive, *failing, due_at=LONG_AGO, failures=3)
     well = [add(archive, f"good{number}.example").id for number in range(3)]
     worker: Worker = archive.worker(workers=6)
-    held = claimed(worker, 6)
+    held = worker.changeovers.claim(6)
     assert sorted(lease.claim.account_id in failing for lease in held) == [False] * 3 + [True] * 3
     assert {lease.claim.account_id for lease in held} >= set(well)
-    assert claimed(worker, 3) == []
+    assert worker.changeovers.claim(3) == []
 
 
 def test_a_process_begins_with_one_poll(archive: Archive) -> None:
     worker = archive.worker(workers=8, ramp_seconds=8.0)
     seen = []
     for _ in range(5):
-        seen.append(worker._may_poll())
+        seen.append(worker.changeovers.polls_at_once)
         archive.clock.advance(2.0)
     assert seen == [1, 2, 4, 6, 8]
 
@@ -403,9 +402,9 @@ def test_an_account_that_is_asked_for_is_due_now(archive: Archive) -> None:
 def test_an_account_that_is_asked_for_during_its_poll_is_polled_right_after(archive: Archive) -> None:
     account = archive.add(archive.serve(MailboxPlay([])))
     worker = archive.worker()
-    held = worker._wait_for(account)
+    held = worker.on_demand.claim(account)
     ask(archive, account)
-    worker._poll_held(account, held, None)
+    poll_claimed(worker, held)
     assert [one.account_id for one in claim(archive)] == [account.id]
     assert not archive.lease(account).asked
 
@@ -421,16 +420,9 @@ def poll_once(archive: Archive, account: Account, worker: Worker | None = None, 
     """As the service polls. The report is what the database kept of it."""
     worker = worker or archive.worker(archive.ports(**ports))
     archive.run_out(account)
-    (lease,) = claimed(worker, 1)
-    poll_due(worker, lease)
+    (lease,) = worker.changeovers.claim(1)
+    poll_claimed(worker, lease)
     return archive.polls(account)[-1]
-
-
-def poll_due(worker: Worker, lease: ActiveLease) -> None:
-    """A poll after which the thread looks for no other."""
-    worker.stopping.set()
-    wait(worker._begin([lease]))
-    worker.stopping.clear()
 
 
 def test_a_session_fetches_no_more_than_its_budget_and_the_next_goes_on(archive: Archive) -> None:
@@ -472,11 +464,10 @@ def test_a_long_poll_makes_room_for_one_that_waits_and_a_short_one_does_not(arch
         account = archive.add(archive.serve(five()))
         worker = archive.worker(archive.ports(budget=Budget(slice_seconds=slice_seconds)), workers=1)
         archive.run_out(account)
-        (lease,) = claimed(worker, 1)
+        (lease,) = worker.changeovers.claim(1)
         waiting = add(archive, "other.example")
-        worker._waiting = worker._look_who_waits(0)
-        assert worker._waiting.accounts == (1 if slice_seconds == 0.0 else 0)
-        poll_due(worker, lease)
+        assert worker.leases.look_who_waits(0).accounts == (1 if slice_seconds == 0.0 else 0)
+        poll_claimed(worker, lease)
         assert archive.polls(account)[-1].new == fetched
         remove(archive, waiting)
         remove(archive, account)
@@ -492,12 +483,11 @@ def test_a_long_poll_makes_room_for_others_of_its_host(archive: Archive) -> None
         archive.ports(budget=Budget(slice_seconds=0.0)), workers=4, sessions=HostSessions(1)
     )
     archive.run_out(account)
-    (lease,) = claimed(worker, 1)
+    (lease,) = worker.changeovers.claim(1)
     add(archive, "localhost")
     tidy(archive, cap=1)
-    worker._waiting = worker._look_who_waits(3)
-    assert worker._waiting.hosts == {"localhost"}
-    poll_due(worker, lease)
+    assert worker.leases.look_who_waits(3).hosts == {"localhost"}
+    poll_claimed(worker, lease)
     assert archive.polls(account)[-1].to_come == 5
 
 
@@ -526,8 +516,8 @@ def test_an_account_that_is_due_in_its_window_is_put_off_without_a_session(archi
     server = archive.serve(five())
     account = archive.add(server, blackout=window_from(datetime.now(UTC) - timedelta(minutes=5), 60))
     worker = archive.worker()
-    (lease,) = claimed(worker, 1)
-    poll_due(worker, lease)
+    (lease,) = worker.changeovers.claim(1)
+    poll_claimed(worker, lease)
     assert (server.connections, archive.polls(account), slots(archive)) == (0, [], [])
     left = (archive.lease(account).due_at - datetime.now(UTC)).total_seconds()
     assert 50 * 60 < left < 56 * 60
@@ -540,8 +530,8 @@ def test_a_calendar_that_makes_no_sense_here_needs_an_operator(archive: Archive)
     account = archive.add(server)
     archive.execute(sa.text("UPDATE account SET time_zone = 'Mars/Olympus', cron = '0 6 * * *'"))
     worker = archive.worker()
-    (lease,) = claimed(worker, 1)
-    poll_due(worker, lease)
+    (lease,) = worker.changeovers.claim(1)
+    poll_claimed(worker, lease)
     (row,) = archive.polls(account)
     assert (row.outcome, server.connections) == ("operator_needed", 0)
     assert "unknown time zone 'Mars/Olympus'" in row.error
