@@ -1,8 +1,8 @@
-"""How migrations run: on PostgreSQL each by itself, on SQLite all in one transaction.
+"""How migrations run: on PostgreSQL each in a transaction of its own, on SQLite all in one.
 
-One that changes what others work with goes by ``archiver.db.live``. To write a
-new one while developing, have ``ARCHIVER_DATABASE_URL`` name a database of the
-version before it, and run ``alembic revision --autogenerate -m "what it does"``.
+A migration that changes tables in use goes through ``archiver.db.live``. To write a
+new one, set ``ARCHIVER_DATABASE_URL`` to a database of the previous version, and
+run ``alembic revision --autogenerate -m "what it does"``.
 """
 
 import os
@@ -18,7 +18,7 @@ def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=metadata,
-        # SQLite changes a column by making the table anew.
+        # SQLite changes a column by creating the table again.
         render_as_batch=True,
         transaction_per_migration=True,
     )

@@ -9,8 +9,8 @@ revision = "0001"
 down_revision = None
 
 PARTITIONS = 32
-"""Captures and sightings by hash of their account: each part of a hundred million rows stays a size
-that vacuum and index builds get through."""
+"""Captures and sightings are partitioned by the hash of their account. So each part of a hundred million
+rows keeps a size that vacuum and index builds can handle."""
 
 ABSENT = sa.text("absent_at IS NULL")
 QUARANTINED = sa.text("state = 'quarantined'")
@@ -54,8 +54,8 @@ def upgrade() -> None:
         sa.Column("refusals", sa.Integer(), nullable=False),
         of_account("lease"),
         sa.PrimaryKeyConstraint("account_id", name="pk_lease"),
-        # Every poll rewrites its row twice: room for that within the page, and
-        # a vacuum that does not wait for a fifth of the table.
+        # Every poll rewrites its row twice. So pages keep room for that, and vacuum
+        # does not wait for a fifth of the table.
         postgresql_with={"fillfactor": 70, "autovacuum_vacuum_scale_factor": 0.02},
     )
     op.create_index("ix_lease_due_at", "lease", ["due_at"])
@@ -147,7 +147,7 @@ def upgrade() -> None:
         sa.Column("at", UtcDateTime(), nullable=False),
         sa.Column("body", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("position", name="pk_event"),
-        # A position that was given out is never given out again.
+        # A position is never assigned twice.
         sqlite_autoincrement=True,
     )
 

@@ -1,7 +1,7 @@
-"""What a hundred thousand mailboxes need: hosts and slots, schedules, what each mailbox showed last, days.
+"""What a hundred thousand mailboxes need: hosts and slots, schedules, the last look at each mailbox, days.
 
-Runs beside a release that knows only 0001: every column that is added has a
-default, and nothing is taken away but an index.
+Workers of a release that knows only 0001 can continue: every new column has a
+default, and only an index is removed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,7 +87,7 @@ def make_columns_and_tables(changes: live.Changes) -> None:
         sa.Column("counted", sa.BigInteger(), nullable=False, server_default="0"),
         sa.ForeignKeyConstraint(["account_id"], ["account.id"], name="fk_mailbox_account_id_account"),
         sa.PrimaryKeyConstraint("account_id", name="pk_mailbox"),
-        # As the lease's row, this one is rewritten often.
+        # This row is rewritten often, like that of the lease.
         postgresql_with={"fillfactor": 70, "autovacuum_vacuum_scale_factor": 0.02},
     )
     changes.create_table(
@@ -124,9 +124,9 @@ def make_columns_and_tables(changes: live.Changes) -> None:
 
 
 def make_indexes(changes: live.Changes) -> None:
-    # Two sessions in one slot of a host cannot be, whoever claims them.
+    # No two sessions can have one slot of a host, whatever claims do.
     changes.create_index("uq_lease_host_slot", "lease", "host", "slot", unique=True, where="slot IS NOT NULL")
-    # A row is in one of these four, where it was in one index by its due time before.
+    # Each row is in one of these four. Before, all were in one index by due time.
     for queue, columns, which in (
         ("due", ("due_at",), "slot IS NULL AND NOT in_line"),
         ("line", ("host", "due_at"), "in_line"),
@@ -150,7 +150,7 @@ def make_indexes(changes: live.Changes) -> None:
     changes.create_index("ix_gap_ended_at", "gap", "ended_at")
 
 
-# What the new columns are to say, some accounts at a time, each lease's row written once.
+# The values of the new columns, for some accounts at a time. Each lease row is written once.
 
 shown = ("listed", "quarantined", "to_come")
 account = sa.table(
@@ -175,7 +175,7 @@ mailbox = sa.table(
 def fill_in(changes: live.Changes) -> None:
     for rows in pages():
         ids = [row.id for row in rows]
-        # In one order everywhere, as polls lock them.
+        # Polls lock them in this order, too.
         with changes.rows(
             sa.select(lease.c.account_id).where(lease.c.account_id.in_(ids)).order_by(lease.c.account_id)
         ):
@@ -186,7 +186,7 @@ def fill_in(changes: live.Changes) -> None:
 
 
 def fill_in_leases(rows: Sequence[Any], listings: dict[str, Any]) -> None:
-    """The host of each account's URL, and when its mailbox was listed last."""
+    """Write the host of each account's URL, and when its mailbox was listed last."""
     looks = {account_id: row.ended_at for account_id, row in listings.items()}
     op.get_bind().execute(
         sa.update(lease)
@@ -211,7 +211,7 @@ def fill_in_leases(rows: Sequence[Any], listings: dict[str, Any]) -> None:
 
 
 def fill_in_mailboxes(rows: Sequence[Any], listings: dict[str, Any]) -> None:
-    """What each account holds, and what its last listing showed, as far as its polls tell."""
+    """Write the size of each account's archive, and its last listing, as far as its polls show it."""
     connection = op.get_bind()
     ids = [row.id for row in rows]
     held = {
@@ -226,7 +226,7 @@ def fill_in_mailboxes(rows: Sequence[Any], listings: dict[str, Any]) -> None:
             .group_by(capture.c.account_id)
         )
     }
-    # Where this was broken off, they are counted again: captures came in since.
+    # After an interruption they are counted again, because captures were added meanwhile.
     connection.execute(sa.delete(mailbox).where(mailbox.c.account_id.in_(ids)))
     connection.execute(
         sa.insert(mailbox),

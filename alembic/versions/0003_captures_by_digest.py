@@ -1,7 +1,7 @@
-"""SQLite looks for a digest in each account's captures, by their key, and has no index by digest alone.
+"""SQLite finds a digest by the key of each account's captures, and needs no index by digest alone.
 
-Runs beside a release that knows only 0002, whose look-ups by digest then read
-all captures.
+Workers of a release that knows only 0002 can continue, but their look-ups by
+digest then read all captures.
 """
 
 from collections.abc import Callable

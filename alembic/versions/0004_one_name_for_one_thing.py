@@ -1,7 +1,7 @@
 """One name for one thing: sizes, references, states; deletion's own counters.
 
-Columns are renamed, so processes of a release that knows only 0003 cannot work
-with this schema: stop them first. They lose nothing by it; their polls fail
+Columns are renamed, so processes of a release that knows only 0003 cannot use
+this schema: stop them first. If they run, nothing is lost, but their polls fail
 until they are replaced.
 """
 
@@ -57,7 +57,7 @@ def upgrade() -> None:
             WHERE state = 'active' AND (removed_at IS NOT NULL OR paused_reason IS NOT NULL)
             """
         )
-        # Of a message that is archived, both had been about its deletion.
+        # For an archived message, both columns were about its deletion.
         op.execute(
             """
             UPDATE sighting SET

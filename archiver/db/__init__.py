@@ -1,13 +1,19 @@
 """The database: SQLite for one machine, PostgreSQL for many, behind one unit of work.
 
 This package owns connections, transactions and the schema. It promises that
-``transact`` either did everything or nothing, and that a passing fault is
-repeated here and nowhere else; so the work handed to it may run twice, and
-must end in the same state when it does. Errors of drivers come out as
-``TryLater`` or ``OperatorNeeded``. No connection is held outside a block.
+``transact`` does everything or nothing, and that work is retried after a passing
+fault here and nowhere else. So the work may run twice, and must end in the same
+state when it does. Errors of drivers come out as ``TryLater`` or
+``OperatorNeeded``. No connection is kept outside a block.
 
-``schedule`` has the leases, ``record`` what polls write, ``reads`` what people
-and polls ask, ``accounts`` the accounts, ``migrate`` the schema's versions.
+The modules by subject:
+
+- ``accounts``
+- when accounts are polled: ``claims``, ``leases``, ``hosts``, ``schedule``
+- where polls begin and end: ``before``, ``endings``
+- what polls find: ``record``, ``sightings``, ``captures``, ``events``
+- what operators ask for, and see: ``requests``, ``history``, ``overview``
+- the schema: ``tables``, ``migrate``, ``live``
 """
 
 import math
@@ -43,15 +49,17 @@ SQLITE_BUSY_SECONDS = 30.0
 TRANSACTION_ATTEMPTS = 4
 RETRY_WAIT_CAP_SECONDS = 5.0
 IDLE_SECONDS = 1.0
-"""A connection to PostgreSQL that rested for so long is asked whether it lives, which is a round trip."""
+"""A PostgreSQL connection that was idle for this long is checked before use, which costs a round trip."""
 PREPARED_AFTER = 5
-"""Times that a connection runs a statement on PostgreSQL before it keeps the plan: psycopg's own choice."""
+"""Times that a PostgreSQL connection runs a statement before it keeps the plan: psycopg's own choice."""
 
 _PASSING_SQLSTATES = frozenset({"08", "40", "53", "55", "57", "58", "25006", "25P03", "23505"})
-"""By class: connection, rollback (serialization, deadlock), resources, locks, shutdown and time limits,
-system. Read-only is a standby, until it takes over; 25P03 a session that was idle for too long; 23505 a key
-that another transaction put in at the same moment, so that the work finds it when it looks again:
-https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+"""Errors after which the work is retried.
+
+The classes are: connection; rollback, for serialization and deadlocks; resources; locks; shutdown and time
+limits; system. 25006 comes from a standby that is read-only until it takes over. 25P03 comes from a session
+that was idle for too long. 23505 means that another transaction inserted the same key at the same moment:
+when the work looks again, it finds it. https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
 _LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "XX"})
 """Refused login, no such database, insufficient privilege, corruption."""
@@ -59,7 +67,7 @@ _LASTING_SQLSTATES = frozenset({"28", "3D", "42501", "XX"})
 _OF_THE_DISK = ("SQLITE_FULL", "SQLITE_IOERR")
 
 _NO_TABLE = "42P01"
-"""Undefined table: there is no schema yet."""
+"""An undefined table: there is no schema yet."""
 
 _LASTING_WORDS = (
     "unable to open database file",
@@ -68,14 +76,14 @@ _LASTING_WORDS = (
     "does not exist",
     "no pg_hba.conf",
 )
-"""Where there is no SQLSTATE: SQLite, and a connection to PostgreSQL that was refused."""
+"""For errors without a SQLSTATE: of SQLite, and of a connection that PostgreSQL refused."""
 
 
 class Database:
-    """A database by its URL: ``sqlite:///path`` or ``postgresql://user@host/name``.
+    """A database, by its URL: ``sqlite:///path`` or ``postgresql://user@host/name``.
 
-    Raises UsageError for any other URL, or when the driver is not installed.
-    Does not connect before it must.
+    Raises UsageError for any other URL, or if the driver is not installed. It
+    connects when it is first used.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class Database:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._url = _parse(url)
-        # Without what follows the question mark: a password may be there, too.
+        # The part after the question mark is left out, because it may contain a password, too.
         shown = self._url.set(drivername=self._url.get_backend_name(), query={})
         self._name = shown.render_as_string(hide_password=True)
         self._retrying = Retrying(
@@ -104,14 +112,14 @@ class Database:
 
     @property
     def path(self) -> Path | None:
-        """The file of a SQLite database; None for one in memory and for PostgreSQL."""
+        """The file of a SQLite database. None for one in memory, and for PostgreSQL."""
         if self.is_sqlite and self._url.database not in (None, "", ":memory:"):
             return Path(str(self._url.database))
         return None
 
     @property
     def exists(self) -> bool:
-        """Whether it can be connected to without making it: false for SQLite before its file is made."""
+        """Whether connecting would not create it: false for SQLite while its file is missing."""
         return self.path is None or self.path.exists()
 
     def __str__(self) -> str:
@@ -120,11 +128,11 @@ class Database:
     def transact(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction that commits when it returns and rolls back when it raises.
 
-        Passing faults (a lost connection, a deadlock, a busy file) run it
-        again, with jittered waits; since a connection can be lost after a
-        commit that worked, ``work`` must tolerate to find its own traces.
-        Raises TryLater when the fault lasts, OperatorNeeded for what waiting
-        does not mend, and whatever ``work`` raises.
+        After a passing fault (a lost connection, a deadlock, a busy file) it runs
+        again, after a jittered wait. A connection can be lost after a commit that
+        worked, so ``work`` must expect to find its own results. Raises TryLater if
+        the fault lasts, OperatorNeeded for faults that an operator must fix, and
+        what ``work`` raises.
         """
         result: T = self._retrying(self._attempt, work)
         return result
@@ -138,7 +146,7 @@ class Database:
         """A connection that sees one state and writes nothing. Raises TryLater or OperatorNeeded."""
         with _translated(self._name), self.engine.connect() as connection:
             connection.execution_options(**(_READING_SQLITE if self.is_sqlite else _READING))
-            # To its commit: at a rollback the driver forgets what is prepared.
+            # It ends with a commit, because at a rollback the driver forgets prepared statements.
             with connection.begin():
                 yield connection
 
@@ -147,9 +155,9 @@ class Database:
 
 
 def now(connection: Connection) -> sa.ColumnElement[Any]:
-    """The database's own time: of clocks that may differ, only one decides about leases.
+    """The database's own time: clocks may differ, and only one may decide about leases.
 
-    SQLite's clock is this machine's, and its columns hold ISO text.
+    SQLite uses this machine's clock, and its columns contain ISO text.
     """
     if connection.dialect.name == "sqlite":
         return sa.literal_column("strftime('%Y-%m-%d %H:%M:%f000', 'now')")
@@ -157,12 +165,12 @@ def now(connection: Connection) -> sa.ColumnElement[Any]:
 
 
 def later(connection: Connection, seconds: float) -> sa.ColumnElement[Any]:
-    """The database's own time, so many seconds on."""
+    """The database's own time, this many seconds from now."""
     return seconds_on(connection.dialect.name, seconds)
 
 
 def seconds_on(dialect: str, seconds: float | sa.ColumnElement[float]) -> sa.ColumnElement[Any]:
-    """The same for a statement that is worded before there is a connection, for databases of this dialect."""
+    """The same for a statement that is built before there is a connection, for this dialect."""
     if dialect == "sqlite":
         return sa.func.strftime(
             "%Y-%m-%d %H:%M:%f000", "now", sa.func.printf("%+.3f seconds", seconds, type_=sa.Text())
@@ -174,16 +182,16 @@ def seconds_on(dialect: str, seconds: float | sa.ColumnElement[float]) -> sa.Col
 def _parse(text: str) -> URL:
     try:
         url = make_url(text)
-    except (ArgumentError, ValueError):  # ValueError: of a port that is no number, as in host:1,other:2
+    except (ArgumentError, ValueError):  # ValueError: a port that is not a number, as in host:1,other:2
         raise UsageError(
             "the database URL cannot be read",
-            hint="ARCHIVER_DATABASE_URL is sqlite:///path or postgresql://user@host/name; of several hosts, "
+            hint="ARCHIVER_DATABASE_URL is sqlite:///path or postgresql://user@host/name; for several hosts "
             "postgresql://user@/name?host=one,other&port=5432,5432&target_session_attrs=read-write",
         ) from None
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite" if url.database in (None, "", ":memory:"):
             raise UsageError(
-                "a database in memory would be another one for each thread, and gone at the end",
+                "a database in memory would be a separate one for each thread, and lost at the end",
                 hint="ARCHIVER_DATABASE_URL is sqlite:///path",
             )
         case "sqlite" | "sqlite+pysqlite":
@@ -201,8 +209,8 @@ _POSTGRESQL: dict[str, Any] = {
     "application_name": "archiver",
     "connect_timeout": 10,
     "prepare_threshold": None,
-    # A server that went away without a word is noticed in a minute, not in two
-    # hours: https://www.postgresql.org/docs/current/libpq-connect.html
+    # With these, a server that disappears silently is noticed within a minute
+    # instead of two hours: https://www.postgresql.org/docs/current/libpq-connect.html
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
@@ -210,8 +218,8 @@ _POSTGRESQL: dict[str, Any] = {
 }
 
 
-# Without these, PostgreSQL would show each statement the state of its own
-# moment, and SQLite would take the writer's lock.
+# Without these, each statement on PostgreSQL would see another state, and
+# SQLite would take the writer's lock.
 _READING: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 _READING_SQLITE: dict[str, Any] = {"sqlite_begin": "BEGIN"}
 
@@ -228,7 +236,7 @@ def _create_engine(url: URL, pool_size: int) -> Engine:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=30.0,
-            # What is written tells of somebody's mail; errors end up in logs.
+            # Errors end up in logs, and the values describe people's mail.
             hide_parameters=True,
             connect_args=_POSTGRESQL,
         )
@@ -250,10 +258,10 @@ def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
 def _see_that_it_lives(
     engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
 ) -> None:
-    """Ask a connection that rested whether it lives.
+    """Check a connection that was idle.
 
-    One that died just now is met by ``transact``, which tries again; a reader is
-    told, as of any passing fault.
+    If a connection dies after the check, ``transact`` retries, and a reader gets the
+    error of any passing fault.
     """
     if time.monotonic() - record.info.get(_USED_AT, math.inf) < IDLE_SECONDS:
         return
@@ -267,12 +275,12 @@ _USED_AT = "archiver_used_at"
 
 
 def _prepare_if_direct(connection: Any, _record: object) -> None:
-    """Have statements planned once a connection, where the connection is one with the server itself.
+    """Let the server keep plans, if this connects to the server itself.
 
     A claim takes longer to plan than to run. But behind PgBouncer in transaction
-    mode a prepared statement is on whatever connection the transaction was on.
-    Who stands between us and the server gives out process numbers of its own,
-    by which a query is cancelled.
+    mode, a prepared statement is on the connection that its transaction happened
+    to use. A proxy is recognised by the process number for cancelling queries:
+    it gives out numbers of its own.
     """
     with connection.cursor() as cursor:
         (process,) = cursor.execute("SELECT pg_backend_pid()").fetchone()
@@ -282,20 +290,20 @@ def _prepare_if_direct(connection: Any, _record: object) -> None:
 
 
 def _let_server_decide(connection: Any, _record: object) -> None:
-    # After a reader SQLAlchemy would begin every transaction by READ WRITE. That goes over the head of an
-    # operator who made the server read-only, and a standby refuses it as if it were a mistake of ours.
+    # After a reader, SQLAlchemy would begin every transaction with READ WRITE. That overrides an operator who
+    # made the server read-only, and a standby refuses it with an error that looks like a bug.
     if connection is not None and not connection.closed:
         connection.read_only = None
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
-    # The driver would begin transactions by itself, and late; see _begin_sqlite.
+    # The driver would begin transactions by itself, and too late; see _begin_sqlite.
     connection.isolation_level = None
     cursor = connection.cursor()
-    # FULL, because a capture is only durable when the log is on the disk:
+    # FULL, because a capture is durable only once the log is on the disk:
     # https://www.sqlite.org/pragma.html#pragma_synchronous
-    # Four times the usual number of pages in the log, 16 MB: most are written again and again, and so often
-    # are they copied from there.
+    # The log may grow to 16 MB, four times the default: most pages in it are written again and again, and
+    # each checkpoint copies them.
     pragmas = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=4000")
     for pragma in pragmas:
         cursor.execute(f"PRAGMA {pragma}")
@@ -304,8 +312,8 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes its lock at once: one that starts as a reader can find at
-    # its first write that it is too late, and no waiting helps then.
+    # A writer takes its lock at once. If it began as a reader, its first write
+    # could fail in a way that no wait repairs.
     begin = connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE")
     connection.exec_driver_sql(begin)
 
@@ -326,28 +334,28 @@ def _translated(name: str) -> Iterator[None]:
 
 
 def _classified(error: DBAPIError, name: str) -> ArchiverError | None:
-    """What a driver's error means; None for a mistake of ours."""
+    """What a driver's error means. None if it is a bug of the archiver."""
     sqlstate = getattr(error.orig, "sqlstate", None)
     if sqlstate is not None:
         names = {sqlstate, sqlstate[:2]}
         lasting = bool(names & _LASTING_SQLSTATES)
         passing = bool(names & _PASSING_SQLSTATES)
     else:
-        # SQLite says of a file that is none, or torn, no more than DatabaseError.
+        # For a file that is torn, or not a database, SQLite raises a plain DatabaseError.
         lasting = type(error) is DatabaseError or any(words in str(error.orig) for words in _LASTING_WORDS)
         passing = isinstance(error, OperationalError | InterfaceError)
     message = f"database {name}: {_one_line(error)}"
     if sqlstate == _NO_TABLE:
         return OperatorNeeded(message, hint="run: archiver db upgrade")
     if lasting:
-        return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL, and what this user may do there")
+        return OperatorNeeded(message, hint="check ARCHIVER_DATABASE_URL, and the rights of its user")
     return TryLater(message, hint=_disk_hint(error)) if passing or error.connection_invalidated else None
 
 
 def _disk_hint(error: DBAPIError) -> str | None:
-    """SQLite says of a full disk that it is full, or no more than "disk I/O error"."""
+    """For a full disk SQLite reports that it is full, or only "disk I/O error"."""
     found = str(getattr(error.orig, "sqlite_errorname", ""))
-    return "look at the disk below it: it may be full" if found.startswith(_OF_THE_DISK) else None
+    return "check the disk of the database: it may be full" if found.startswith(_OF_THE_DISK) else None
 
 
 def _one_line(error: DBAPIError) -> str:

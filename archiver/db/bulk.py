@@ -1,10 +1,10 @@
 """Statements for many rows at once, in the form that costs each database the least.
 
-PostgreSQL is given each column as one array: a statement is worded the same
-however many rows there are, so that it is planned once a connection. SQLite lies
-in this process, and its driver runs the statement for each row. What a driver
-takes is made here, column by column: to have SQLAlchemy look at each value of
-each row costs more than SQLite needs for the row.
+PostgreSQL gets each column as one array. The statement is the same for any number
+of rows, so it is planned once per connection. SQLite is part of this process, and
+its driver runs the statement for each row. The driver's values are made here,
+column by column: if SQLAlchemy looked at each value of each row, that would cost
+more than SQLite needs for the row.
 """
 
 import json
@@ -20,22 +20,22 @@ from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 FETCH_ROWS = 1_000
-"""Rows that a streamed read has in memory at once."""
+"""Rows that a streamed read keeps in memory at once."""
 
 OCTETS = "octets_of_hex"
-"""A function that our connections to SQLite have: its own unhex() is not in all that are in use."""
+"""A function that we add to connections to SQLite. Not every version in use has its own, unhex()."""
 
 Types = Mapping[str, TypeEngine[Any]]
 Values = Mapping[str, sa.ColumnElement[Any]]
 
 
 class ForRows:
-    """A statement that is run for many rows, and worded once for each kind of database.
+    """A statement that runs for many rows, and is built once for each kind of database.
 
-    ``types`` are of the values that a row has, by name; in an UPDATE these are
-    no columns' names. ``worded`` is given the dialect's name and these values;
-    parameters of its own are of all rows. On PostgreSQL no two rows may insert
-    or change the same one.
+    ``types`` has the type of each value in a row, by name. In an UPDATE these
+    names must differ from those of columns. ``worded`` builds the statement from
+    the dialect's name and these values; parameters that it adds are the same for
+    all rows. On PostgreSQL, no two rows may insert or change the same row.
     """
 
     def __init__(self, types: Types, worded: Callable[[str, Values], UpdateBase]) -> None:
@@ -47,7 +47,7 @@ class ForRows:
     def run(
         self, connection: Connection, rows: Sequence[Mapping[str, Any]], **of_all: Any
     ) -> sa.CursorResult[Any]:
-        """Run it for these, which are not none; what it returns is of all of them."""
+        """Run it for these rows, of which there is at least one. The result covers all of them."""
         dialect = connection.dialect
         statement = self._statements.get(dialect.name)
         if statement is None:
@@ -57,7 +57,7 @@ class ForRows:
             arrays = {name: _array(row[name] for row in rows) for name in self._types}
             return connection.execute(statement, arrays | of_all)
         if statement.exported_columns:
-            # The driver has no answer to many rows; SQLAlchemy makes one statement of them.
+            # The driver returns nothing for many rows, so SQLAlchemy makes one statement of them.
             return connection.execute(statement, [{**row, **of_all} for row in rows])
         if self._of_driver is None:
             self._of_driver = _OfDriver(statement, self._types, dialect)
@@ -67,7 +67,7 @@ class ForRows:
 def insert(
     into: sa.Table, names: Sequence[str], then: Callable[[Any], Any] = lambda insert: insert
 ) -> ForRows:
-    """To insert rows that have these columns; ``then`` may add ON CONFLICT and RETURNING."""
+    """A statement that inserts rows with these columns. ``then`` may add ON CONFLICT and RETURNING."""
 
     def worded(dialect: str, values: Values) -> Any:
         if dialect == "sqlite":
@@ -78,10 +78,10 @@ def insert(
 
 
 def one_of_all(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[bool]:
-    """That a column has one of the rows' values of that name, beside the condition that it has this row's.
+    """A condition that a column has one of the rows' values. Add it to the one for this row's value.
 
-    Of rows that are joined PostgreSQL might read all that the other conditions
-    leave, and compare; that it is one of a few has them looked for by the index.
+    Without it, PostgreSQL may read all rows that the other conditions leave, and
+    compare them. With it, PostgreSQL looks for the few values in the index.
     """
     if dialect == "sqlite":
         return sa.true()
@@ -89,23 +89,23 @@ def one_of_all(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.Col
 
 
 def among(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[bool]:
-    """Whether a column's text or octets are in the parameter of that name, a list of any length."""
+    """A condition that a column's text or bytes are in the parameter of this name, a list of any length."""
     values = _listed(dialect, column, name)
     return column.in_(sa.select(values)) if dialect == "sqlite" else column == sa.func.any(values)
 
 
 def look_up(dialect: str, query: sa.Select[Any], column: sa.ColumnElement[Any], name: str) -> sa.Select[Any]:
-    """The query's rows of which this column is in such a list; twice, maybe, if the list has something twice.
+    """The query's rows in which this column is in such a list.
 
-    Each is looked for by itself: of an index that begins with what else the
-    query asks for, and this column.
+    If the list has a value twice, its rows may come twice. Each value is looked
+    for by itself, in an index of the query's other conditions and this column.
     """
     if dialect == "sqlite":
         return query.where(among(dialect, column, name))
     wanted = sa.func.unnest(_listed(dialect, column, name)).table_valued(sa.column("value", column.type))
     wanted = wanted.render_derived(name="wanted")
-    # OFFSET keeps PostgreSQL from what looks better to it in a table of which it has no statistics yet: to
-    # read all that meets the other conditions, and compare.
+    # While a table has no statistics, PostgreSQL would prefer to read all rows that meet the other
+    # conditions, and compare them. OFFSET prevents that.
     found = query.where(column == wanted.c.value).offset(sa.literal_column("0")).lateral("found")
     return sa.select(*found.c).select_from(wanted.join(found, sa.true()))
 
@@ -119,11 +119,11 @@ def _listed(dialect: str, column: sa.ColumnElement[Any], name: str) -> sa.Column
 
 
 _AS_CAST = sa.types.NullType()
-"""For what PostgreSQL is to take for the type that it is cast to; a text would be read anew for each row."""
+"""For values that PostgreSQL reads as the type of the cast. It would parse a text again for each row."""
 
 
 class _List(TypeDecorator[Sequence[str] | Sequence[bytes]]):
-    """A list as one parameter: an array, and for SQLite JSON, with octets in hexadecimal digits."""
+    """A list as one parameter: an array, or for SQLite JSON, with bytes in hexadecimal digits."""
 
     impl = _AS_CAST
     cache_ok = True
@@ -144,12 +144,12 @@ def _given(dialect: str, types: Types) -> Values:
 
 
 def _array_of(text: sa.ColumnElement[Any], kind: TypeEngine[Any]) -> sa.ColumnElement[Any]:
-    # To cast to a type with a length would cut silently what is longer.
+    # A cast to a type with a length would silently cut longer values.
     return sa.cast(text, postgresql.ARRAY(sa.Text() if isinstance(kind, sa.String) else kind))
 
 
 def _array(values: Iterable[Any]) -> str:
-    """An array in PostgreSQL's words: https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO."""
+    """An array as PostgreSQL writes it: https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO."""
     return "{" + ",".join([_WORDS[type(value)](value) for value in values]) + "}"
 
 
@@ -171,7 +171,7 @@ _WORDS: Mapping[type, Callable[[Any], str]] = {
 
 
 class _OfDriver:
-    """A statement as SQLite's driver takes it."""
+    """A statement in the form that SQLite's driver takes."""
 
     def __init__(self, statement: UpdateBase, types: Types, dialect: sa.Dialect) -> None:
         compiled = statement.compile(dialect=dialect, column_keys=list(types))
@@ -198,5 +198,5 @@ class _OfDriver:
 
 
 def _conversion(kind: TypeEngine[Any], dialect: sa.Dialect) -> Callable[[Any], Any] | None:
-    """What SQLAlchemy does to a value of this type; the driver takes octets as they are."""
+    """What SQLAlchemy does to a value of this type. The driver takes bytes as they are."""
     return None if isinstance(kind, sa.LargeBinary) else kind.dialect_impl(dialect).bind_processor(dialect)

@@ -1,14 +1,14 @@
-"""What polls leave behind: days that add up, gaps in which nobody looked, and the removal of what is old.
+"""The history of polls: days that add up, gaps in which no poll saw a mailbox, and the removal of old polls.
 
-Owns ``poll_day``, ``gap`` and the end of each row of ``poll``. A day is that of
-UTC: once its polls are removed, it cannot be cut anew for another time zone.
-Every poll is in a day once, and only once: polls up to ``mailbox.counted`` were
-added to ``poll_day`` in the transaction that moved that mark, and the others
-are added when somebody asks. Only what was added is removed, and of each
-account its newest poll never, however old.
+Owns ``poll_day``, ``gap`` and the removal of rows of ``poll``. Days are UTC: once its
+polls are removed, a day cannot be recalculated for another time zone. Every poll
+counts in exactly one day. Polls up to ``mailbox.counted`` were added to ``poll_day``
+in the transaction that moved that mark, and later ones are added in each query.
+Only polls that were added are removed, and each account keeps its newest poll,
+however old.
 
-A poll's rows come to be in the order of its account's tokens, since each passes
-the fence; so one number is mark enough.
+One number is enough as a mark: each poll passes the fence, so an account's rows
+are written in the order of their tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +26,11 @@ from archiver.db.tables import account, gap, lease, mailbox, poll, poll_day
 from archiver.model import Counts
 
 TIDY_LOCK = 0x74696479
-"""The advisory lock that lets one process at a time tidy up: "tidy" in ASCII."""
+"""The advisory lock by which one process at a time tidies up: "tidy" in ASCII."""
 
 
 class Bounds(NamedTuple):
-    """What one transaction adds up or removes: a fraction of a second, in which nobody waits for long."""
+    """How much one transaction adds up or removes, in a fraction of a second: no poll waits for long."""
 
     accounts: int = 500
     polls: int = 2_000
@@ -43,9 +43,9 @@ BOUNDS = Bounds()
 class Day:
     """An account's day, or that of many accounts together.
 
-    ``listed``, ``archived``, ``quarantined`` and ``to_come`` are of the last
-    listing, by the end of its poll, and None without one; the three make
-    ``listed``. ``looks`` are polls that saw what the mailbox holds.
+    ``listed``, ``archived``, ``quarantined`` and ``to_come`` describe the last
+    listing, at the end of its poll: the last three add up to ``listed``. Without a
+    listing they have no value. ``looks`` counts the polls that saw the mailbox.
     """
 
     day: date
@@ -80,31 +80,31 @@ class Day:
 
 _STATES = ("listed", "archived", "quarantined", "to_come")
 FLOWS = tuple(name for name in Counts.names() if name not in ("known", "quarantined"))
-"""Those counts of polls that add up to a day's: ``known`` and ``quarantined`` describe one listing."""
+"""The counts of polls that add up to a day's. ``known`` and ``quarantined`` describe one listing."""
 
 _SUMS = ("polls", "failed", "looks", *FLOWS, "seconds")
 
 
 class Gap(NamedTuple):
-    """A time in which nobody looked into a mailbox. ``until`` is None while it lasts."""
+    """A time in which no poll saw a mailbox. While it lasts, it has no ``until``."""
 
     since: datetime
     until: datetime | None
 
 
 class Tidied(NamedTuple):
-    """What one round of tidying up did; not the ``whole`` of it where others are at it, or it was stopped."""
+    """The result of tidying up. It is not ``whole`` if another process is at it, or if it was stopped."""
 
     counted: int
     removed: int
     whole: bool
 
 
-# What polls write.
+# Written by polls.
 
 
 def gap_ended(connection: Connection, account_id: str, at: datetime) -> None:
-    """Note that a mailbox is looked into again, after too long a time. Call within the fence."""
+    """Record that a poll saw a mailbox again, after too long a time. Call it within the fence."""
     connection.execute(
         _dialect_insert(connection, gap)
         .from_select(
@@ -117,11 +117,11 @@ def gap_ended(connection: Connection, account_id: str, at: datetime) -> None:
     )
 
 
-# What people ask.
+# Queries.
 
 
 def days(connection: Connection, account_id: str, first: date, last: date) -> list[Day]:
-    """Each day of an account from ``first`` to ``last``, both included; those without a poll are empty."""
+    """Each day of an account from ``first`` to ``last``, inclusive. Days without a poll are empty."""
     found = {row.day: _of_row(row) for row in connection.execute(_stored(first, last, account_id))}
     for part in _added_up(connection.execute(_uncounted(first, last, account_id))).values():
         for one in part:
@@ -138,8 +138,8 @@ def days_of_all(connection: Connection, first: date, last: date) -> list[Day]:
         sa.select(poll_day.c.day, *(poll_day.c[name] for name in (*_SUMS, *_LOOKS))).where(stored),
         sa.select(fresh.c.day, *(fresh.c[name] for name in (*_SUMS, *_LOOKS))),
     ).subquery()
-    # An account's later listing stands in place of the one in its stored day; it is
-    # looked for by the account's key, since SQLite would compare all with all.
+    # An account's later listing replaces the one in its stored day. The account's key
+    # finds it; otherwise SQLite would compare all rows with all.
     later = sa.exists().where(
         mailbox.c.account_id == poll_day.c.account_id,
         poll.c.account_id == poll_day.c.account_id,
@@ -171,7 +171,7 @@ def days_of_all(connection: Connection, first: date, last: date) -> list[Day]:
 
 
 def gaps(connection: Connection, account_id: str, since: datetime, now: datetime) -> list[Gap]:
-    """The times from ``since`` on in which nobody looked into a mailbox, in order; the open one last."""
+    """The gaps of a mailbox from ``since`` on, in order. The one that still lasts comes last."""
     found = [
         Gap(row.began_at, row.ended_at)
         for row in connection.execute(
@@ -190,12 +190,12 @@ def gaps(connection: Connection, account_id: str, since: datetime, now: datetime
 
 
 def _looked_at() -> sa.ColumnElement[datetime]:
-    """When somebody looked last; what an account was added for counts from then on."""
+    """When a poll saw the mailbox last. Before the first poll, when the account was added."""
     return sa.func.coalesce(lease.c.looked_at, account.c.created_at, type_=gap.c.began_at.type)
 
 
 def gap_seconds(found: Iterable[Gap], day: date, now: datetime) -> float:
-    """How long, on that day, nobody looked."""
+    """How long the gaps were on that day."""
     begins, ends = begin(day), begin(day + timedelta(days=1))
     return sum(
         max(0.0, (min(ends, one.until or now) - max(begins, one.since)).total_seconds()) for one in found
@@ -203,14 +203,14 @@ def gap_seconds(found: Iterable[Gap], day: date, now: datetime) -> float:
 
 
 def ended_gaps(connection: Connection, since: datetime) -> int:
-    """How many gaps ended since then, of all accounts."""
+    """How many gaps of all accounts ended since then."""
     return connection.execute(
         sa.select(sa.func.count()).select_from(gap).where(gap.c.ended_at > since)
     ).scalar_one()
 
 
 def losses(connection: Connection, first: date) -> dict[str, int]:
-    """How many messages each account lost from that day on, by account id; only those that lost any."""
+    """Messages that each account lost since that day, by account id. Accounts without losses are absent."""
     found: dict[str, int] = {}
     for query in (
         sa.select(poll_day.c.account_id, sa.func.sum(poll_day.c.lost))
@@ -227,7 +227,7 @@ def losses(connection: Connection, first: date) -> dict[str, int]:
 
 
 def lost(connection: Connection, account_id: str) -> int:
-    """How many messages of an account were gone before we had them, ever."""
+    """How many messages of an account disappeared before they were archived, ever."""
     stored = sa.select(sa.func.sum(poll_day.c.lost)).where(poll_day.c.account_id == account_id)
     fresh = (
         sa.select(sa.func.sum(poll.c.lost))
@@ -248,11 +248,11 @@ def tidy(
     stopping: Callable[[], bool] = lambda: False,
     bounds: Bounds = BOUNDS,
 ) -> Tidied:
-    """Add all polls to their days, then remove those that are older than ``keep_days``.
+    """Add all polls to their days, then remove polls that are older than ``keep_days``.
 
-    In transactions of bounded size, each of which leaves every day as it was
-    shown before. Of several processes that do so at once, one works. May be
-    stopped, or killed, anywhere and begun again.
+    It works in transactions of bounded size, and none of them changes what a day
+    shows. If several processes do this at once, one works. It may be stopped or
+    killed anywhere, and repeated.
     """
     counted = removed = 0
     after: str | None = ""
@@ -272,7 +272,7 @@ def tidy(
 
 
 def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | None, str | None]:
-    """Add the polls of the next accounts to their days; how many, and where to go on (None: at the end)."""
+    """Add the next accounts' polls to their days. Returns their number, and where to continue, if at all."""
     if not _is_ours(connection):
         return None, None
     found = connection.execute(
@@ -280,7 +280,7 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
         .where(mailbox.c.account_id > after)
         .order_by(mailbox.c.account_id)
         .limit(bounds.accounts)
-        # One whose poll ends at this moment has its turn the next time.
+        # An account whose poll ends at this moment is counted next time.
         .with_for_update(skip_locked=True)
     ).scalars()
     these = list(found)
@@ -291,7 +291,7 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
         .join(mailbox, mailbox.c.account_id == poll.c.account_id)
         .where(
             poll.c.account_id.in_(these),
-            # Said of both, or all mailboxes are looked at for a few.
+            # The condition is on both tables. Otherwise all mailboxes are read for the sake of a few.
             mailbox.c.account_id.in_(these),
             poll.c.token > mailbox.c.counted,
         )
@@ -305,12 +305,12 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
             sa.update(mailbox)
             .where(mailbox.c.account_id == sa.bindparam("b_account_id"))
             .values(counted=sa.bindparam("b_counted")),
-            # The last row of an account is that of its highest token.
+            # The last row of an account has its highest token.
             [{"b_account_id": row.account_id, "b_counted": row.token} for row in _lasts(rows)],
         )
     if len(rows) < bounds.polls:
         return len(rows), max(these)
-    # The last account may have more: it is the first of the next batch.
+    # The last account may have more polls. It is the first of the next batch.
     before = [account_id for account_id in these if account_id < rows[-1].account_id]
     return len(rows), max(before, default=after)
 
@@ -318,7 +318,7 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
 def _remove(
     connection: Connection, since: datetime, before: datetime, at_once: int
 ) -> tuple[int | None, datetime | None]:
-    """Remove the polls that ended next behind ``since``; how many, and where to go on (None: at the end)."""
+    """Remove the polls that ended after ``since``. Returns their number, and where to continue, if at all."""
     if not _is_ours(connection):
         return None, None
     ended = sa.and_(poll.c.ended_at > since, poll.c.ended_at < before)
@@ -339,7 +339,7 @@ def _remove(
 
 
 def _is_ours(connection: Connection) -> bool:
-    """Whether this transaction has the turn to tidy up. SQLite has one writer anyway."""
+    """Whether it is this transaction's turn to tidy up. SQLite has one writer anyway."""
     if connection.dialect.name != "postgresql":
         return True
     return bool(connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(TIDY_LOCK))).scalar())
@@ -367,14 +367,14 @@ def _add(connection: Connection, added: Mapping[str, Sequence[Day]]) -> None:
     )
 
 
-# The arithmetic.
+# Arithmetic.
 
 _LOOKS = ("first_look_at", "last_look_at")
 _COLUMNS = ("day", *_SUMS, *_STATES, *_LOOKS)
 
 
 def of_poll(row: Any) -> Day:
-    """A poll as the part of a day. A pure function."""
+    """A poll as a part of its day. A pure function."""
     saw, counts = row.listed is not None, Counts.of(row)
     return Day(
         day=row.ended_at.astimezone(UTC).date(),
@@ -423,7 +423,7 @@ def _of_row(row: Any) -> Day:
 
 
 def _whole(value: Any) -> Any:
-    # PostgreSQL's sum of integers is numeric.
+    # On PostgreSQL, a sum of integers is numeric.
     return None if value is None else int(value)
 
 
@@ -439,7 +439,7 @@ def _stored(first: date, last: date, account_id: str) -> sa.Select[Any]:
 
 
 def _in_days(first: date, last: date) -> sa.ColumnElement[bool]:
-    """Of the polls that no stored day has: those of these days."""
+    """A condition for polls of these days that are not in a stored day yet."""
     return sa.and_(
         poll.c.token > mailbox.c.counted,
         poll.c.ended_at >= begin(first),
@@ -457,7 +457,7 @@ def _uncounted(first: date, last: date, account_id: str) -> sa.Select[Any]:
 
 
 def _fresh(connection: Connection, first: date, last: date) -> sa.Select[Any]:
-    """The same of all accounts, added up by account and day where the rows are."""
+    """The same for all accounts, added up by account and day in the database."""
     day = _day(connection).label("day")
     saw = poll.c.listed.is_not(None)
     counts = {
@@ -499,5 +499,5 @@ def _day(connection: Connection) -> sa.ColumnElement[date]:
 
 
 def _dialect_insert(connection: Connection, into: sa.Table) -> Any:
-    # ON CONFLICT has one spelling and two constructs.
+    # ON CONFLICT is spelled the same in both dialects, but SQLAlchemy has two constructs.
     return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(into)

@@ -34,7 +34,7 @@ DEFAULT_SESSIONS = HostSessions()
 
 
 class Trouble(NamedTuple):
-    """A host at which polls could not begin. ``retry_at`` is None until it backs off."""
+    """A host at which polls could not begin. Until it backs off, it has no ``retry_at``."""
 
     host: str
     failures: int

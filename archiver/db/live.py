@@ -1,14 +1,14 @@
-"""Changes of the schema while others work with it: nobody who writes waits for longer than a moment.
+"""Schema changes while workers use the database: no writer waits for longer than a moment.
 
-For the migrations alone, within ``changes``. On a PostgreSQL with accounts
-each change is committed by itself, so a migration that was broken off is begun
-again, and finds what it did: columns, tables and indexes that are there are
-left alone. Tables are locked only for what is done in a moment, and who cannot
-have a lock soon lets go and comes again, since all others queue up behind the
-one that waits. Indexes are built beside the writers.
+For migrations only, within ``changes``. On a PostgreSQL with accounts, each change
+is committed by itself. So an interrupted migration can be repeated, and skips
+columns, tables and indexes that exist already. Tables are locked only for changes
+that take a moment. A change that does not get its lock soon gives up and tries
+again, because all others queue behind the one that waits. Indexes are built while
+workers write.
 
-On SQLite, which has one writer, and in a database without accounts, all of this
-happens at once, in the migration's own transaction.
+On SQLite, which has one writer, and in a database without accounts, everything
+happens in the migration's own transaction.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,21 +21,21 @@ from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 LOCK_WAIT_MILLISECONDS = 1_000
-"""As long as polls wait at worst, each time that a lock is asked for."""
+"""The longest time that polls wait, each time that a change asks for a lock."""
 
 BETWEEN_TRIES_SECONDS = (0.2, 2.0)
-"""In which the polls that were held up catch up."""
+"""Time for polls that had to wait to catch up."""
 
 GIVE_UP_AFTER_SECONDS = 300.0
-"""For one lock, and for each of the attempts of ``transact``: then somebody has the table for good."""
+"""For one lock, in each attempt of ``transact``. After that, some session keeps the table locked."""
 
 _IN_THE_WAY = frozenset({"55P03", "57014", "40P01"})
-"""lock_not_available, query_canceled (by our own time limit), deadlock_detected."""
+"""lock_not_available, query_canceled (by our own time limit), and deadlock_detected."""
 
 
 @contextmanager
 def changes() -> Iterator["Changes"]:
-    """The changes of a migration, all of them. Whether they are made live is decided here, once."""
+    """All changes of a migration. Whether they are made beside workers is decided here, once."""
     if not _in_use(op.get_bind()):
         yield Changes(live=False)
         return
@@ -44,13 +44,13 @@ def changes() -> Iterator["Changes"]:
 
 
 class Changes:
-    """What a migration may do. Each of these may be repeated."""
+    """What a migration may do. Each method may be repeated."""
 
     def __init__(self, *, live: bool) -> None:
         self._live = live
 
     def add_columns(self, table: str, *columns: sa.Column[Any]) -> None:
-        """With a constant default or none, so that no row is rewritten."""
+        """Add columns with a constant default or without one, so that no row is rewritten."""
         there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns(table)}
         missing = [column for column in columns if column.name not in there]
         if missing:
@@ -59,7 +59,7 @@ class Changes:
                     op.add_column(table, column)
 
     def rename_columns(self, table: str, **names: str) -> None:
-        """Former name to new name. A process that knows the former names cannot write from here on."""
+        """Rename columns, from former name to new. A process with the former names cannot write then."""
         there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns(table)}
         with self._locked(f"TABLE {table} IN ACCESS EXCLUSIVE MODE"):
             for former, name in names.items():
@@ -72,7 +72,7 @@ class Changes:
                 op.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
 
     def create_table(self, name: str, *elements: sa.schema.SchemaItem, **options: Any) -> None:
-        """One whose foreign keys, if it has any, are to ``account``."""
+        """Create a table. Its foreign keys, if it has any, are to ``account``."""
         if not sa.inspect(op.get_bind()).has_table(name):
             with self._locked("TABLE account IN SHARE ROW EXCLUSIVE MODE"):
                 op.create_table(name, *elements, **options)
@@ -80,13 +80,14 @@ class Changes:
     def create_index(
         self, name: str, table: str, *columns: str, where: str | None = None, unique: bool = False
     ) -> None:
-        """On a partitioned table, one on each part, called after the part's number."""
+        """Create an index. On a partitioned table, each part gets one, named after the part's number."""
         form = f"({', '.join(columns)})" + (f" WHERE {where}" if where else "")
         parts = _parts(table) if self._live else []
         if not parts:
             self._build(name, table, form, unique=unique)
             return
-        # The whole cannot be built beside writers, its parts can: it is made of none, and takes them on.
+        # The index of the whole table cannot be built beside writers, but those of its parts can. So it is
+        # created empty, and the indexes of the parts are attached.
         # https://www.postgresql.org/docs/current/ddl-partitioning.html#DDL-PARTITIONING-DECLARATIVE-MAINTENANCE
         if _is_valid(name) is None:
             with self._locked(f"TABLE ONLY {table} IN SHARE MODE"):
@@ -108,11 +109,11 @@ class Changes:
                 op.execute(f"DROP INDEX {name}")
 
     def rows(self, which: sa.Select[Any]) -> AbstractContextManager[None]:
-        """A block that has these rows locked, and is committed at its end: for some hundred at a time."""
+        """A block that has these rows locked, some hundred at a time, and commits at its end."""
         return self._transaction(lambda: op.get_bind().execute(which.with_for_update()), "lock_timeout")
 
     def analyze(self, *tables: str) -> None:
-        """Have plans know of columns that were filled, before the statistics come by that way."""
+        """Update the statistics of tables whose columns were filled, so that plans know them at once."""
         for table in tables if self._live else ():
             op.execute(f"ANALYZE {table}")
 
@@ -123,22 +124,22 @@ class Changes:
             return
         valid = _is_valid(name)
         if valid is False:
-            # Left behind by a build that was broken off: writers keep it up, and no reader uses it.
+            # An interrupted build left it behind: writers maintain it, and no reader uses it.
             op.execute(f"DROP INDEX CONCURRENTLY {name}")
         if not valid:
             op.execute(f"CREATE {kind} CONCURRENTLY {name} ON {table} {form}")
 
     def _locked(self, what: str) -> AbstractContextManager[None]:
-        # Locks of a table and of its parts are waited for one by one: the limit is for all of them.
+        # The locks of a table and of its parts are taken one after the other. The limit is for all together.
         return self._transaction(lambda: op.execute(f"LOCK {what}"), "statement_timeout")
 
     @contextmanager
     def _transaction(self, lock: Callable[[], object], limit: str) -> Iterator[None]:
-        """A transaction that begins with this lock; it is asked for until it is had, the rest runs once."""
+        """A transaction that begins with this lock. Taking the lock is repeated, the rest runs once."""
         if not self._live:
             yield
             return
-        # SQLAlchemy sees a connection that commits by itself, which an index build must have.
+        # For SQLAlchemy this connection commits by itself, because an index build needs that.
         driver: Any = op.get_bind().connection.driver_connection
         patiently = Retrying(
             retry=retry_if_exception(_was_in_the_way),
@@ -178,7 +179,7 @@ def _parts(table: str) -> list[str]:
 
 
 def _is_valid(index: str) -> bool | None:
-    """None where there is none."""
+    """Whether the index is complete. None if it does not exist."""
     found: bool | None = _ask(
         "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)", index
     ).scalar()

@@ -1,6 +1,6 @@
-"""The schema's versions: which one a database has, and the way up.
+"""The schema's versions: which one a database has, and the upgrade.
 
-The scripts lie in ``alembic/`` of the repository and in
+The scripts are in ``alembic/`` of the repository and in
 ``archiver/db/migrations/`` of an installed package.
 """
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 UPGRADE_LOCK = 0x73636865
-"""The advisory lock that lets one of many starting processes upgrade: "sche" in ASCII."""
+"""The advisory lock by which one of several processes upgrades: "sche" in ASCII."""
 
 TURN_SECONDS = 0.5
-"""Between looks whether the process that upgrades is done."""
+"""Time between two checks of whether the process that upgrades is done."""
 
 
 class WrongSchema(UsageError):
-    """The database has another schema than this release needs: older, newer or none."""
+    """The database has no schema, or an older or newer one than this release needs."""
 
 
 def latest() -> str:
@@ -34,32 +34,32 @@ def latest() -> str:
 
     head = ScriptDirectory.from_config(_config()).get_current_head()
     if head is None:
-        raise RuntimeError("the package carries no migrations")
+        raise RuntimeError("the package contains no migrations")
     return head
 
 
 def current(database: Database) -> str | None:
-    """The schema version that the database has; None when it is empty."""
+    """The schema version that the database has. None if it is empty."""
     from alembic.runtime.migration import MigrationContext
 
     def look(connection: sa.Connection) -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
 
     if database.is_sqlite:
-        # The first to connect puts a new file into WAL mode, and who does so at
-        # the same moment is refused at once, without waiting: so it is repeated.
+        # The first connection switches a new file to WAL mode. If two processes do that
+        # at the same moment, SQLite refuses one without waiting: so it is repeated.
         return database.transact(look)
     with database.reading() as connection:
         return look(connection)
 
 
 def upgrade(database: Database, to: str = "head") -> tuple[str | None, str]:
-    """Bring the schema to this release's version, or an earlier one; returns the version before and after.
+    """Upgrade the schema to this release's version, or to ``to``. Returns the version before and after.
 
-    Of several processes that do so at once, on PostgreSQL one works and the
-    others wait for it. Workers may go on meanwhile, those of the release
-    before this one, too. May be broken off anywhere and begun again. Raises
-    WrongSchema when the database belongs to a newer release.
+    If several processes do this at once on PostgreSQL, one works and the others
+    wait for it. Workers may continue meanwhile, also those of the previous
+    release, unless a script says otherwise. It may be interrupted anywhere, and
+    repeated. Raises WrongSchema if the database belongs to a newer release.
     """
     from alembic import command
 
@@ -89,7 +89,7 @@ def upgrade(database: Database, to: str = "head") -> tuple[str | None, str]:
 
 
 def _before(error: BaseException) -> BaseException:
-    """What ended the connection; all that is tried with it after that says no more than that it has ended."""
+    """The error that ended the connection. Later errors say only that it has ended."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, DBAPIError):
         found = found.__context__
@@ -97,36 +97,37 @@ def _before(error: BaseException) -> BaseException:
 
 
 def _has_turn(connection: sa.Connection) -> bool:
-    """Whether this transaction, and nobody else, may upgrade until it ends.
+    """Whether this transaction, and no other, may upgrade until it ends.
 
-    The changes are made on another connection, and in many transactions; a lock
-    of a session would not do, since behind PgBouncer each may be in another
-    one. An index build waits for everybody who sees an older state: so nobody
-    waits for the lock in a statement, and whoever has it sees none.
+    The changes are made on another connection, in many transactions. The lock of
+    a session would not do, because behind PgBouncer each transaction may be in
+    another session. An index build waits for every transaction that sees an older
+    state. So no process waits for the lock in a statement, and the transaction
+    with the lock sees no state.
     """
-    # Without parameters, and so by the simple protocol: one of the other kind
-    # keeps what it saw until the next one comes.
+    # A statement without parameters uses the simple protocol. With the extended
+    # protocol, the transaction would keep its state until its next statement.
     take = sa.text(f"SELECT pg_try_advisory_xact_lock({UPGRADE_LOCK})")
     if not connection.execute(take).scalar():
         return False
-    # However long it takes, this transaction is idle meanwhile, and holds nobody up.
+    # This transaction is idle meanwhile, for as long as it takes, and blocks no other.
     connection.execute(
         sa.text(
             "SELECT set_config(name, '0', true) FROM pg_settings "
             "WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"
         )
     )
-    # Not out of the pool, whose only connection it may be.
+    # It leaves the pool, whose only connection it may be.
     connection.detach()
     return True
 
 
 def ensure(database: Database) -> None:
-    """See that the schema fits before anything is touched.
+    """Check the schema before anything is changed.
 
-    An empty SQLite database is brought up by itself: on one machine there is
-    nobody else to do it. Raises WrongSchema for any other version than this
-    release's, with the command that helps.
+    An empty SQLite database is upgraded automatically, because on one machine no
+    deployment does it. Raises WrongSchema for any version but this release's,
+    with the command that helps.
     """
     found = current(database) if database.exists else None
     if found == latest():
@@ -136,8 +137,8 @@ def ensure(database: Database) -> None:
         return
     _refuse_newer(found)
     raise WrongSchema(
-        f"database {database} has {'no schema' if found is None else f'the schema {found}'} "
-        f"and this release needs {latest()}",
+        f"database {database} has {'no schema' if found is None else f'schema {found}'}, "
+        f"and this release needs schema {latest()}",
         hint="run: archiver db upgrade",
     )
 
@@ -145,11 +146,11 @@ def ensure(database: Database) -> None:
 def _make_folder(database: Database) -> None:
     if database.path is not None:
         try:
-            # It tells who wrote to whom: nobody else's business.
+            # The database shows who wrote to whom, so other users may not read it.
             database.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise OperatorNeeded(
-                f"cannot make the folder of database {database.path}: {error.strerror}"
+                f"cannot create the folder of database {database.path}: {error.strerror}"
             ) from error
 
 
@@ -163,7 +164,7 @@ def _refuse_newer(found: str | None) -> None:
         ScriptDirectory.from_config(_config()).get_revision(found)
     except CommandError:
         raise WrongSchema(
-            f"the database has the schema {found}, which this release does not know: a newer one made it",
+            f"the database has schema {found}, which this release does not know: a newer release made it",
             hint="upgrade archiver, or use another database",
         ) from None
 

@@ -1,9 +1,9 @@
 """The tables, the same on SQLite and PostgreSQL.
 
-The bucket is the truth and these are its index, so that what is here can be
-made again from there; except for accounts, schedules and poll history.
-``lease`` is narrow and apart from ``account``, because every poll rewrites it.
-Digests and UIDLs are bytes. Times are UTC and aware.
+The bucket is the truth, and the tables are its index: they can be made again from
+it, except for accounts, schedules and poll history. ``lease`` is narrow and
+separate from ``account``, because every poll rewrites it. Digests and UIDLs are
+bytes. Times are aware, in UTC.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ SQLModel.metadata.naming_convention = {
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time. SQLite has text, without the zone: to be compared, and cheap to make and to read."""
+    """An aware UTC time. SQLite keeps text without the zone: it sorts by time, and is cheap to convert."""
 
     impl = SqlDateTime(timezone=True)
     cache_ok = True
@@ -54,7 +54,7 @@ class UtcDateTime(TypeDecorator[datetime]):
     def result_processor(
         self,
         dialect: Dialect,
-        coltype: object,  # noqa: ARG002 - a driver's name for the type, which makes no difference
+        coltype: object,  # noqa: ARG002 - the driver's name of the type makes no difference
     ) -> Callable[[Any], datetime | None]:
         return _from_text if dialect.name == "sqlite" else _in_utc
 
@@ -67,7 +67,7 @@ def _in_utc(value: datetime | None) -> datetime | None:
     return value.astimezone(UTC)
 
 
-@lru_cache(maxsize=1_000)  # a message's time goes into three tables
+@lru_cache(maxsize=1_000)  # the time of a message is written to three tables
 def _as_text(value: datetime | None) -> str | None:
     in_utc = _in_utc(value)
     return None if in_utc is None else in_utc.isoformat(" ", "microseconds")[: -len("+00:00")]
@@ -78,25 +78,25 @@ def _from_text(value: str | None) -> datetime | None:
 
 
 def _account_key() -> Column[str]:
-    """Part of a primary key that points at an account."""
+    """A part of a primary key that refers to an account."""
     return Column(String(ACCOUNT_ID_LENGTH), ForeignKey("account.id"), primary_key=True)
 
 
 def _hot_account_key() -> Column[str]:
     """The same without the constraint, for tables that take many rows at once.
 
-    Every transaction that writes there has locked the account's lease row
-    first, which proves the account; checking again for each row would cost
-    more than the row.
+    Every transaction that writes there has locked the account's lease row first,
+    which proves that the account exists. To check that again for each row would
+    cost more than the row.
     """
     return Column(String(ACCOUNT_ID_LENGTH), primary_key=True)
 
 
 class AccountRow(SQLModel, table=True):
-    """One POP3 login that is archived, and the policies it is archived by."""
+    """One POP3 login that is archived, with its policies. ``model.Account`` describes the columns."""
 
     __tablename__ = "account"
-    # A hundred thousand accounts are added by looking for each one's URL.
+    # Adding an account looks for its URL, a hundred thousand times for as many accounts.
     __table_args__ = (Index(None, "url"),)
 
     id: str = Field(sa_column=Column(String(ACCOUNT_ID_LENGTH), primary_key=True))
@@ -133,20 +133,11 @@ class AccountRow(SQLModel, table=True):
 
 
 class LeaseRow(SQLModel, table=True):
-    """Who may poll an account, until when, and when it is due. ``due_at`` is null while it is paused.
-
-    ``slot`` is the session of its host that a poll takes up, one of as many as
-    the host may have at once. ``queued`` marks one that is due and waits for a
-    slot: it is looked for at its host, and out of the way of all others.
-    ``asked`` is set when somebody wants a poll while one goes on.
-    ``interval_seconds`` is where an adaptive schedule stands. ``looked_at`` is
-    the end of the last poll that saw what the mailbox holds; the next such one
-    is late from ``late_at`` on, when nobody has looked for longer than planned.
-    """
+    """Which worker may poll an account, until when, and when the account is due."""
 
     __tablename__ = "lease"
     __table_args__ = (
-        # Two sessions in one slot of a host cannot be, whoever claims them.
+        # No two sessions can have one slot of a host, whatever claims do.
         Index(
             "uq_lease_host_slot",
             "host",
@@ -155,7 +146,7 @@ class LeaseRow(SQLModel, table=True):
             postgresql_where=text("slot IS NOT NULL"),
             sqlite_where=text("slot IS NOT NULL"),
         ),
-        # Every account that nobody holds is in one of these four (see ``schedule``).
+        # Every account that is not leased is in one of these four (see ``claims``).
         *(
             Index(
                 f"ix_lease_{queue}_{health}",
@@ -174,48 +165,58 @@ class LeaseRow(SQLModel, table=True):
 
     account_id: str = Field(sa_column=_account_key())
     due_at: datetime | None = Field(sa_column=Column(UtcDateTime))
+    """Null while the account is not active. While a worker has the lease, its expiry."""
     owner: str | None = Field(default=None, sa_column=Column(Text))
+    """The process that has the lease. Null between polls."""
     expires_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     token: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    """The number of the newest lease. It only grows; writes with an older one are refused."""
     recover: bool = False
+    """Whether the store may have a journal segment that the database has not seen."""
     failures: int = 0
+    """Polls that failed in a row because of trouble that passes."""
     refusals: int = 0
+    """Polls that failed in a row because an operator must act."""
     host: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=""))
     slot: int | None = None
+    """The session slot of the host that a poll uses. A host has as many slots as sessions."""
     queued: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    """Whether it is due and waits for a slot. Claims then look for it in its host's queue."""
     looked_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """The end of the last poll that saw the mailbox."""
     late_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """From this time on, the next poll that sees the mailbox ends a gap."""
     asked: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    """Whether another poll was asked for during this one."""
     interval_seconds: float | None = None
+    """The present interval of an adaptive schedule."""
 
 
 class HostRow(SQLModel, table=True):
-    """A mail host in trouble: polls of it that could not even begin, in a row. A healthy host has no row."""
+    """A mail host at which polls could not even begin. A healthy host has no row."""
 
     __tablename__ = "host"
 
     name: str = Field(sa_column=Column(Text, primary_key=True))
     failures: int
+    """Polls in a row that could not begin."""
     failing_since: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
     retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """The host backs off until then. Null while it has failed too rarely for that."""
     error: str | None = Field(default=None, sa_column=Column(Text))
 
 
 class MailboxRow(SQLModel, table=True):
-    """What an account holds, what its mailbox showed last, and what was fetched today.
-
-    ``captures`` and ``captured_bytes`` are counted as captures are recorded, so that
-    nobody has to count a hundred million rows. The rest is of the last complete
-    listing; until ``trusted_until`` a STAT and a last UIDL like those remembered
-    stand for it. Polls up to the token ``counted`` are in ``poll_day``.
-    """
+    """The size of an account's archive, how its mailbox looked last, and what was fetched today."""
 
     __tablename__ = "mailbox"
 
     account_id: str = Field(sa_column=_account_key())
     captures: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
+    """Counted as captures are recorded, because to count a hundred million rows takes too long."""
     captured_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     listed_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """The time of the last listing or incremental listing. The next fields describe the mailbox then."""
     listed: int | None = None
     quarantined: int = 0
     to_come: int = 0
@@ -224,9 +225,12 @@ class MailboxRow(SQLModel, table=True):
     last_number: int | None = None
     last_uidl: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     trusted_until: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """Until then, a mailbox with the same STAT and the same last UIDL counts as unchanged."""
     day: date | None = None
+    """The day (UTC) on which ``day_bytes`` were fetched."""
     day_bytes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     counted: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    """Polls up to this token are in ``poll_day``."""
 
 
 class CaptureRow(SQLModel, table=True):
@@ -235,8 +239,8 @@ class CaptureRow(SQLModel, table=True):
     __tablename__ = "capture"
     __table_args__ = (
         Index(None, "account_id", "captured_at"),
-        # People name a capture by the first digits of its hash. SQLite has not so many accounts, and looks by
-        # the key of each one's captures: an index would have a page written for nearly every message.
+        # Operators name a capture by the first digits of its hash. On SQLite, which has fewer accounts, the
+        # key finds it in each account: an index would cost a page write for nearly every message.
         Index(None, "sha256").ddl_if(dialect="postgresql"),
         {"sqlite_with_rowid": False, "postgresql_partition_by": "HASH (account_id)"},
     )
@@ -253,21 +257,12 @@ class CaptureRow(SQLModel, table=True):
 
 
 class SightingRow(SQLModel, table=True):
-    """What a listing showed, and what became of it.
-
-    ``state`` is captured, quarantined, or pending (it was tried and is still
-    to come). ``absent_at`` is set when a complete listing does not show it any
-    more. ``attempts`` counts fetches that failed, and
-    ``retry_at`` is when the next one is due; ``delete_attempts`` counts deletions
-    that the server confirmed and did not make, and ``delete_retry_at`` is when the
-    next one may be requested. ``content`` is set where the UIDL identifies nothing: it stood there
-    more than once, or was given again to another message later.
-    """
+    """A message that a listing showed, and its state."""
 
     __tablename__ = "sighting"
     __table_args__ = (
-        # A poll reads what was on the server last time, in the order of its
-        # UIDLs: what is absent since must not make that slower for ever.
+        # A poll reads the messages that were on the server last time, ordered by
+        # UIDL. Absent messages must not slow that down permanently.
         Index(
             "ix_sighting_by_uidl",
             "account_id",
@@ -278,7 +273,7 @@ class SightingRow(SQLModel, table=True):
             postgresql_where=text("absent_at IS NULL"),
             sqlite_where=text("absent_at IS NULL"),
         ),
-        # What needs somebody's attention is rare, and asked for often.
+        # Messages that need an operator are rare, and queried often.
         Index(
             "ix_sighting_quarantined",
             "account_id",
@@ -293,20 +288,27 @@ class SightingRow(SQLModel, table=True):
     uidl: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
     size: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
     content: bytes = Field(sa_column=Column(LargeBinary(DIGEST_BYTES), primary_key=True))
+    """The digest, if the UIDL does not identify the message: the server showed it twice, or reused it."""
     state: str = Field(sa_column=Column(Text, nullable=False))
+    """A ``SightingState``."""
     sha256: bytes | None = Field(default=None, sa_column=Column(LargeBinary(DIGEST_BYTES)))
     first_seen_at: datetime = Field(sa_column=Column(UtcDateTime, nullable=False))
     attempts: int = 0
+    """Fetches that failed."""
     retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """When the next fetch is due."""
     reason: str | None = Field(default=None, sa_column=Column(Text))
     delete_attempts: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    """Deletions that the server confirmed and did not perform."""
     delete_retry_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """When the next deletion may be requested."""
     delete_requested_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
     absent_at: datetime | None = Field(default=None, sa_column=Column(UtcDateTime))
+    """When a complete listing no longer showed it."""
 
 
 class JournalRow(SQLModel, table=True):
-    """The last journal segment that the database has taken in."""
+    """The last journal segment that the database has recorded."""
 
     __tablename__ = "journal"
 
@@ -317,18 +319,13 @@ class JournalRow(SQLModel, table=True):
 
 
 class PollRow(SQLModel, table=True):
-    """One poll that ended, named by its account and the token of its lease.
-
-    ``deleted`` went by our hand and ``gone`` by another's, both archived;
-    ``lost`` went before they were. ``glanced``: the mailbox was seen to be
-    unchanged without a listing.
-    """
+    """A poll that ended, by account and token. ``model.PollReport`` and ``Counts`` describe the columns."""
 
     __tablename__ = "poll"
     __table_args__ = (
         # History is shown and removed by age.
         Index(None, "ended_at"),
-        # A loss is rare, and asked for often.
+        # Losses are rare, and queried often.
         Index(
             "ix_poll_lost",
             "ended_at",
@@ -357,11 +354,11 @@ class PollRow(SQLModel, table=True):
 
 
 class PollDayRow(SQLModel, table=True):
-    """An account's day (UTC), added up from its polls; what is left of them once they are removed by age.
+    """An account's day (UTC), added up from its polls. It stays when they are removed by age.
 
-    ``listed``, ``archived``, ``quarantined`` and ``to_come`` are of the day's last
-    listing, by the end of its poll, and the three make ``listed``. All else is of
-    the whole day.
+    ``listed``, ``archived``, ``quarantined`` and ``to_come`` describe the day's last
+    listing, at the end of its poll: the last three add up to ``listed``. All other
+    columns cover the whole day.
     """
 
     __tablename__ = "poll_day"
@@ -396,7 +393,7 @@ class PollDayRow(SQLModel, table=True):
 
 
 class GapRow(SQLModel, table=True):
-    """A time in which nobody looked into a mailbox, and longer than it should have been. Kept for good."""
+    """A time in which no poll saw a mailbox, and which was longer than scheduled. Kept permanently."""
 
     __tablename__ = "gap"
     __table_args__ = (Index(None, "ended_at"),)
@@ -412,7 +409,7 @@ class EventRow(SQLModel, table=True):
     __tablename__ = "event"
     __table_args__ = {"sqlite_autoincrement": True}
 
-    # SQLite counts up by itself only in a column of exactly INTEGER.
+    # SQLite assigns numbers by itself only in a column of type INTEGER.
     position: int | None = Field(
         default=None,
         sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
@@ -433,7 +430,7 @@ class ArchiveRow(SQLModel, table=True):
 
 
 def table(model: type[SQLModel]) -> Table:
-    """The Core table behind a model: the hot paths speak Core, which costs a third of the ORM."""
+    """The Core table behind a model. Hot paths use Core, which costs a third of the ORM."""
     return cast(Table, model.__dict__["__table__"])
 
 
