@@ -24,7 +24,7 @@ from archiver.errors import IntegrityError, OperatorNeeded
 from archiver.evidence import journal
 from archiver.evidence.scratch import Content, Scratch, scratch
 from archiver.model import Account, JournalHead, Segment, What, journal_prefix, message_key, segment_key
-from archiver.store import ObjectNotFound, Store, StoredObject, is_key
+from archiver.store import NotAnObject, ObjectNotFound, Store, StoredObject, is_key
 
 Kind = Literal["missing", "damaged", "chain_break", "unrecorded", "miscounted"]
 
@@ -364,6 +364,8 @@ def _rehashed(
                     digest.update(chunk)
         except ObjectNotFound:
             return Finding("missing", account.name, found.key, "the store lists it, but does not have it")
+        except NotAnObject as error:
+            return Finding("damaged", account.name, found.key, str(error))
         if digest.digest() == expected:
             return None
         return Finding("damaged", account.name, found.key, f"its SHA-256 is {digest.hexdigest()}")

@@ -25,6 +25,7 @@ from archiver.errors import IntegrityError, UsageError
 __all__ = [
     "Body",
     "InvalidKey",
+    "NotAnObject",
     "ObjectDiffers",
     "ObjectNotFound",
     "PutResult",
@@ -39,6 +40,10 @@ __all__ = [
 
 class ObjectNotFound(IntegrityError):
     """An object that must be in the store is not."""
+
+
+class NotAnObject(IntegrityError):
+    """Something else has the key's name, such as a symbolic link: others put it there."""
 
 
 class ObjectDiffers(IntegrityError):
@@ -86,6 +91,7 @@ class StoredObject:
     """What the store itself computed over the whole object. None: read the object to know."""
     version_id: str | None = None
     modified_at: datetime | None = None
+    """None also where the store's date is in the future."""
 
 
 class Store(Protocol):
@@ -107,7 +113,10 @@ class Store(Protocol):
         """
 
     def get(self, key: str) -> AbstractContextManager[Iterator[bytes]]:
-        """The content in chunks, in bounded memory. Raises ObjectNotFound, TryLater, OperatorNeeded."""
+        """The content in chunks, in bounded memory.
+
+        Raises ObjectNotFound, NotAnObject, TryLater, OperatorNeeded.
+        """
 
     def stat(self, key: str) -> StoredObject | None:
         """Size and more of one object; None if it does not exist. Raises TryLater, OperatorNeeded."""

@@ -14,9 +14,9 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +29,7 @@ from botocore.config import Config
 from botocore.credentials import CredentialResolver
 
 from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater
-from archiver.store import Body, InvalidKey, ObjectDiffers, ObjectNotFound, PutResult, Store
+from archiver.store import Body, InvalidKey, NotAnObject, ObjectDiffers, ObjectNotFound, PutResult, Store
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.retry import RetryingStore
 from archiver.store.s3 import S3Store
@@ -580,6 +580,186 @@ def test_only_what_a_dead_process_left_is_cleaned_away(in_directory: Directory) 
         os.utime(incoming / name, (then, then))
     in_directory.open().probe()
     assert [path.name for path in incoming.iterdir()] == ["alive"]
+
+
+def _link_to_file(file: Path, elsewhere: Path) -> None:
+    (elsewhere / "file").write_bytes(b"x")
+    file.symlink_to(elsewhere / "file")
+
+
+def _socket(file: Path, _: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = os.open(file.parent, os.O_RDONLY)
+        listening.bind(f"/proc/self/fd/{here}/{file.name}")  # the whole path may be too long for a socket
+        os.close(here)
+
+
+IN_A_FILE_S_PLACE: dict[str, Callable[[Path, Path], object]] = {
+    "link to the right content": _link_to_file,
+    "link to itself": lambda file, _: file.symlink_to(file.name),
+    "link to nothing": lambda file, _: file.symlink_to("nothing"),
+    "link to a device": lambda file, _: file.symlink_to("/dev/zero"),
+    "FIFO": lambda file, _: os.mkfifo(file),
+    "socket": _socket,
+    "directory": lambda file, _: file.mkdir(),
+}
+
+
+@pytest.mark.parametrize("plant", IN_A_FILE_S_PLACE.values(), ids=IN_A_FILE_S_PLACE)
+def test_only_a_regular_file_is_an_object(
+    in_directory: Directory, tmp_path: Path, plant: Callable[[Path, Path], object]
+) -> None:
+    store = in_directory.open()
+    store.put("messages/7/ab/other.eml", BytesBody(b"beside it"))
+    plant(in_directory.root / KEY, tmp_path)
+    assert store.stat(KEY) is None
+    is_directory = (in_directory.root / KEY).is_dir()
+    with pytest.raises(ObjectNotFound if is_directory else NotAnObject), store.get(KEY):
+        pass
+    assert keys(store) == ["messages/7/ab/other.eml"]
+    strangers = {f"{KEY}/" if is_directory else KEY}
+    assert {stored.key for stored in store.list("", strangers=True)} - {".incoming/"} == {
+        "messages/7/ab/other.eml",
+        *strangers,
+    }
+    with pytest.raises(ObjectDiffers):
+        store.put(KEY, BytesBody(b"x"))
+    assert [path.name for path in (in_directory.root / ".incoming").iterdir()] == []
+
+
+@pytest.mark.parametrize("part", ["messages", "messages/7", "messages/7/ab"])
+@pytest.mark.parametrize("known", [False, True], ids=["new store", "store that wrote there before"])
+def test_no_link_is_followed_on_the_way_to_an_object(
+    in_directory: Directory, tmp_path: Path, part: str, known: bool
+) -> None:
+    store = in_directory.open()
+    store.put(KEY, BytesBody(b"x"))
+    elsewhere = tmp_path / "elsewhere"
+    (in_directory.root / part).rename(elsewhere)
+    (in_directory.root / part).symlink_to(elsewhere)
+    store = store if known else in_directory.open()
+    assert store.stat(KEY) is None
+    assert keys(store) == keys(store, "messages/7/") == []
+    assert [stored.key for stored in store.list("messages", strangers=True)] == [part]
+    with pytest.raises(NotAnObject, match="symbolic link"), store.get(KEY):
+        pass
+    before = sorted(elsewhere.rglob("*"))
+    for key in (KEY, "messages/7/ab/new.eml"):
+        with pytest.raises(OperatorNeeded, match="symbolic link") as caught:
+            store.put(key, BytesBody(b"x"))
+        assert "mount" in (caught.value.hint or "")
+    assert sorted(elsewhere.rglob("*")) == before
+    assert [path.name for path in (in_directory.root / ".incoming").iterdir()] == []
+
+
+def test_the_directory_itself_may_be_a_link(in_directory: Directory, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(in_directory.root)
+    store = FilesystemStore(tmp_path / "link")
+    store.probe()
+    store.put(KEY, BytesBody(b"x"))
+    assert read(in_directory.open(), KEY) == b"x"
+
+
+def test_nothing_is_cleaned_away_or_written_behind_a_link(in_directory: Directory, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "old").write_bytes(b"x")
+    os.utime(others / "old", (0, 0))
+    (in_directory.root / ".incoming").rmdir()
+    (in_directory.root / ".incoming").symlink_to(others)
+    store = in_directory.open()
+    for attempt in (store.probe, lambda: store.put(KEY, BytesBody(b"x"))):
+        with pytest.raises(OperatorNeeded, match=r"\.incoming is a symbolic link"):
+            attempt()
+    assert [path.name for path in others.iterdir()] == ["old"]
+
+
+def test_a_link_in_the_directory_of_incoming_files_is_not_followed(
+    in_directory: Directory, tmp_path: Path
+) -> None:
+    (tmp_path / "old").write_bytes(b"x")
+    link = in_directory.root / ".incoming" / "link"
+    link.symlink_to(tmp_path / "old")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    in_directory.open().probe()
+    assert not link.is_symlink()
+    assert (tmp_path / "old").exists()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_changes_nothing(in_directory: Directory) -> None:
+    store = in_directory.open()
+    store.put(KEY, BytesBody(b"x"))
+    file = in_directory.root / KEY
+    with store.get(KEY) as chunks:
+        file.unlink()
+        os.mkfifo(file)
+        assert list(chunks) == [b"x"]
+    assert store.stat(KEY) is None
+
+
+def test_a_file_that_grows_without_end_is_read_to_its_end(in_directory: Directory) -> None:
+    store = in_directory.open()
+    store.put(KEY, BytesBody(b"x"))
+    file = in_directory.root / KEY
+    file.chmod(0o600)
+    with store.get(KEY) as chunks:
+        for _ in range(3):
+            with file.open("ab") as growing:
+                growing.write(b"more")
+            next(chunks, None)
+        assert next(chunks, None) is None
+    with pytest.raises(ObjectDiffers):
+        store.put(KEY, BytesBody(b"x"))
+
+
+def test_a_hard_link_counts_by_its_content(in_directory: Directory, tmp_path: Path) -> None:
+    store = in_directory.open()
+    store.put("messages/7/ab/other.eml", BytesBody(b"x"))
+    (tmp_path / "file").write_bytes(b"x")
+    (in_directory.root / KEY).hardlink_to(tmp_path / "file")
+    assert not store.put(KEY, BytesBody(b"x")).created
+    (tmp_path / "file").write_bytes(b"y")
+    stored = store.stat(KEY)
+    assert stored is not None
+    assert stored.sha256 is None, "it must be read"
+    with pytest.raises(ObjectDiffers):
+        store.put(KEY, BytesBody(b"x"))
+
+
+@pytest.mark.parametrize(
+    ("ahead_seconds", "is_believed"), [(-86400, True), (0, True), (120, False), (10 * 365 * 86400, False)]
+)
+def test_a_date_in_the_future_is_not_believed(
+    in_directory: Directory, ahead_seconds: int, is_believed: bool
+) -> None:
+    now = 1_800_000_000.0
+    store = FilesystemStore(in_directory.root, now=lambda: now)
+    store.put(KEY, BytesBody(b"x"))
+    then = now + ahead_seconds
+    os.utime(in_directory.root / KEY, (then, then))
+    for stored in (store.stat(KEY), *store.list("")):
+        assert stored is not None
+        assert (stored.modified_at is not None) == is_believed
+
+
+def test_a_date_that_no_calendar_has_is_not_believed(in_directory: Directory) -> None:
+    store = in_directory.open()
+    store.put(KEY, BytesBody(b"x"))
+    for then in (2**40, -(2**40)):
+        with suppress(OSError):  # not every file system can hold it
+            os.utime(in_directory.root / KEY, (then, then))
+        assert keys(store) == [KEY]
+
+
+def test_a_listing_opens_few_directories_however_deep_they_are(in_directory: Directory) -> None:
+    store = in_directory.open()
+    key, descriptors = "/".join(["d"] * 300), Path("/proc/self/fd")
+    store.put(key, BytesBody(b"x"))
+    before = len(list(descriptors.iterdir()))
+    for stored in store.list(""):
+        assert stored.key == key
+        assert len(list(descriptors.iterdir())) <= before + 2
+    assert len(list(descriptors.iterdir())) == before
 
 
 @contextmanager
