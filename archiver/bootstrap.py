@@ -117,7 +117,7 @@ class App:
 
     def _keep_credential(self, account: Account, reference: str, document: str) -> str:
         """Seal what a provider gave in place of an account's credential; not over what a person put there."""
-        sealed = oauth.reference_to(self.secrets.seal(account.id, document))
+        sealed = oauth.reference_to(self.secrets.seal(account, document))
         self.database.transact(
             lambda connection: accounts.exchange_secret(connection, account.id, reference, sealed)
         )
@@ -206,7 +206,7 @@ class App:
             return given
         if oauth.is_oauth(account.secret_reference):
             return pop3.aside(lambda: self.access_tokens.current(account, _user(account)))
-        return self.secrets.resolve(account.id, account.name, account.secret_reference)
+        return self.secrets.resolve(account)
 
     def another_password(self, account: Account, refused: str) -> str | None:
         """What to log in by in place of what the mail server refused; None where there is no other."""

@@ -4,6 +4,7 @@ The words are the glossary's (docs/concepts.md). Wire data is bytes here;
 ``uidl_text`` is the one place where a UIDL becomes text.
 """
 
+import re
 import secrets
 from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime
@@ -29,6 +30,9 @@ def new_account_id() -> str:
 def mail_host(url: str) -> str:
     """The host of an account's URL, in lower case: what accounts have in common that share its patience."""
     return urlsplit(url).hostname or ""
+
+
+_MECHANISM = re.compile(r";AUTH=[^@/]*@", re.IGNORECASE)
 
 
 def message_key(account_id: str, sha256: bytes) -> str:
@@ -100,6 +104,7 @@ class Account:
     id: str
     name: str
     url: str
+    """As ``pop3.Endpoint.url`` writes it."""
     tls: str
     secret_reference: str = field(repr=False)
     """Where the password is, never the password itself."""
@@ -129,6 +134,14 @@ class Account:
     """Commands and capabilities that the server trips over, as written by ``policy.remembered``."""
     deletion_suspended: str | None = None
     """Why nothing is deleted, whatever the policy, until an operator confirms."""
+
+    @property
+    def login(self) -> str:
+        """Host, port, user and TLS mode, to which a sealed secret is bound.
+
+        Not the mechanism: it depends on what the server offers.
+        """
+        return f"{self.tls} {_MECHANISM.sub('@', self.url)}"
 
 
 @dataclass(frozen=True, slots=True)

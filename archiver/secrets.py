@@ -6,11 +6,12 @@ An account keeps one of these references, never a password in clear:
     read at each poll: a mounted Kubernetes Secret, a file that a vault agent
     renews. Counts whole, less one final line end.
 ``env:NAME``
-    an environment variable.
+    an environment variable, but none of the service's own.
 ``sealed:...``
     the password itself, encrypted and authenticated with the key in
-    ``ARCHIVER_SECRET_KEY`` (Fernet: https://github.com/fernet/spec), bound to
-    its account, so that a sealed secret moved to another row does not open.
+    ``ARCHIVER_SECRET_KEY`` (Fernet: https://github.com/fernet/spec). It is bound
+    to its account and to ``Account.login``: who can write to the database, but
+    lacks the key, cannot have it sent to another server, or in clear.
 ``prompt:``
     nothing is kept: ``archiver sync`` asks the person at the terminal.
 ``none:``
@@ -24,11 +25,13 @@ import base64
 import binascii
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archiver.errors import OperatorNeeded, UsageError
+from archiver.model import Account
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet, MultiFernet
@@ -53,11 +56,48 @@ def check_reference(reference: str) -> str:
     """A reference as it was given, if it is one. Raises UsageError; never repeats what it was given."""
     kind, separator, rest = reference.removeprefix(OAUTH).partition(":")
     if separator and rest and kind in ("file", "env", "sealed") and rest.isprintable():
+        if kind == "env" and is_own_variable(rest):
+            raise UsageError(f"the variable {rest} is the service's own, not a password's", hint=_OWN_HINT)
         return reference
     raise UsageError(
         "a password is referred to as file:/path or env:NAME, an OAuth credential as oauth:file:/path",
         hint="a password itself is never written where this was read from",
     )
+
+
+_OWN_PREFIXES = ("ARCHIVER_", "AWS_", "AZURE_", "GOOGLE_", "PG")
+_OWN_HINT = (
+    "no password is read from variables that begin with "
+    + ", ".join(_OWN_PREFIXES)
+    + ", nor from files that they name: mail servers would receive the service's own secrets"
+)
+_OWN_PATHS = ("~/.aws/credentials", "~/.aws/config", "~/.pgpass")
+_OWN_PLACES = re.compile(
+    r"/proc/\d+/(task/\d+/)?environ|(/var)?/run/secrets/(kubernetes\.io|eks\.amazonaws\.com)/.*"
+)
+
+
+def is_own_variable(name: str) -> bool:
+    """Whether the service, or a library that it uses, has settings or secrets in this variable."""
+    return name.upper().startswith(_OWN_PREFIXES)
+
+
+def is_own_file(path: Path, environment: Mapping[str, str]) -> bool:
+    """Whether the service has secrets of its own in this file, as far as its environment tells."""
+    if _OWN_PLACES.fullmatch(os.path.realpath(path)):
+        return True
+    own = [Path(each).expanduser() for each in _OWN_PATHS]
+    own += [
+        Path(value) for name, value in environment.items() if is_own_variable(name) and value.startswith("/")
+    ]
+    return any(_is_same(path, each) for each in own)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 def shown(reference: str) -> str:
@@ -97,6 +137,10 @@ def from_bytes(octets: bytes, where: str) -> str:
         raise OperatorNeeded(f"{where} is not UTF-8 text") from None
 
 
+_PARTS = 3
+"""Of what is sealed: the account's id, its login, the secret."""
+
+
 class Secrets:
     """Resolves references; seals and opens what the database keeps.
 
@@ -108,64 +152,89 @@ class Secrets:
         self._key = key
         self._environment = environment
 
-    def seal(self, account_id: str, secret: str) -> str:
+    def check_key(self) -> None:
+        """Check that something can be sealed. Raises UsageError without a usable key."""
+        self._fernets()
+
+    def seal(self, account: Account, secret: str) -> str:
         """The reference that holds the secret itself. Raises UsageError without a usable key."""
-        sealed = self._fernet().encrypt(json.dumps([account_id, secret]).encode())
+        sealed = self._fernet().encrypt(json.dumps([account.id, account.login, secret]).encode())
         return f"{_SEALED}{sealed.decode()}"
 
-    def resealed(self, account_id: str, account_name: str, reference: str) -> str | None:
-        """A sealed reference, of a password or a credential, sealed anew by the first key.
+    def resealed(self, account: Account) -> str | None:
+        """The account's reference, of a password or a credential, sealed by the first key and for its login.
 
-        None when that key seals it already, and for a reference that holds no
-        secret itself. Raises as ``resolve`` does.
+        None when it is so already, and for a reference that holds no secret
+        itself. Raises as ``resolve`` does.
         """
         from cryptography.fernet import InvalidToken
 
+        reference = account.secret_reference
         if not is_sealed(reference):
             return None
         inner = reference.removeprefix(OAUTH)
-        secret = self._open(account_id, account_name, inner.removeprefix(_SEALED))
+        token = inner.removeprefix(_SEALED)
+        secret = self._open(account, token)
         try:
-            self._fernets()[0].decrypt(inner.removeprefix(_SEALED).encode())
+            if len(json.loads(self._fernets()[0].decrypt(token.encode()))) == _PARTS:
+                return None
         except InvalidToken:
-            return reference.removesuffix(inner) + self.seal(account_id, secret)
-        return None
+            pass  # another key seals it
+        return reference.removesuffix(inner) + self.seal(account, secret)
 
-    def resolve(self, account_id: str, account_name: str, reference: str, *, what: str = "password") -> str:
-        """The secret, ``what`` in errors. Raises OperatorNeeded, or UsageError without a usable key."""
-        kind, _, rest = reference.partition(":")
+    def resolve(self, account: Account, reference: str | None = None, *, what: str = "password") -> str:
+        """The secret behind the account's reference, or behind another; ``what`` in errors.
+
+        Raises OperatorNeeded, or UsageError without a usable key.
+        """
+        kind, _, rest = (account.secret_reference if reference is None else reference).partition(":")
         match kind:
             case "file":
+                if is_own_file(Path(rest), self._environment):
+                    raise OperatorNeeded(
+                        f"the {what} file of {account.name} is the service's own: {rest}", hint=_OWN_HINT
+                    )
                 return from_file(Path(rest), what)
             case "env":
+                if is_own_variable(rest):
+                    raise OperatorNeeded(
+                        f"the {what} of {account.name} is in the service's own variable {rest}",
+                        hint=_OWN_HINT,
+                    )
                 value = self._environment.get(rest)
                 if not value:
                     raise OperatorNeeded(
-                        f"the {what} of {account_name} is in the variable {rest}, which is not set"
+                        f"the {what} of {account.name} is in the variable {rest}, which is not set"
                     )
                 return value
             case "sealed":
-                return self._open(account_id, account_name, rest, what)
+                return self._open(account, rest, what)
             case "none":
                 return ""
             case _:
                 raise OperatorNeeded(
-                    f"account {account_name} has no password that could be used unattended",
-                    hint=f"give it one: archiver account edit {account_name} --password-file FILE",
+                    f"account {account.name} has no password that could be used unattended",
+                    hint=f"give it one: archiver account edit {account.name} --password-file FILE",
                 )
 
-    def _open(self, account_id: str, account_name: str, token: str, what: str = "password") -> str:
+    def _open(self, account: Account, token: str, what: str = "password") -> str:
         from cryptography.fernet import InvalidToken
 
         try:
-            owner, secret = json.loads(self._fernet().decrypt(token.encode()))
+            owner, *login, secret = json.loads(self._fernet().decrypt(token.encode()))
         except InvalidToken:
             raise OperatorNeeded(
-                f"the {what} of {account_name} was sealed with another key than ARCHIVER_SECRET_KEY",
-                hint=f"set both keys (NEW,OLD), or: archiver account edit {account_name} --password-file F",
+                f"the {what} of {account.name} was sealed with another key than ARCHIVER_SECRET_KEY",
+                hint=f"set both keys (NEW,OLD), or: archiver account edit {account.name} --password-file F",
             ) from None
-        if owner != account_id:
-            raise OperatorNeeded(f"the {what} kept for {account_name} was sealed for another account")
+        if owner != account.id:
+            raise OperatorNeeded(f"the {what} kept for {account.name} was sealed for another account")
+        # The former form names no login. ``archiver account reseal`` replaces it.
+        if login and login != [account.login]:
+            raise OperatorNeeded(
+                f"the {what} of {account.name} was sealed for another server, user or TLS mode",
+                hint=f"give it again: archiver account edit {account.name} --password-stdin",
+            )
         return str(secret)
 
     def _fernet(self) -> "MultiFernet":

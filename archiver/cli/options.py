@@ -105,11 +105,12 @@ class Given:
 
     def check_password(self) -> None:
         """Check that the password can be read. Raises OperatorNeeded."""
+        from archiver.model import Account
         from archiver.secrets import Secrets
 
         reference = self.reference()
         if reference is not None:
-            Secrets(None).resolve("", "this account", reference)
+            Secrets(None).resolve(Account("", "this account", "", "", reference))
 
 
 def account_options(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -133,7 +133,7 @@ class AccessTokens:
 
     def _find(self, account: Account, user: str) -> CachedToken:
         inner = account.secret_reference.removeprefix(OAUTH)
-        document = self._secrets.resolve(account.id, account.name, inner, what="OAuth credential")
+        document = self._secrets.resolve(account, inner, what="OAuth credential")
         credential = Credential.parse(document, account.name)
         key = credential.key(account.id, user)
         now = self._monotonic()

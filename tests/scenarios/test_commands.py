@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +71,48 @@ class Commands:
 @pytest.fixture
 def commands(tmp_path: Path) -> Commands:
     return Commands(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--url", "pop3s://work@elsewhere.example"),
+        ("--url", "pop3s://other@mail.example"),
+        ("--url", "pop3://work@mail.example"),
+        ("--tls", "none", "--url", "pop3://work@mail.example"),
+    ],
+)
+def test_an_account_that_moves_needs_its_sealed_password_again(
+    commands: Commands, change: tuple[str, ...]
+) -> None:
+    commands.run("account", "add", "work", "pop3s://work@mail.example", "--password-stdin", stdin=b"secret")
+    (before,) = commands.json("account", "list")
+    with pytest.raises(UsageError, match="needs a password"):
+        commands.run("account", "edit", "work", *change)
+    assert commands.json("account", "list") == [before]
+    commands.run("account", "edit", "work", *change, "--password-stdin", stdin=b"secret")
+    (after,) = commands.json("account", "list")
+    assert (after["url"], after["tls"]) != (before["url"], before["tls"])
+
+
+def test_an_account_that_stays_keeps_its_sealed_password(commands: Commands) -> None:
+    commands.run("account", "add", "work", "pop3s://work@mail.example", "--password-stdin", stdin=b"secret")
+    commands.run("account", "edit", "work", "--url", "pop3s://work;AUTH=PLAIN@mail.example")
+    commands.run("account", "edit", "work", "--interval", "60")
+    assert commands.json("account", "reseal") == [{"resealed": 0, "current": 1, "unsealed": 0, "failed": 0}]
+
+
+def test_a_row_that_was_changed_sends_the_sealed_password_nowhere(
+    commands: Commands, server: ScriptedPop3
+) -> None:
+    commands.run("account", "add", "work", "pop3s://work@mail.example", "--password-stdin", stdin=b"secret")
+    url = f"pop3://work@localhost:{server.port}"
+    moved = sa.update(account_table).values(url=url, tls="none")
+    with closing(commands.database()) as database:
+        database.transact(lambda connection: connection.execute(moved))
+    (report,) = commands.json("sync", "work", code=1)
+    assert "another server, user or TLS mode" in report["error"]
+    assert not any(b"secret" in line for line, _ in server.received)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,13 @@ def polls(archive: Archive, server: Dovecot, provider: OauthProvider, user: str 
     secrets = Secrets(KEY)
     document = {"token_endpoint": provider.token_endpoint, "scope": SCOPE, "client_id": CLIENT}
     document |= {"client_secret": SECRET, "refresh_token": provider.refresh_token(user)}
-    sealed = f"oauth:{secrets.seal('0123456789abcdef', json.dumps(document))}"
     url = f"pop3s://{USER};AUTH=XOAUTH2@localhost:{server.pop3s_port}"
-    new = Account("0123456789abcdef", "anna", url, "implicit", sealed)
+    bare = Account("0123456789abcdef", "anna", url, "implicit", "")
+    new = replace(bare, secret_reference=f"oauth:{secrets.seal(bare, json.dumps(document))}")
     account = archive.database.transact(lambda connection: accounts.add(connection, new, archive.clock.now()))
 
     def keep(account: Account, reference: str, document: str) -> str:
-        sealed = f"oauth:{secrets.seal(account.id, document)}"
+        sealed = f"oauth:{secrets.seal(account, document)}"
         archive.database.transact(
             lambda connection: accounts.exchange_secret(connection, account.id, reference, sealed)
         )
@@ -121,7 +121,7 @@ def test_a_token_that_the_server_refuses_is_had_anew_and_the_mail_archived(
     assert set(small_archive.archived(story.account)) == {message("one"), message("two")}
     # The provider ended the refresh tokens that it replaced; the newest one is in the database.
     secret = small_archive.fresh(story.account).secret_reference
-    kept = Secrets(KEY).resolve(story.account.id, "anna", secret.removeprefix("oauth:"))
+    kept = Secrets(KEY).resolve(story.account, secret.removeprefix("oauth:"))
     assert list(provider.refresh_tokens) == [json.loads(kept)["refresh_token"]]
 
 

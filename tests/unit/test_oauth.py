@@ -81,7 +81,7 @@ class World:
             self.lost_writes -= 1
             raise TryLater("the database is away")
         assert reference == (self.kept[-1] if self.kept else account.secret_reference)
-        self.kept.append(f"oauth:{self.secrets.seal(account.id, document)}")
+        self.kept.append(f"oauth:{self.secrets.seal(account, document)}")
         return self.kept[-1]
 
     def document(self, **fields: str) -> str:
@@ -89,8 +89,9 @@ class World:
         return json.dumps(known | {"client_secret": SECRET} | fields)
 
     def account(self, name: str = "anna", *, secret_reference: str | None = None, **fields: str) -> Account:
-        reference = secret_reference or f"oauth:{self.secrets.seal(name, self.document(**fields))}"
-        return Account(name, name, "pop3s://x@host", "implicit", reference)
+        bare = Account(name, name, "pop3s://x@host", "implicit", "")
+        reference = secret_reference or f"oauth:{self.secrets.seal(bare, self.document(**fields))}"
+        return replace(bare, secret_reference=reference)
 
     def person(self) -> Account:
         return self.account(refresh_token=self.provider.refresh_token(USER))
@@ -185,7 +186,8 @@ def test_an_application_without_a_secret_shows_none(tmp_path: Path) -> None:
         world = World(provider)
         document = {"token_endpoint": provider.token_endpoint, "client_id": CLIENT, "scope": SCOPE}
         document["refresh_token"] = provider.refresh_token(USER)
-        account = world.account(secret_reference=f"oauth:{world.secrets.seal('anna', json.dumps(document))}")
+        sealed = world.secrets.seal(world.account(), json.dumps(document))
+        account = world.account(secret_reference=f"oauth:{sealed}")
         assert world.tokens.current(account, USER) in provider.access_tokens
         assert "client_secret" not in provider.requests[0]
 

@@ -99,7 +99,7 @@ def authorize(
                     "--client-id is needed",
                     hint="docs/how-to/google.md and microsoft.md describe how to register one",
                 )
-            app.secrets.seal(account.id, "")  # A missing key is said before anybody logs in.
+            app.secrets.check_key()  # A missing key is said before anybody logs in.
             secret = None if client_secret_file is None else from_file(client_secret_file, "client secret")
             theirs = _provider(
                 provider, tenant, token_endpoint, device_endpoint, consent_endpoint, scope, client_credentials
@@ -112,7 +112,8 @@ def authorize(
                 credential = _by_browser(poster, theirs, client, endpoint.user)
             else:
                 credential = _by_device(poster, theirs, client, endpoint.user)
-            reference = oauth.reference_to(app.secrets.seal(account.id, credential.document()))
+            sealed = app.secrets.seal(replace(account, url=endpoint.url), credential.document())
+            reference = oauth.reference_to(sealed)
         _take(app, account, replace(account, url=endpoint.url, secret_reference=reference))
     if json:
         emit({"account": name, "url": endpoint.url, "scope": credential.scope})

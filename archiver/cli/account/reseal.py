@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from archiver.bootstrap import App
+    from archiver.model import Account
 
 
 ACCOUNTS_AT_ONCE = 200
@@ -29,7 +30,7 @@ def reseal(json: Json = False) -> None:
 
     counts = {"resealed": 0, "current": 0, "unsealed": 0, "failed": 0}
     with opened() as app:
-        app.secrets.seal("", "")  # A key that cannot be used is said before anything is done.
+        app.secrets.check_key()  # A key that cannot be used is said before anything is done.
         after = ""
         while True:
             with app.database.reading() as connection:
@@ -39,7 +40,7 @@ def reseal(json: Json = False) -> None:
             after = batch[-1].name
             new: dict[str, tuple[str, str]] = {}
             for account in batch:
-                counts[_look(app, account.id, account.name, account.secret_reference, new)] += 1
+                counts[_look(app, account, new)] += 1
             app.database.transact(partial(_exchange, new=new))
     if json:
         emit(counts)
@@ -51,21 +52,21 @@ def reseal(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _look(app: "App", account_id: str, name: str, reference: str, new: dict[str, tuple[str, str]]) -> str:
+def _look(app: "App", account: "Account", new: dict[str, tuple[str, str]]) -> str:
     """What is to be said of one account; what is to be written for it goes to ``new``."""
     from archiver.errors import OperatorNeeded
     from archiver.secrets import is_sealed
 
-    if not is_sealed(reference):
+    if not is_sealed(account.secret_reference):
         return "unsealed"
     try:
-        resealed = app.secrets.resealed(account_id, name, reference)
+        resealed = app.secrets.resealed(account)
     except OperatorNeeded as error:
         complain(error)
         return "failed"
     if resealed is None:
         return "current"
-    new[account_id] = (reference, resealed)
+    new[account.id] = (account.secret_reference, resealed)
     return "resealed"
 
 

@@ -11,7 +11,7 @@ from archiver.cli.account.authorize import BY_TOKEN
 from archiver.cli.lookup import Name
 from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, note, quoted, say
-from archiver.secrets import NONE, PROMPT
+from archiver.secrets import NONE, OAUTH, PROMPT, is_sealed
 from archiver.states import AccountState
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def edit(
         typer.Option("--forget-quirks", help="Try again the commands at which the server failed before."),
     ] = False,
 ) -> None:
-    """Change an account's settings. Settings that you do not name stay as they are."""
+    """Change an account's settings. Settings that you do not name stay as they are.
+
+    A password in the database is kept for one server, user and TLS mode. If you
+    change these, you are asked for the password again.
+    """
     from archiver.db import accounts
 
     given.check_password()
@@ -94,6 +98,8 @@ def edit(
         account = given.applied_to(former, url=url)
         if given.reference() is not None or given.password_stdin:
             account = replace(account, secret_reference=_secret(app, account, given))
+        elif is_sealed(former.secret_reference) and account.login != former.login:
+            account = replace(account, secret_reference=_secret_for(app, account, given))
         if forget_quirks:
             account = replace(account, avoids=())
         app.database.transact(
@@ -115,11 +121,20 @@ def _id_for(app: "App", name: str) -> str:
     return new_account_id()
 
 
+def _secret_for(app: "App", account: "Account", given: options.Given) -> str:
+    """The reference to keep after the login changed for which the former secret was sealed."""
+    if account.secret_reference.startswith(OAUTH):
+        next_step = f"archiver account authorize {quoted(account.name)}"
+        note(f"its OAuth credential was for the former login; next, give it access: {next_step}")
+        return PROMPT
+    return _secret(app, account, given)
+
+
 def _secret(app: "App", account: "Account", given: options.Given) -> str:
     """The reference to keep: the given one, or the password itself, sealed."""
     reference = given.reference()
     if reference is not None:
         return reference
-    app.secrets.seal(account.id, "")  # A missing key is reported before the password is typed.
+    app.secrets.check_key()  # A missing key is reported before the password is typed.
     password = options.from_stdin() if given.password_stdin else options.ask(account.name)
-    return app.secrets.seal(account.id, password)
+    return app.secrets.seal(account, password)
