@@ -23,6 +23,7 @@ there, and not a password (``archiver.oauth``).
 
 import base64
 import binascii
+import codecs
 import json
 import os
 import re
@@ -122,9 +123,15 @@ def from_file(path: Path, what: str = "password") -> str:
 
 
 def from_bytes(octets: bytes, where: str) -> str:
-    """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``."""
+    """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``.
+
+    Editors on Windows put a byte order mark before UTF-8, which is no part of the password.
+    """
     if len(octets) > SECRET_BYTES:
         raise OperatorNeeded(f"{where} is too large: more than {SECRET_BYTES} octets")
+    if octets.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in octets:
+        raise OperatorNeeded(f"{where} is UTF-16 or binary, not UTF-8 text", hint="save it as UTF-8")
+    octets = octets.removeprefix(codecs.BOM_UTF8)
     for ending in (b"\r\n", b"\n"):
         if octets.endswith(ending):
             octets = octets[: -len(ending)]
@@ -134,7 +141,7 @@ def from_bytes(octets: bytes, where: str) -> str:
     try:
         return octets.decode()
     except UnicodeDecodeError:
-        raise OperatorNeeded(f"{where} is not UTF-8 text") from None
+        raise OperatorNeeded(f"{where} is not UTF-8 text", hint="save it as UTF-8") from None
 
 
 _PARTS = 3

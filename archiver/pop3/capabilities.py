@@ -50,11 +50,6 @@ class Capabilities:
         return None
 
     @property
-    def utf8_logins(self) -> bool:
-        """Whether USER and PASS accept UTF-8 (``UTF8 USER``, RFC 6856 section 2.2)."""
-        return "USER" in {word.upper() for word in self.parameters.get("UTF8", ())}
-
-    @property
     def implementation(self) -> str | None:
         """What the server calls itself (RFC 2449 section 6.9)."""
         return " ".join(self.parameters.get("IMPLEMENTATION", ())) or None

@@ -76,9 +76,8 @@ def _ways(talk: Pop3Conversation, password: str) -> tuple[str, ...]:
     """The ways to log in that server, channel, endpoint and password allow, best first."""
     endpoint = talk.terms.endpoint
     user, fixed = endpoint.user, endpoint.mechanism
-    login_commands = _utf8_logins(talk) or (user + password).isascii()
     offered = _offered(talk)
-    if talk.quirks.avoids("AUTH") and talk.may_skip_sasl and login_commands:
+    if talk.quirks.avoids("AUTH") and talk.may_skip_sasl:
         offered = frozenset()
     scram = offered.intersection(SCRAM_MECHANISMS)
     if scram and fixed is None and not is_prepared(Credentials(user, password)):
@@ -87,7 +86,6 @@ def _ways(talk: Pop3Conversation, password: str) -> tuple[str, ...]:
         offered,
         fixed,
         private=talk.is_encrypted or endpoint.tls is Tls.NONE,
-        login_commands=login_commands,
         binds=(bool(scram) or fixed in SCRAM_MECHANISMS) and talk.channel_binding is not None,
     )
 
@@ -95,10 +93,6 @@ def _ways(talk: Pop3Conversation, password: str) -> tuple[str, ...]:
 def _offered(talk: Pop3Conversation) -> frozenset[str]:
     known = talk.capabilities
     return known.sasl_mechanisms if known else frozenset()
-
-
-def _utf8_logins(talk: Pop3Conversation) -> bool:
-    return talk.capabilities is not None and talk.capabilities.utf8_logins
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +139,11 @@ class _Attempt:
         return self._by_sasl(way)
 
     def _by_user_and_pass(self) -> _Refusal | None:
-        user, utf8 = self.talk.terms.endpoint.user, _utf8_logins(self.talk)
+        # Beyond ASCII in UTF-8, as other clients send it, also where the server does not offer UTF8 USER.
         with self.talk.named("login"):
             steps = (
-                command("USER", user, label="USER", utf8=utf8),
-                command("PASS", self.password, label="PASS", utf8=utf8),
+                command("USER", self.talk.terms.endpoint.user, label="USER", utf8=True),
+                command("PASS", self.password, label="PASS", utf8=True),
             )
         for step in steps:
             self.talk.send(step)
@@ -168,7 +162,7 @@ class _Attempt:
                 )
             digest = apop_digest(stamp, self.password)
             self.talk.terms.secrets.add(digest.encode())
-            step = command(APOP, self.talk.terms.endpoint.user, digest, label=APOP)
+            step = command(APOP, self.talk.terms.endpoint.user, digest, label=APOP, utf8=True)
         self.talk.send(step)
         reply = self.talk.reply(self.wait)
         return None if reply.ok else _Refusal(APOP, reply)

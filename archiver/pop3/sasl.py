@@ -505,7 +505,6 @@ def choose_mechanism(
     fixed: str | None,
     *,
     private: bool,
-    login_commands: bool = True,
     binds: bool = False,
 ) -> tuple[str, ...]:
     """The ways to log in, best first. A later way is for a server that does not know the earlier ones.
@@ -515,8 +514,7 @@ def choose_mechanism(
     list too little. ``private`` says whether a password may cross this channel,
     because of TLS or because the operator allows it. ``binds`` says whether there
     is channel binding for the -PLUS mechanisms. USER/PASS comes last on a private
-    channel, since every server knows it. ``login_commands`` says whether it can
-    carry user name and password.
+    channel, since every server knows it.
 
     Raises Pop3Error: SECURITY if the remaining ways would reveal the password,
     OPERATOR if there is no way.
@@ -531,7 +529,7 @@ def choose_mechanism(
     if not private:
         if not ways:
             raise _not_private()
-    elif login_commands or not ways:
+    else:
         ways += (LOGIN_COMMANDS,)
     return ways
 

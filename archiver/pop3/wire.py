@@ -68,7 +68,7 @@ def command(
     An argument is sent unchanged: the rest of a PASS line is the password,
     spaces included (RFC 1939 section 7). ``label`` defaults to the whole line. Pass
     one if an argument is secret. ``utf8`` allows arguments that are not ASCII
-    (the server lists ``UTF8 USER``, RFC 6856 section 2.2). Raises Pop3Error of
+    (user names and passwords). Raises Pop3Error of
     kind OPERATOR, before anything is sent, for CR, LF or NUL in an argument, for
     other non-ASCII, and for a line of more than 255 octets.
     """
@@ -78,7 +78,7 @@ def command(
     if not (utf8 or line.isascii()):
         raise Pop3Error(
             FailureKind.OPERATOR,
-            f"{name} was not sent: its argument is not ASCII, which needs SASL or a server with UTF8 USER",
+            f"{name} was not sent: its argument is not ASCII",
         )
     octets = line.encode()
     if not _FORBIDDEN_IN_COMMANDS.isdisjoint(octets):

@@ -60,6 +60,9 @@ def test_a_password_given_for_a_reference_is_not_repeated() -> None:
         (b" p \n", " p "),
         ("pä".encode(), "pä"),
         (b"p\r", "p\r"),
+        (b"\xef\xbb\xbfp\r\n", "p"),
+        ("\ufeffpä".encode(), "pä"),
+        ("p\ufeff".encode(), "p\ufeff"),
     ],
 )
 def test_a_password_file_counts_whole_less_one_line_end(
@@ -71,7 +74,23 @@ def test_a_password_file_counts_whole_less_one_line_end(
     assert Secrets(None).resolve(ACCOUNT, f"file:{path}") == password
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xff\xfe", b"x" * (SECRET_BYTES + 1)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"\r\n",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbf\r\n",
+        "xxx\r\n".encode("utf-16"),
+        "xxx\r\n".encode("utf-16-le"),
+        "xxx\r\n".encode("utf-16-be"),
+        "xxx".encode("utf-32"),
+        "xxxä".encode("cp1252"),
+        b"x" * (SECRET_BYTES + 1),
+    ],
+)
 def test_an_unusable_password_file_says_why_and_not_what(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "password"
     path.write_bytes(content)

@@ -102,10 +102,6 @@ def test_the_strongest_comes_first_and_binding_before_none() -> None:
     assert without == tuple(way for way in ways if not way.endswith("-PLUS"))
 
 
-def test_a_name_that_the_login_commands_cannot_carry_is_not_sent_by_them() -> None:
-    assert choose_mechanism(frozenset({"PLAIN"}), None, private=True, login_commands=False) == ("PLAIN",)
-
-
 @pytest.mark.parametrize(
     "fixed", [None, "PLAIN", "LOGIN", "+LOGIN", "+APOP", "XOAUTH2", "OAUTHBEARER", "EXTERNAL", "GSSAPI"]
 )
