@@ -7,13 +7,15 @@ receive plain values. The descriptions are those in docs/reference/settings.md.
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -24,6 +26,8 @@ from archiver.errors import UsageError
 PREFIX = "ARCHIVER_"
 CONFIG = f"{PREFIX}CONFIG"
 """The variable that names the TOML file."""
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -290,6 +294,14 @@ class Settings(BaseSettings):
             "'archiver[web]'`."
         ),
     )
+    http_hosts: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description=(
+            "Names under which requests reach `/v1`, such as those of an ingress, without ports, separated "
+            "by commas or as a TOML list. Requests to other names are refused. Always allowed: `localhost`, "
+            "the host in `ARCHIVER_HTTP_LISTEN`, loopback addresses, and off loopback all addresses."
+        ),
+    )
     api_token: SecretStr | None = Field(
         default=None,
         description=(
@@ -304,6 +316,21 @@ class Settings(BaseSettings):
             "successful polls are not logged."
         ),
     )
+
+    @field_validator("http_hosts", mode="before")
+    @classmethod
+    def _split(cls, given: object) -> object:
+        return (
+            [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else given
+        )
+
+    @field_validator("http_hosts")
+    @classmethod
+    def _are_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not _HOST.fullmatch(name):
+                raise ValueError("host names without scheme, port and wildcard are needed")
+        return names
 
     @classmethod
     def settings_customise_sources(  # the library's signature

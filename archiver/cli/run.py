@@ -120,5 +120,6 @@ def _web(app: "App", listen: str, is_open: threading.Event) -> "AbstractContextM
             token=None if token is None else token.get_secret_value(),
             on_loopback=on_loopback,
             deletion_forbidden=app.settings.forbid_deletion,
+            hosts=[listen.rpartition(":")[0], *app.settings.http_hosts],
         ),
     )

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from archiver import observe
 from archiver.db import overview
 from archiver.errors import ArchiverError
+from archiver.web.problems import UNAVAILABLE, problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,16 @@ class Health:
 def routes(health: Health) -> list[Route]:
     """The routes about this process. They need no token."""
 
-    def livez(_: Request) -> Response:
+    # On the event loop, where no thread that waits for the database can hold it up.
+    async def livez(_: Request) -> Response:
         alive = health.alive()
-        return PlainTextResponse("ok\n" if alive else "the clock has stopped\n", 200 if alive else 503)
+        return PlainTextResponse("ok\n") if alive else problem(UNAVAILABLE, "the clock has stopped")
 
     def readyz(_: Request) -> Response:
         try:
             health.ready()
         except ArchiverError as error:
-            return PlainTextResponse(f"{error}\n", 503)
+            return problem(UNAVAILABLE, str(error))
         return PlainTextResponse("ok\n")
 
     def metrics(_: Request) -> Response:

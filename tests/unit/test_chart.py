@@ -366,6 +366,10 @@ def test_every_setting_that_has_a_value_reaches_the_worker(full: list[Object]) -
         "ARCHIVER_S3_ENDPOINT_URL": "https://s3.example.com:9000",
         "ARCHIVER_S3_REGION": "eu-central-1",
         "ARCHIVER_HTTP_LISTEN": "[::]:9090",
+        "ARCHIVER_HTTP_HOSTS": (
+            "mail-archiver,mail-archiver.compliance,mail-archiver.compliance.svc,"
+            "mail-archiver.compliance.svc.cluster.local"
+        ),
         "ARCHIVER_DRAIN_SECONDS": "110",
         "ARCHIVER_WORKERS": "64",
         "ARCHIVER_LEASE_SECONDS": "45",

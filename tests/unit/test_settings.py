@@ -49,12 +49,24 @@ def test_variables_come_before_the_file(tmp_path: Path) -> None:
         ("LOG_LEVEL", "loud"),
         ("BATCH_SECONDS", "-1"),
         ("MESSAGE_BYTES", "1e99"),
+        ("HTTP_HOSTS", "https://a.example"),
+        ("HTTP_HOSTS", "*.a.example"),
+        ("HTTP_HOSTS", "a.example:443"),
     ],
 )
 def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:
     with environment(**{name: value}), pytest.raises(UsageError, match=f"ARCHIVER_{name}: ") as caught:
         settings.load()
     assert caught.value.hint is not None
+
+
+def test_names_are_a_list_in_the_file_and_have_commas_in_a_variable(tmp_path: Path) -> None:
+    file = tmp_path / "archiver.toml"
+    file.write_text('http_hosts = ["a.example", "fd00::1"]')
+    with environment(CONFIG=str(file)):
+        assert settings.load().http_hosts == ["a.example", "fd00::1"]
+    with environment(HTTP_HOSTS="a.example, b.example,"):
+        assert settings.load().http_hosts == ["a.example", "b.example"]
 
 
 @pytest.mark.parametrize("content", ["workers = ", "\xff", "wrokers = 3", 'secret_key = ["sesame"]'])

@@ -19,6 +19,7 @@ from archiver.db import Database, events, migrate, overview
 from archiver.errors import OperatorNeeded, TryLater, UsageError
 
 TOKEN = "a token of the api"
+PROBLEM = "application/problem+json"
 STANDING = overview.Overview({"ok": 2, "failing": 0, "paused": 1}, quarantined=3, overdue_seconds=7.5)
 
 
@@ -60,7 +61,11 @@ def serve(database: Database) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def make(
-            process: Process | None = None, token: str | None = None, *, on_loopback: bool | None = None
+            process: Process | None = None,
+            token: str | None = None,
+            *,
+            on_loopback: bool | None = None,
+            hosts: tuple[str, ...] = (),
         ) -> Callable[..., Answer]:
             process = process or Process()
             health = web.Health(lambda: process.alive, process.ready, lambda: STANDING)
@@ -72,12 +77,16 @@ def serve(database: Database) -> Iterator[Serve]:
                     token=token,
                     on_loopback=found if on_loopback is None else on_loopback,
                     deletion_forbidden=False,
+                    hosts=hosts,
                 )
 
             address = stack.enter_context(web.serving("127.0.0.1:0", application))
 
-            def get(path: str, authorization: str | None = None) -> Answer:
-                request = urllib.request.Request(f"{address}{path}")
+            def get(
+                path: str, authorization: str | None = None, *, method: str = "GET", **headers: str
+            ) -> Answer:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                request = urllib.request.Request(f"{address}{path}", method=method, headers=named)
                 if authorization is not None:
                     request.add_header("Authorization", authorization)
                 try:
@@ -125,6 +134,109 @@ def test_a_token_that_is_set_is_demanded_everywhere(serve: Serve, on_loopback: b
     assert get("/v1/events", f"Bearer {TOKEN}").status == 200
     # Probes and metrics tell nobody's mail.
     assert [get(path).status for path in ("/livez", "/readyz", "/metrics")] == [200, 200, 200]
+
+
+# Whom a request is addressed to. The port is the test's own.
+
+
+FOREIGN = (
+    *("attacker.example", "attacker.example:8080", "localhost.attacker.example", "127.0.0.1.nip.example"),
+    *("notlocalhost", "192.0.2.1", "0.0.0.0:80", "localhost@attacker.example", "127.1", "2130706433", ""),
+)
+
+
+def test_on_loopback_a_name_that_was_rebound_reads_nothing(serve: Serve) -> None:
+    get = serve()
+    for path in ("/v1/events", "/v1/status", "/v1/accounts/x/days", "/metrics", "/", "/v2"):
+        for host in FOREIGN:
+            answer = get(path, Host=host)
+            assert (answer.status, answer.headers["content-type"]) == (403, PROBLEM), (path, host)
+
+
+def test_on_loopback_its_own_names_are_answered(serve: Serve) -> None:
+    get = serve()
+    for host in ("localhost", "LocalHost:81", "localhost.", "mail.localhost:80", "127.9.9.9:1", "[::1]:8"):
+        assert get("/v1/events", Host=host).status == 200, host
+
+
+def test_names_of_an_ingress_are_known_when_they_are_set(serve: Serve) -> None:
+    for on_loopback in (True, False):
+        get = serve(token=TOKEN, on_loopback=on_loopback, hosts=("Archive.example.com", "fd00::1"))
+        for host, status in (
+            ("archive.example.com", 200),
+            ("archive.example.com.:443", 200),
+            ("[fd00::1]", 200),
+        ):
+            assert get("/v1/events", f"Bearer {TOKEN}", Host=host).status == status
+        assert get("/v1/events", f"Bearer {TOKEN}", Host="other.example.com").status == 403
+
+
+def test_elsewhere_addresses_are_known_and_prometheus_uses_any_name(serve: Serve) -> None:
+    get = serve(token=TOKEN, on_loopback=False)
+    assert get("/v1/events", f"Bearer {TOKEN}", Host="192.0.2.1:8080").status == 200
+    assert get("/v1/events", f"Bearer {TOKEN}", Host="[2001:db8::1]:8080").status == 200
+    assert get("/v1/events", f"Bearer {TOKEN}", Host="a.example").status == 403
+    assert get("/metrics", Host="a.example").status == 200
+
+
+@pytest.mark.parametrize("on_loopback", [True, False])
+def test_probes_answer_under_any_name(serve: Serve, on_loopback: bool) -> None:
+    get = serve(on_loopback=on_loopback)
+    for path in ("/livez", "/readyz"):
+        for host in ("10.1.2.3:8080", "any.example", ""):
+            assert get(path, Host=host).status == 200
+
+
+def test_a_page_of_another_origin_reads_nothing(serve: Serve) -> None:
+    get = serve()
+    for origin in (
+        "http://attacker.example",
+        "null",
+        "http://localhost:3000",
+        "http://localhost:80.a.example",
+    ):
+        assert get("/v1/events", Host="localhost:80", Origin=origin).status == 403, origin
+    assert get("/v1/events", Sec_Fetch_Site="cross-site").status == 403
+    assert get("/v1/events", Sec_Fetch_Site="same-site", Sec_Fetch_Mode="no-cors").status == 403
+
+
+def test_its_own_origin_and_links_are_answered(serve: Serve) -> None:
+    get = serve(hosts=("archive.example.com",))
+    assert get("/v1/events", Host="localhost:80", Origin="http://localhost:80").status == 200
+    # A proxy may put the upstream's address in Host.
+    assert get("/v1/events", Origin="https://archive.example.com").status == 200
+    assert get("/v1/events", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate").status == 200
+    assert get("/v1/events", Sec_Fetch_Site="none").status == 200
+
+
+# Every refusal has one form.
+
+
+REFUSED = (
+    *(("GET", "/", 404), ("GET", "/v1", 404), ("GET", "/v1/events/", 404), ("GET", "//v1/events", 404)),
+    *(("DELETE", "/v1/events", 405), ("POST", "/livez", 405), ("GET", "/v1/accounts/x/poll", 405)),
+    *(("GET", "/v1/accounts/x/days", 404), ("GET", "/v1/accounts/%00/days", 404)),
+    *(("POST", "/v1/accounts/x/poll?force=1", 400), ("GET", "/v1/events?afterr=1", 400)),
+    *(("GET", "/v1/events?after=1&after=2", 400), ("GET", "/v1/events?After=1", 400)),
+    *(("GET", "/v1/status?after=1", 400), ("GET", "/v1/accounts/x/days?limit=1", 400)),
+    *(("GET", "/v1/events?token=x", 400), ("GET", "/v1/events?=", 400), ("GET", "/v1/events?%00=1", 400)),
+)
+
+
+def test_every_refusal_is_a_problem(serve: Serve) -> None:
+    get = serve()
+    for method, path, status in REFUSED:
+        answer = get(path, method=method)
+        assert (answer.status, answer.json()["status"]) == (status, status), path
+        assert answer.headers["content-type"] == PROBLEM
+        assert all(answer.json()[part] for part in ("title", "detail"))
+        assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_a_fault_of_the_program_is_a_problem_without_its_text(serve: Serve) -> None:
+    answer = serve(Process(trouble=RuntimeError("a password in it")))("/readyz")
+    assert (answer.status, answer.json()["status"]) == (500, 500)
+    assert "password" not in answer.body
 
 
 # The feed.
@@ -181,7 +293,7 @@ def test_what_the_probes_say(serve: Serve) -> None:
     for trouble in (TryLater("draining"), OperatorNeeded("no bucket"), migrate.WrongSchema("too old")):
         process.trouble = trouble
         answer = get("/readyz")
-        assert (answer.status, answer.body) == (503, f"{trouble}\n")
+        assert (answer.status, answer.json()["detail"]) == (503, str(trouble))
 
 
 def test_metrics_are_there_when_the_database_is_not(database: Database) -> None:

@@ -10,7 +10,8 @@ from starlette.routing import Route
 from archiver.db import accounts, schedule
 from archiver.states import AccountState
 from archiver.views import status as view
-from archiver.web.api.answers import CONFLICT, NOT_FOUND, Api, Problem, number
+from archiver.web.api.answers import Api, Problem, number
+from archiver.web.problems import CONFLICT, NOT_FOUND
 
 DAYS_AT_MOST = 3_660
 ACCOUNTS_AT_MOST = 1_000
@@ -40,10 +41,10 @@ def routes(api: Api, *, deletion_forbidden: bool) -> list[Route]:
         return {"account": name, "asked": True}
 
     return [
-        Route("/v1/status", api.handler(status)),
+        Route("/v1/status", api.handler(status, parameters=("days", "limit"))),
         # A name may be anything printable, slashes included.
         Route("/v1/accounts/{name:path}/poll", api.handler(poll, status=202, changes=True), methods=["POST"]),
-        Route("/v1/accounts/{name:path}/days", api.handler(account_days)),
+        Route("/v1/accounts/{name:path}/days", api.handler(account_days, parameters=("days",))),
     ]
 
 

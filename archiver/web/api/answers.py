@@ -1,6 +1,6 @@
 """From a request to an answer: access, parameters, and problems (RFC 9457), the same for every route."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from archiver.db import Database
 from archiver.errors import ArchiverError
-from archiver.web.auth import UNAUTHORIZED, Access, Refused
-
-BAD_REQUEST = 400
-NOT_FOUND = 404
-CONFLICT = 409
-UNAVAILABLE = 503
+from archiver.web.auth import Access, Refused
+from archiver.web.problems import BAD_REQUEST, UNAVAILABLE, problem
 
 LONGEST_NUMBER = 20
 """Digits: enough for 64 bits. Python refuses to read a number of some thousand digits."""
@@ -37,20 +33,29 @@ class Api:
     access: Access
 
     def handler(
-        self, answer: Callable[[Request], dict[str, Any]], *, status: int = 200, changes: bool = False
+        self,
+        answer: Callable[[Request], dict[str, Any]],
+        *,
+        parameters: Collection[str] = (),
+        status: int = 200,
+        changes: bool = False,
     ) -> Callable[[Request], Response]:
-        """A handler that checks the access, and makes JSON of what ``answer`` returns or raises."""
+        """A handler that checks the access, and makes JSON of what ``answer`` returns or raises.
+
+        ``parameters`` are the names that the query may have, each once.
+        """
 
         def handle(request: Request) -> Response:
             try:
                 self.access.check(request, changes=changes)
+                _check_names(request, parameters)
                 return JSONResponse(answer(request), status)
             except Refused as refused:
-                return _problem(refused.status, refused.reason)
-            except Problem as problem:
-                return _problem(problem.status, problem.detail)
+                return problem(refused.status, refused.reason)
+            except Problem as found:
+                return problem(found.status, found.detail)
             except ArchiverError as error:
-                return _problem(UNAVAILABLE, str(error))
+                return problem(UNAVAILABLE, str(error))
 
         return handle
 
@@ -64,7 +69,12 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-def _problem(status: int, detail: str) -> JSONResponse:
-    headers = {"www-authenticate": "Bearer"} if status == UNAUTHORIZED else None
-    body: dict[str, Any] = {"status": status, "detail": detail}
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+def _check_names(request: Request, parameters: Collection[str]) -> None:
+    """Raises Problem for a parameter that would be ignored: most likely it is misspelled."""
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in parameters:
+            known = f"; there are {', '.join(parameters)}" if parameters else ""
+            raise Problem(BAD_REQUEST, f"there is no parameter {name!r}{known}")
+        if given.count(name) > 1:
+            raise Problem(BAD_REQUEST, f"{name} is given more than once")

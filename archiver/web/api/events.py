@@ -18,4 +18,4 @@ def routes(api: Api) -> list[Route]:
         found = feed.page(api.database, after=after, limit=limit)
         return {"events": found, "next": found[-1]["position"] if found else after}
 
-    return [Route("/v1/events", api.handler(events))]
+    return [Route("/v1/events", api.handler(events, parameters=("after", "limit")))]

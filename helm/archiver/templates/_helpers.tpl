@@ -208,6 +208,8 @@ securityContext:
 {{- end }}
 - name: ARCHIVER_HTTP_LISTEN
   value: {{ printf "%s:%d" (contains ":" .Values.http.address | ternary (printf "[%s]" .Values.http.address) .Values.http.address) (int64 .Values.http.port) | quote }}
+- name: ARCHIVER_HTTP_HOSTS
+  value: {{ include "archiver.httpHosts" . | quote }}
 - name: ARCHIVER_DRAIN_SECONDS
   value: {{ .Values.worker.drainSeconds | int64 | quote }}
 {{- with .Values.worker.concurrency }}
@@ -228,4 +230,11 @@ securityContext:
 - name: ARCHIVER_ACCOUNTS_FILE
   value: /etc/archiver/accounts/accounts.toml
 {{- end }}
+{{- end -}}
+
+{{/* The names under which requests reach the port: the Service's, and those of an ingress. */}}
+{{- define "archiver.httpHosts" -}}
+{{- $name := include "archiver.fullname" . -}}
+{{- $names := list $name (printf "%s.%s" $name .Release.Namespace) (printf "%s.%s.svc" $name .Release.Namespace) (printf "%s.%s.svc.cluster.local" $name .Release.Namespace) -}}
+{{- concat $names .Values.http.hosts | join "," -}}
 {{- end -}}

@@ -90,6 +90,7 @@ once, a line each.
   "ARCHIVER_SECRET_KEY" "sealingKey"
   "ARCHIVER_API_TOKEN" "apiToken"
   "ARCHIVER_HTTP_LISTEN" "http"
+  "ARCHIVER_HTTP_HOSTS" "http.hosts"
   "ARCHIVER_DRAIN_SECONDS" "worker.drainSeconds"
   "ARCHIVER_WORKERS" "worker.concurrency"
   "ARCHIVER_LEASE_SECONDS" "worker.leaseSeconds"
