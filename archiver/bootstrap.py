@@ -1,8 +1,8 @@
 """The one place where real parts meet.
 
-Everything else is given what it works with, so that a test can give it other
-parts. Nothing is opened before it is asked for: a command that only reads the
-database needs no bucket.
+Everything else receives what it works with, so that a test can pass other parts.
+Nothing is opened before it is needed: a command that only reads the database
+needs no bucket.
 """
 
 import random
@@ -32,13 +32,13 @@ from archiver.worker import Terms, Worker
 
 
 class App:
-    """The parts of this process, made from its settings when first asked for. A context manager."""
+    """The parts of this process, each made from the settings when it is first used. A context manager."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = threading.Event()
         self.passwords: dict[str, str] = {}
-        """Passwords that were given for this run alone, by account id."""
+        """Passwords for this run only, by account id."""
         self._close: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
@@ -63,22 +63,31 @@ class App:
 
     @cached_property
     def database(self) -> Database:
-        """The database, with the schema of this release. Raises UsageError when there is none."""
+        """The database, with the schema of this release. Raises UsageError if it does not exist."""
         if not self.raw_database.exists:
             raise UsageError(
                 f"there is no archive yet: no database {self.raw_database.path}",
-                hint="make one: archiver sync pop3s://you@mail.example.com, or see one: archiver demo",
+                hint=f"{self._looked_at}; to create an archive: archiver sync pop3s://you@mail.example.com, "
+                "or try one: archiver demo",
             )
         migrate.ensure(self.raw_database)
         return self.raw_database
 
+    @property
+    def _looked_at(self) -> str:
+        """Where the place of the database comes from."""
+        path = self.raw_database.path
+        if "database_url" in self.settings.model_fields_set:
+            return f"the settings name {path}"
+        return f"ARCHIVER_DATABASE_URL is not set, so the current directory was used ({Path.cwd()})"
+
     def make_database(self) -> None:
-        """On one machine, see that there is a database; elsewhere that is ``archiver db upgrade``."""
+        """Create a SQLite database if there is none. For PostgreSQL, ``archiver db upgrade`` does that."""
         migrate.ensure(self.raw_database)
 
     @cached_property
     def store(self) -> Store:
-        """The store, which was seen to answer. Raises UsageError, OperatorNeeded, TryLater."""
+        """The store, after it has answered once. Raises UsageError, OperatorNeeded, TryLater."""
         store = open_store(
             self.settings.store_url,
             s3_endpoint_url=self.settings.s3_endpoint_url,
@@ -89,7 +98,7 @@ class App:
         return store
 
     def open_archive(self) -> None:
-        """Open store and database for writing; whatever is wrong is found before anything is made."""
+        """Open store and database for writing. Wrong settings are found before anything is created."""
         if self.raw_database.exists:
             _ = self.database
         _ = self.store
@@ -116,7 +125,7 @@ class App:
         return oauth.AccessTokens(self.secrets, self._keep_credential)
 
     def _keep_credential(self, account: Account, reference: str, document: str) -> str:
-        """Seal what a provider gave in place of an account's credential; not over what a person put there."""
+        """Seal a renewed credential in place of the old one, unless an operator has replaced that."""
         sealed = oauth.reference_to(self.secrets.seal(account, document))
         self.database.transact(
             lambda connection: accounts.exchange_secret(connection, account.id, reference, sealed)
@@ -130,7 +139,7 @@ class App:
 
     @cached_property
     def worker(self) -> Worker:
-        """The worker, its clock not started."""
+        """The worker. Its clock is not started."""
         terms = Terms(
             lease_seconds=self.settings.lease_seconds,
             workers=self.settings.workers,
@@ -149,7 +158,7 @@ class App:
         self._close.append(lambda: uploads.shutdown(wait=False, cancel_futures=True))
         directory = settings.spool_directory
         if directory is not None and not directory.is_dir():
-            raise UsageError(f"there is no spool directory {directory}")
+            raise UsageError(f"the spool directory {directory} does not exist")
         return Ports(
             connect=self.connect,
             password=self.password,
@@ -176,7 +185,7 @@ class App:
         )
 
     def connect(self, account: Account) -> pop3.Session:
-        """A session with the account's server, not yet logged in."""
+        """A session with the account's server, before the login."""
         settings = self.settings
         return pop3.connect(
             pop3.parse_url(account.url, pop3.Tls(account.tls)),
@@ -188,7 +197,7 @@ class App:
                 login_seconds=settings.login_seconds,
                 listing_seconds=settings.listing_seconds,
                 idle_seconds=account.timeout_seconds or settings.idle_seconds,
-                # The poll makes room for others before; this ends what does not let it.
+                # A poll yields before this; a session that prevents it is disconnected.
                 session_seconds=2 * settings.session_seconds,
                 quit_seconds=settings.quit_seconds,
                 status_line_bytes=settings.status_line_bytes,
@@ -200,7 +209,7 @@ class App:
         )
 
     def password(self, account: Account) -> str:
-        """The account's password, resolved at this moment; or the access token that stands in its place."""
+        """The account's password at this moment, or an access token instead."""
         given = self.passwords.get(account.id)
         if given is not None:
             return given
@@ -209,7 +218,7 @@ class App:
         return self.secrets.resolve(account)
 
     def another_password(self, account: Account, refused: str) -> str | None:
-        """What to log in by in place of what the mail server refused; None where there is no other."""
+        """A new access token, if the mail server refused the last one; None for a password."""
         if account.id in self.passwords or not oauth.is_oauth(account.secret_reference):
             return None
         return pop3.aside(lambda: self.access_tokens.instead(account, _user(account), refused))

@@ -1,9 +1,9 @@
 """The command line: thin. Each module has the commands of one subject.
 
-Exit codes: 0 all well; 1 something needs attention; 2 wrong use or wrong
-settings, and nothing was touched. Errors of ours are one line on standard
-error, and a hint. What a command needs is imported when the command runs, so
-that help comes quickly.
+Exit codes: 0 success; 1 something needs attention; 2 wrong use or wrong
+settings, and nothing was touched. An expected error is one line on standard
+error, with a hint. A command imports what it needs when it runs, so that
+``--help`` stays fast.
 """
 
 import sys
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="See it work: [bold]archiver demo[/]. Your own mailbox: [bold]archiver sync pop3s://you@mail.example.com[/]",
+    epilog="Try it: [bold]archiver demo[/]. Archive your mailbox: [bold]archiver sync pop3s://you@mail.example.com[/]",
 )
 
 
@@ -35,13 +35,16 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def archiver(
     _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Capture every message of many POP3 mailboxes, byte for byte, into a directory or an S3 bucket.
+    """Archive every message of many POP3 mailboxes, byte for byte, in a directory or an S3 bucket.
 
-    Where things lie is set by ARCHIVER_DATABASE_URL and ARCHIVER_STORE_URL;
-    without them, in ./archive/.
+    ARCHIVER_DATABASE_URL and ARCHIVER_STORE_URL say where the archive is.
+    The default is ./archive/.
     """
 
 
@@ -62,7 +65,7 @@ def main() -> None:
         complain(error)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader had enough (``| head``): no reason for a traceback, and
-        # none for another one when Python flushes at its end.
+        # The reader has closed the pipe (``| head``), which needs no traceback.
+        # Closing standard error prevents another one when Python flushes at exit.
         sys.stderr.close()
         sys.exit(1)

@@ -5,16 +5,14 @@ from typing import Annotated
 import typer
 
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, emit, say
+from archiver.cli.output import Json, counted, emit, say
 
-commands = typer.Typer(
-    no_args_is_help=True, help="The database: its schema, the way up, and the history that it keeps."
-)
+commands = typer.Typer(no_args_is_help=True, help="The database: its schema, upgrades, counts and history.")
 
 
 @commands.command()
 def upgrade(json: Json = False) -> None:
-    """Bring the database to this release's schema. Safe to repeat, and to start several times at once."""
+    """Upgrade the database to this release's schema. Safe to repeat, and to run several times at once."""
     from archiver.db import migrate
 
     with opened() as app:
@@ -23,9 +21,9 @@ def upgrade(json: Json = False) -> None:
     if json:
         emit({"database": where, "before": before, "after": after})
     elif before == after:
-        say(f"{where} has the schema {after} already")
+        say(f"{where} already has schema {after}")
     else:
-        say(f"{where} went from {'an empty database' if before is None else before} to {after}")
+        say(f"{where} was upgraded from {'an empty database' if before is None else before} to {after}")
 
 
 @commands.command()
@@ -35,16 +33,16 @@ def prune(
         typer.Option(
             metavar="N",
             min=1,
-            help="Keep the polls of the last N days; ARCHIVER_HISTORY_DAYS unless given.",
+            help="Keep the polls of the last N days. Default: ARCHIVER_HISTORY_DAYS.",
             show_default=False,
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Add polls to their days and remove old ones, as `archiver run` does every hour. Safe at any time.
+    """Add polls to the totals of their days and remove old ones, as `archiver run` does every hour.
 
-    What a day adds up to stays for good, and so does each account's newest
-    poll. Captures, the journal and the feed are not touched.
+    Safe at any time. The totals of each day, and each account's latest poll, are
+    kept permanently. Captures, the journal and the feed are not touched.
     """
     from archiver.db import history
 
@@ -54,16 +52,17 @@ def prune(
     if json:
         emit({"counted": done.counted, "removed": done.removed, "whole": done.whole})
     elif done.whole:
-        say(f"{done.counted} polls added to their days, {done.removed} older than {keep_days} days removed")
+        added = counted(done.counted, "poll")
+        say(f"{added} added to the totals of days, {done.removed} older than {keep_days} days removed")
     else:
-        say("another process is at it")
+        say("another process is doing this now")
 
 
 @commands.command()
 def recount(json: Json = False) -> None:
-    """Count anew what each account holds, where `archiver verify` calls it miscounted.
+    """Recompute each account's message and byte totals, if `archiver verify` reports `miscounted`.
 
-    Reads every capture's row; polls may go on.
+    Reads every capture's row. Polls may go on.
     """
     from functools import partial
 
@@ -72,24 +71,24 @@ def recount(json: Json = False) -> None:
     with opened() as app:
         with app.database.reading() as connection:
             every = accounts.every(connection)
-        mended = [
+        corrected = [
             account.name
             for account in every
             if app.database.transact(partial(requests.recount, account_id=account.id))
         ]
     if json:
-        emit({"accounts": len(every), "mended": mended})
+        emit({"accounts": len(every), "corrected": corrected})
     else:
-        say(f"{len(every)} accounts were counted, {len(mended)} had been miscounted")
+        say(f"{counted(len(every), 'account')} counted, {len(corrected)} corrected")
 
 
 @commands.command("catch-up")
 def catch_up(json: Json = False) -> None:
-    """Have each account's next poll take in journal segments that the database does not know.
+    """After restoring a backup of the database, bring it up to date with the journals in the store.
 
-    For a database that was restored from a backup: the store may know more.
-    Run it before anything polls; at any other time it costs each account a
-    request to the store.
+    Each account's next poll then reads the journal segments that the database
+    does not know. Run this before anything polls. At any other time it costs
+    each account one request to the store.
     """
     from archiver.db import leases
 
@@ -98,12 +97,12 @@ def catch_up(json: Json = False) -> None:
     if json:
         emit({"accounts": marked})
     else:
-        say(f"{marked} accounts will look at their journals before their next poll")
+        say(f"{counted(marked, 'account')} will read the journal at the next poll")
 
 
 @commands.command()
 def current(json: Json = False) -> None:
-    """Show the schema that the database has. Exit code 1 when it is not this release's."""
+    """Show the database's schema. Exits with 1 if it is not this release's."""
     from archiver.db import migrate
 
     with opened() as app:

@@ -1,4 +1,4 @@
-"""``archiver demo``: the whole thing on this machine, with sample mailboxes."""
+"""``archiver demo``: a whole archive on this machine, with sample mailboxes."""
 
 import os
 import shutil
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from archiver.model import Account, PollReport
 
 MESSAGES = {"anna": 150, "ben": 100, "carla": 50}
-"""Three mailboxes, of a size that is looked through in seconds and not at a glance."""
+"""Three mailboxes, of a size that takes seconds and is more than a handful."""
 LATE_MESSAGES = 5
 SCALE = 0.4
-"""Of the sample messages' usual size: some 10 MB in all."""
+"""Factor on the usual size of sample messages: about 10 MB in all."""
 SEED = 20260101
 MARK = "DEMO.txt"
 INDEX = "archiver.db"
@@ -38,25 +38,28 @@ def register(app: typer.Typer) -> None:
 def demo(
     directory: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Where the archive goes. It must not hold one yet, but a demo's."),
+        typer.Option(
+            metavar="DIR",
+            help="Where to put the archive: a new directory, or an earlier demo's, which is replaced.",
+        ),
     ] = Path("archive"),
 ) -> None:
-    """See the whole thing work on this machine, with sample mailboxes, in less than a minute.
+    """See the archiver work on this machine, with sample mailboxes, in less than a minute.
 
-    Starts a mail server on loopback (Dovecot, where it is installed), archives
-    three mailboxes, polls them again, delivers new mail, and verifies. Leaves
-    the archive, to look into.
+    Starts a mail server on loopback (Dovecot, if it is installed), archives three
+    mailboxes, polls them again, delivers new mail, and verifies the archive. The
+    archive stays for you to look at.
     """
     from archiver.bootstrap import App
     from archiver.demo import start_mail_server
     from archiver.settings import Settings
 
-    _make_room(directory)
+    _replace_earlier(directory)
     options.log_quietly()
     passwords = {user: f"{user}'s password" for user in MESSAGES}
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="archiver-demo-")))
-        # The mail server may run as a user of its own, who must get there.
+        # The mail server may run as another user, who must be able to enter.
         place.chmod(0o755)
         server = stack.enter_context(start_mail_server(place, passwords))
         settings = Settings(
@@ -65,12 +68,12 @@ def demo(
         app = stack.enter_context(App(settings))
         app.open_archive()
         (directory / MARK).write_text(
-            "This archive was made by `archiver demo`, which replaces it when it holds nothing else.\n"
+            "This archive was made by `archiver demo`, which replaces it unless other mail was added.\n"
         )
         _play(app, server, passwords, directory)
 
 
-def _make_room(directory: Path) -> None:
+def _replace_earlier(directory: Path) -> None:
     """Replace an earlier demo's archive, and nothing else. Raises UsageError, OperatorNeeded."""
     from archiver.errors import OperatorNeeded, UsageError
 
@@ -78,17 +81,17 @@ def _make_room(directory: Path) -> None:
         if directory.exists() and any(directory.iterdir()):
             if not _is_a_demos(directory):
                 raise UsageError(
-                    f"{directory} holds something that is not a demo's",
-                    hint="choose another place: archiver demo --directory DIR",
+                    f"{directory} has content that is not from a demo",
+                    hint="choose another directory: archiver demo --directory DIR",
                 )
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OperatorNeeded(f"cannot make room for the archive in {directory}: {error.strerror}") from error
+        raise OperatorNeeded(f"cannot prepare {directory} for the archive: {error.strerror}") from error
 
 
 def _is_a_demos(directory: Path) -> bool:
-    """Whether an archive has a demo's mark, and nobody's mail was added to it since."""
+    """Whether an archive is a demo's, and no other mail was added to it."""
     from archiver.db import Database, accounts
 
     if not (directory / MARK).is_file():
@@ -105,13 +108,13 @@ def _is_a_demos(directory: Path) -> bool:
 
 @dataclass(slots=True)
 class _Story:
-    """What was done so far, for the summary."""
+    """The demo so far, for the summary."""
 
     app: "App"
     accounts: "list[Account]"
 
     def poll(self) -> "list[PollReport]":
-        """Poll every account. Raises OperatorNeeded when one did not end well: a demo has no excuse."""
+        """Poll every account. Raises OperatorNeeded if a poll fails."""
         from archiver.errors import OperatorNeeded
 
         with SyncProgress(quiet=False) as progress:
@@ -121,8 +124,8 @@ class _Story:
                 raise OperatorNeeded(f"{report.account}: {report.error}", hint=report.hint)
         return reports
 
-    def put_to_rest(self) -> None:
-        """The mail server ends with the demo; nobody shall ask for it in vain."""
+    def pause(self) -> None:
+        """Pause the accounts: their mail server stops with the demo."""
         from archiver.db import schedule
         from archiver.states import AccountState
 
@@ -143,15 +146,15 @@ def _play(app: "App", server: "MailServer", passwords: dict[str, str], directory
     app.worker.start_clock(claim=False)
     story = _Story(app, [_account(app, server, user, passwords[user]) for user in MESSAGES])
 
-    say("\n2. Archiving what is there.")
+    say("\n2. Archiving all messages.")
     reports = story.poll()
     _reports(reports)
 
-    say("\n3. Polling again: nothing is fetched twice.")
+    say("\n3. Polling again: no message is fetched twice.")
     _reports(story.poll())
 
     lucky = next(iter(MESSAGES))
-    say(f"\n4. Delivering {LATE_MESSAGES} new messages to {lucky}, and polling: just these arrive.")
+    say(f"\n4. Delivering {LATE_MESSAGES} new messages to {lucky}, and polling: only these are fetched.")
     server.deliver(lucky, list(samples))
     _reports(story.poll())
 
@@ -163,7 +166,7 @@ def _play(app: "App", server: "MailServer", passwords: dict[str, str], directory
         f"{findings.missing} missing, {findings.damaged} damaged, {findings.chain_breaks} chain breaks, "
         f"{findings.unrecorded} unrecorded"
     )
-    story.put_to_rest()
+    story.pause()
     _farewell(story, findings, directory)
     if not findings.clean:
         raise typer.Exit(1)
@@ -188,7 +191,7 @@ def _account(app: "App", server: "MailServer", user: str, password: str) -> "Acc
 
 
 def _reports(reports: "list[PollReport]") -> None:
-    numbers = ("on the server", "fetched", "known already", "size", "seconds")
+    numbers = ("on the server", "fetched", "known", "size", "seconds")
     made = table("mailbox", *numbers, right=numbers)
     for report in reports:
         made.add_row(
@@ -235,13 +238,13 @@ def _farewell(story: _Story, findings: "Findings", directory: Path) -> None:
             f"\n  export ARCHIVER_STORE_URL=file:{directory / 'store'}"
         )
     say(f"""
-Done. {count} messages of {boxes} mailboxes were archived, each once and byte for byte.
+Done. {count} messages of {boxes} mailboxes are archived, each once, byte for byte.
 
   {directory}/store/messages/  the messages as they were sent, each named by its SHA-256
-  {directory}/store/journal/   what was captured, when and from where: a hash-chained record
+  {directory}/store/journal/   what was captured, when and from where: a hash-chained log
   {directory}/{INDEX}      the index; the store is the truth
 
-Look into it:{elsewhere}
+Look at the archive:{elsewhere}
   {command} status
   {command} message list --newest --limit 10
   {command} message get {newest.sha256.hex()[:12]}
@@ -252,7 +255,7 @@ Archive your own mailbox:
 
 
 def _command() -> str:
-    """How this command is called from here."""
+    """How to call this command from the current directory."""
     called = Path(sys.argv[0])
     if called.name != "archiver":
         return "python -m archiver"

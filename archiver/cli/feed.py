@@ -1,4 +1,4 @@
-"""``archiver feed``: the ordered stream of what happened, for those who index it."""
+"""``archiver feed``: the ordered stream of events, for consumers that index messages."""
 
 import time
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from archiver.cli.opened import opened
 from archiver.cli.output import Json, emit, say, size
 
 commands = typer.Typer(
-    no_args_is_help=True, help="The ordered stream of what was captured, for a search to follow."
+    no_args_is_help=True, help="The ordered stream of captured messages, for a search index to follow."
 )
 
 FOLLOW_SECONDS = 1.0
@@ -17,14 +17,14 @@ FOLLOW_SECONDS = 1.0
 
 @commands.command()
 def tail(
-    after: Annotated[int, typer.Option(metavar="N", min=0, help="Begin behind this position.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for more, until interrupted.")] = False,
+    after: Annotated[int, typer.Option(metavar="N", min=0, help="Start after this position.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", metavar="", help="Wait for more events.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the events behind a position, in order.
+    """Show the events after a position, in order.
 
-    A reader that remembers the last position it has seen misses nothing: no
-    event ever appears below it.
+    A consumer that remembers the last position it has seen misses nothing: no
+    event ever appears below that position.
     """
     from archiver import feed
 

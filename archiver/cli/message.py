@@ -1,4 +1,4 @@
-"""``archiver message``: what was captured."""
+"""``archiver message``: captured messages."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +7,7 @@ import typer
 
 from archiver.cli import lookup, options
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, emit, say, show, size, table
+from archiver.cli.output import Json, emit, quoted, say, show, size, table
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -34,15 +34,16 @@ Which = Annotated[
 @commands.command("list")
 def list_messages(
     account: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only this account's.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="List only this account's messages.", show_default=False),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="At most so many.", show_default=False)
+        int | None, typer.Option(metavar="N", min=1, help="List at most N messages.", show_default=False)
     ] = None,
-    newest: Annotated[bool, typer.Option("--newest", help="The newest first.")] = False,
+    newest: Annotated[bool, typer.Option("--newest", metavar="", help="List the newest first.")] = False,
     json: Json = False,
 ) -> None:
-    """List captures in the order in which they were made."""
+    """List captured messages, the oldest first."""
     from archiver.db import captures
     from archiver.views.capture import capture_json
 
@@ -86,10 +87,10 @@ def show_message(capture: Which, json: Json = False) -> None:
 
 @commands.command()
 def get(capture: Which) -> None:
-    """Write a message's raw octets to standard output, and check their SHA-256 on the way.
+    """Write a message's raw bytes to standard output, and check their SHA-256.
 
-    Exit code 1 when they are not what was captured; they are written all the
-    same, so that what is left can be looked at.
+    If they are not the bytes that were captured, they are written nevertheless,
+    and the exit code is 1.
     """
     import hashlib
 
@@ -105,7 +106,7 @@ def get(capture: Which) -> None:
                 sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
     if digest.digest() != row.sha256:
-        note(f"archiver: this is not what was captured: its SHA-256 is {digest.hexdigest()}")
+        note(f"archiver: these are not the bytes that were captured: their SHA-256 is {digest.hexdigest()}")
         raise typer.Exit(1)
 
 
@@ -116,16 +117,19 @@ def retry(
     ],
     uidl: Annotated[
         str | None,
-        typer.Option(metavar="UIDL", help="Only the one of this id; all unless given.", show_default=False),
+        typer.Option(
+            metavar="UIDL",
+            help="Only the message with this UIDL. Default: every message in quarantine.",
+            show_default=False,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Fetch again, now, what is in quarantine; as `sync` of this account, which polls it.
+    """Poll an account now, and fetch the messages in quarantine again.
 
-    With --uidl also a message that was captured, if the mail server still shows it: where the
-    store lost its object, that puts it back.
-
-    Exit code 1 when the poll did not end well.
+    --uidl also fetches a captured message again, if the mail server still lists
+    it. This restores an object that the store has lost. Exits with 1 if the
+    poll fails.
     """
     from archiver.cli.sync import poll
     from archiver.db import requests
@@ -137,7 +141,9 @@ def retry(
         try:
             wanted = None if uidl is None else uidl_bytes(uidl)
         except UnicodeEncodeError:
-            raise UsageError(f"{uidl!r} is no UIDL", hint=f"archiver account show {account}") from None
+            raise UsageError(
+                f"{uidl!r} cannot be a UIDL", hint=f"archiver account show {quoted(account)} lists them"
+            ) from None
         now = app.now()
 
         def mark(connection: "Connection") -> int:
@@ -148,21 +154,21 @@ def retry(
             what = (
                 "nothing is in quarantine"
                 if uidl is None
-                else f"the mail server shows no message of UIDL {uidl!a}"
+                else f"the mail server lists no message with UIDL {uidl!a}"
             )
-            raise UsageError(f"{what} for {account}", hint=f"archiver account show {account}")
+            raise UsageError(f"{what} for {account}", hint=f"archiver account show {quoted(account)}")
     poll([account], options.Given({}), json=json)
 
 
 def _find(app: "App", text: str) -> "Capture":
-    """The one capture that a person means. Raises UsageError."""
+    """The capture with this id or digest. Raises UsageError."""
     from archiver.db import captures
     from archiver.errors import UsageError
 
     account_id, separator, digits = text.rpartition("-")
     digits = digits.lower()
     if not (SHORTEST_PREFIX <= len(digits) <= DIGEST_DIGITS and all(c in "0123456789abcdef" for c in digits)):
-        raise UsageError(f"{text!r} names no capture", hint="archiver message list shows them")
+        raise UsageError(f"{text!r} is not the name of a capture", hint="archiver message list shows them")
     with app.database.reading() as connection:
         rows = captures.find(
             connection,

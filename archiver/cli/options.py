@@ -33,7 +33,8 @@ PASSWORDS = {
         typer.Option(metavar="NAME", help="Read the password from this environment variable at each poll."),
     ],
     "password_stdin": Annotated[
-        bool, typer.Option("--password-stdin", help="Read the password from standard input, once.")
+        bool,
+        typer.Option("--password-stdin", metavar="", help="Read the password from standard input."),
     ],
 }
 

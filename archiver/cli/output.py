@@ -1,7 +1,7 @@
-"""How commands talk: results on standard output, everything else on standard error.
+"""How commands print: results on standard output, everything else on standard error.
 
-``--json`` puts one object a line on standard output and nothing else. A terminal
-sees bars and tables, a pipe sees plain lines.
+With ``--json``, standard output has one object per line, and nothing else. A
+terminal gets progress bars and tables, a pipe gets plain lines.
 """
 
 import json
@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -19,23 +20,22 @@ from archiver.errors import ArchiverError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-    from rich.table import Table
 
     from archiver.model import Account
 
 PIPE_COLUMNS = 200
-"""The width of a table that goes to no terminal."""
+"""The width of a table that is not printed to a terminal."""
 
 LINE_SECONDS = 5.0
-"""Between two lines of progress where no bar can be drawn."""
+"""Time between two lines of progress where no bar can be drawn."""
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object per line.")]
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console that never breaks or colours text meant for a pipe.
+    """A console that never wraps or colours text meant for a pipe.
 
-    Nothing in the text is markup or an emoji's name: it may come from a mail server.
+    Text is printed as it is, without markup or emoji names: it may come from a mail server.
     """
     from rich.console import Console
 
@@ -64,7 +64,7 @@ def one_line(text: object) -> str:
 
 
 def emit(value: dict[str, Any]) -> None:
-    """One JSON object on a line of standard output, out at once: a reader may be waiting."""
+    """Print one JSON object on a line, and flush it: a reader may be waiting."""
     sys.stdout.write(json.dumps(value, default=_plain) + "\n")
     sys.stdout.flush()
 
@@ -77,27 +77,71 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
-    """A table with a header; the columns named in ``right`` hold numbers."""
+@dataclass(slots=True)
+class Table:
+    """A table with a header, which adapts to the width of the terminal."""
+
+    columns: tuple[str, ...]
+    right: tuple[str, ...] = ()
+    """The columns that hold numbers."""
+    spare: tuple[str, ...] = ()
+    """The columns to omit first where the terminal is too narrow."""
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def fitted(self, width: int) -> list[str]:
+        """The columns to show: where all do not fit, only those that say something."""
+        shown = list(self.columns)
+        for given_up in (self._says_nothing, self.spare.__contains__):
+            if self._width(shown) > width:
+                shown = [column for column in shown if not given_up(column)]
+        return shown
+
+    def _says_nothing(self, column: str) -> bool:
+        return all(cell in NOTHING for cell in self.cells(column))
+
+    def cells(self, column: str) -> list[str]:
+        index = self.columns.index(column)
+        return [row[index] for row in self.rows]
+
+    def _width(self, columns: list[str]) -> int:
+        return sum(max(map(len, (column, *self.cells(column)))) + COLUMN_GAP for column in columns)
+
+
+NOTHING = ("", "-", "0", "0 bytes")
+"""Cells that say nothing."""
+
+COLUMN_GAP = 3
+"""Between two columns."""
+
+
+def table(*columns: str, right: tuple[str, ...] = (), spare: tuple[str, ...] = ()) -> Table:
+    """A table with these columns, and no rows yet."""
+    return Table(columns, right, spare)
+
+
+def show(made: Table) -> None:
+    """Print a table: as wide as the terminal at most, and with all columns elsewhere."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
-
-
-def show(made: "Table") -> None:
     target = console()
     target.soft_wrap = False
     if not target.is_terminal:
         target.width = PIPE_COLUMNS
-    target.print(made)
+    shown = made.fitted(target.width) if target.is_terminal else list(made.columns)
+    rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        rich.add_column(column, justify="right" if column in made.right else "left", overflow="fold")
+    for row in zip(*map(made.cells, shown), strict=True):
+        rich.add_row(*row)
+    target.print(rich)
 
 
 def size(count: float) -> str:
-    """Octets for people."""
+    """A number of bytes for people."""
     from rich.filesize import decimal
 
     return decimal(int(count))
@@ -129,7 +173,7 @@ def _tense(text: str, *, past: bool) -> str:
 
 
 class SyncProgress:
-    """The progress of many polls: a bar each on a terminal, a line now and then elsewhere."""
+    """The progress of many polls: a bar for each on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, *, quiet: bool, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._quiet = quiet
@@ -157,7 +201,7 @@ class SyncProgress:
             self._bars.stop()
 
     def watch(self, account: "Account") -> "AccountProgress":
-        """What the poll of this account is to tell."""
+        """The watch for the poll of this account."""
         return AccountProgress(
             account.name, self._bars, None if self._quiet or self._bars else note, self._monotonic
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from archiver.bootstrap import App
 
 AGAIN_SECONDS = 5.0
-"""Between two looks at a database or a store that is not ready yet."""
+"""Time between two attempts to open a database or a store that is not ready yet."""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +24,11 @@ def register(app: typer.Typer) -> None:
 def run() -> None:
     """Run the service: poll every account when it is due, until SIGTERM.
 
-    Any number of these may share one PostgreSQL; each account is polled by one
-    at a time. Logs one JSON object a line on standard error. Serves health,
-    metrics and the feed at ARCHIVER_HTTP_LISTEN. On SIGTERM polls finish what
-    they have asked for, within ARCHIVER_DRAIN_SECONDS.
+    Any number of services may share one PostgreSQL database; only one of them
+    polls an account at a time. Logs one JSON object per line on standard error.
+    Serves health, metrics and the API at ARCHIVER_HTTP_LISTEN. On SIGTERM,
+    running polls finish the messages that they have requested, within
+    ARCHIVER_DRAIN_SECONDS.
     """
     from archiver import observe
     from archiver.bootstrap import App
@@ -55,16 +56,16 @@ def run() -> None:
             is_open.set()
             drained = worker.serve(stop, settings.drain_seconds)
     if not drained:
-        # Threads that hang in a socket would keep the process; what they have
-        # not recorded is still on the server.
+        # Threads that hang in a socket would keep the process alive. Messages that
+        # they have not recorded are still on the server.
         os._exit(0)
 
 
 def _open(app: "App", stop: threading.Event, log: Any) -> bool:
-    """Wait until database and store can be used; false when told to stop before.
+    """Wait until database and store can be used. Returns False if the service must stop before.
 
     On a cluster a pod may start before its database, or before the migration
-    of a new release: it is unready then, and does not crash.
+    of a new release. It is unready then, and does not crash.
     """
     from archiver.db.migrate import WrongSchema
     from archiver.errors import TryLater
@@ -90,13 +91,13 @@ def _web(app: "App", listen: str, is_open: threading.Event) -> "AbstractContextM
         from archiver import web
     except ModuleNotFoundError as error:
         raise UsageError(
-            "ARCHIVER_HTTP_LISTEN is set, and what serves it is not installed",
+            "ARCHIVER_HTTP_LISTEN is set, but the HTTP server is not installed",
             hint="pip install 'archiver[web]'",
         ) from error
 
     def ready() -> None:
         if not is_open.is_set():
-            raise TryLater("starting: database and store were not seen to work yet")
+            raise TryLater("starting: waiting for the database and the store")
         if app.stopping.is_set():
             raise TryLater("draining")
         migrate.ensure(app.raw_database)

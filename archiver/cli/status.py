@@ -1,11 +1,11 @@
-"""``archiver status``: all accounts at a glance, and what is unaccounted for."""
+"""``archiver status``: all accounts at a glance, and what is not accounted for."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, ago, emit, one_line, say, show, size, table
+from archiver.cli.output import Json, ago, counted, emit, one_line, say, show, size, table
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -28,23 +28,25 @@ def status(
             metavar="N",
             min=1,
             max=LONGEST_DAYS,
-            help="Also what the last N days (UTC) add up to; losses and gaps are told of these.",
+            help="Also show the totals of the last N days (UTC), and count losses and gaps of these days.",
             show_default=False,
         ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Name every account that needs attention, not the first 20.")
+        bool,
+        typer.Option(
+            "--all", metavar="", help="Name every account that needs attention, not only the first 20."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Show the state of all accounts at a glance, and what needs attention, the worst first.
 
-    Still to come is what the last listings showed and is neither archived nor
-    in quarantine. Lost is what was gone before we had it. A gap is a time in
-    which nobody looked into a mailbox for longer than planned. Exit code 1 when
-    an account fails, waits for an operator or deletes nothing until somebody
-    has looked, or something is in quarantine; not for one that was paused by
-    hand.
+    To come: listed, but not archived or quarantined yet. Lost: disappeared from
+    the server before it was archived. Gap: a period without a successful poll,
+    longer than scheduled. Exits with 1 if an account fails, waits for an
+    operator or has deletion suspended, or if a message is in quarantine.
+    Accounts paused by hand do not count.
     """
     from archiver.views import status as view
 
@@ -67,23 +69,25 @@ def status(
 def _tell(found: "Overview", where: str, now: "datetime") -> None:
     standing = found.standing
     accounts = sum(standing.accounts.values())
-    say(f"{standing.captures} messages of {accounts} accounts, {size(standing.captured_bytes)}, in {where}")
+    archived = f"{counted(standing.captures, 'message')} of {counted(accounts, 'account')}"
+    say(f"{archived}, {size(standing.captured_bytes)}, in {where}")
     say(
-        f"{standing.to_come} messages still to come, {standing.quarantined} in quarantine; "
-        f"since {found.since}: {found.lost} lost, {found.gaps} gaps ended"
+        f"{standing.to_come} to come, {standing.quarantined} in quarantine; since {found.since}: "
+        f"{counted(found.lost, 'message')} lost, {counted(found.gaps, 'monitoring gap')}"
     )
-    made = table("accounts", "", right=("",))
+    made = table("state", "accounts", right=("accounts",))
     for name, number in {
         **standing.accounts,
         "never polled": standing.never_polled,
-        "not looked into for too long": standing.late,
+        "no successful poll for too long": standing.late,
         "deletion suspended": standing.deletion_suspended,
     }.items():
         made.add_row(name, str(number))
     show(made)
     _tell_concerns(found.concerns, now)
     if len(found.concerns) < standing.concerned:
-        say(f"and {standing.concerned - len(found.concerns)} accounts more: archiver status --all")
+        more = counted(standing.concerned - len(found.concerns), "more account")
+        say(f"{more}: archiver status --all")
     _tell_hosts(found, now)
     if found.days is not None:
         tell_days(found.days)
@@ -92,7 +96,7 @@ def _tell(found: "Overview", where: str, now: "datetime") -> None:
 def _tell_concerns(concerns: "list[Concern]", now: "datetime") -> None:
     if not concerns:
         return
-    made = table("needs attention", "for", "last poll", "last look", "why")
+    made = table("needs attention", "because", "last poll", "last success", "reason")
     for concern in concerns:
         counted = {
             "lost messages": f"{concern.lost} lost",
@@ -112,7 +116,7 @@ def _tell_concerns(concerns: "list[Concern]", now: "datetime") -> None:
 def _tell_hosts(found: "Overview", now: "datetime") -> None:
     if not found.hosts:
         return
-    made = table("mail host in trouble", "since", "failures", "again", "why", right=("failures",))
+    made = table("failing mail host", "since", "failures", "next attempt", "reason", right=("failures",))
     for host in found.hosts:
         made.add_row(
             host.host,
@@ -123,14 +127,14 @@ def _tell_hosts(found: "Overview", now: "datetime") -> None:
         )
     show(made)
     if len(found.hosts) < found.standing.hosts:
-        say(f"and {found.standing.hosts - len(found.hosts)} hosts more: archiver status --all")
+        say(f"{counted(found.standing.hosts - len(found.hosts), 'more host')}: archiver status --all")
 
 
 def tell_days(days: "list[Day]", gap_seconds: "list[float] | None" = None) -> None:
-    """A table of days, the newest first; of one account with how long nobody looked on each."""
+    """A table of days, the newest first; for one account with the time without a successful poll."""
     numbers = (
         *("polls", "failed", "listed", "archived", "quarantined", "to come"),
-        *("new", "deleted", "gone", "lost", "size", "not looked"),
+        *("new", "deleted", "gone", "lost", "size", "gap"),
     )
     columns = numbers if gap_seconds is not None else numbers[:-1]
     made = table("day (UTC)", *columns, right=columns)
@@ -149,7 +153,7 @@ def tell_days(days: "list[Day]", gap_seconds: "list[float] | None" = None) -> No
 
 
 def length(seconds: float) -> str:
-    """A length of time for people; nothing for none."""
+    """A length of time for people; empty if there is nothing to report."""
     if seconds < 1:
         return ""
     return f"{seconds / 60:.0f} min" if seconds < _HOURS_FROM_SECONDS else f"{seconds / 3600:.1f} h"

@@ -10,8 +10,11 @@ import typer
 from archiver.accounts.fields import Group
 from archiver.cli import options
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, SyncProgress, emit, note, one_line, say, size
+from archiver.cli.output import Json, SyncProgress, emit, note, one_line, quoted, say, size
+from archiver.errors import UsageError
 from archiver.states import AccountState
+
+SCHEMES = ("pop", "pops", "pop2", "pop3", "pop3s")
 
 if TYPE_CHECKING:
     from archiver.bootstrap import App
@@ -30,7 +33,7 @@ def sync(
         list[str] | None,
         typer.Argument(
             metavar="[ACCOUNT|URL]...",
-            help="Accounts by name, or POP URLs such as pop3s://you@mail.example.com. None: every account.",
+            help="Accounts by name, or URLs such as pop3s://you@mail.example.com. Default: every account.",
             show_default=False,
         ),
     ] = None,
@@ -38,10 +41,10 @@ def sync(
 ) -> None:
     """Poll mailboxes now, once, and show what was archived.
 
-    A URL needs no set-up: it becomes an account of that name, so that the next
-    sync of it fetches only what is new. Schedule and backoff are not waited
-    for. Exit code 1 when a poll did not end well, or left messages to come that
-    no day's budget holds back.
+    A URL needs no set-up: it becomes an account of that name, so the next sync
+    of it fetches only new messages. Ignores the schedule and any back-off. Exits
+    with 1 if a poll failed, or if messages remain that are not held back by the
+    account's daily budget.
     """
     poll(targets or [], given, json=json)
 
@@ -68,24 +71,23 @@ def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
             _tell(report)
     if not chosen and not json:
         note("there is no account yet; add one: archiver account add NAME pop3s://you@mail.example.com")
-    if app.stopping.is_set() or not all(map(_is_done, reports)):
+    if app.stopping.is_set() or not all(map(is_done, reports)):
         raise typer.Exit(1)
 
 
-def _is_done(report: "PollReport") -> bool:
-    """Whether all that was listed is archived or set aside, or waits for another day by our budget."""
+def is_done(report: "PollReport") -> bool:
+    """Whether all listed messages are archived or quarantined, or wait for another day by the budget."""
     return report.outcome == "ok" and (not report.to_come or report.held_back == "day")
 
 
 def _check(app: "App", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given) -> None:
-    """Find what is wrong with what was asked before anything is made."""
+    """Check the request before anything is created. Raises UsageError."""
     from archiver.db import accounts
-    from archiver.errors import UsageError
     from archiver.model import Account
     from archiver.secrets import PROMPT
 
     if given.changes and not targets:
-        raise UsageError(f"{given.changes} is for a URL, and none is given")
+        raise UsageError(f"{given.changes} needs a URL to apply to", hint="archiver sync URL ...")
     given.check_password()
     with ExitStack() as stack:
         connection = None
@@ -99,20 +101,30 @@ def _check(app: "App", targets: list[str], endpoints: "dict[str, Endpoint]", giv
                 found = accounts.by_name(connection, target)
             else:
                 found = accounts.by_url(connection, endpoint.url)
+            if endpoint is None and (found is None or found.state is AccountState.REMOVED):
+                raise _no_such_account(target)
             if endpoint is None and given.changes:
                 raise UsageError(
                     f"{given.changes} is for a URL, and {target} is an account",
-                    hint=f"archiver account edit {target} {given.changes} ... changes it",
-                )
-            if endpoint is None and (found is None or found.state is AccountState.REMOVED):
-                raise UsageError(
-                    f"there is no account named {target}", hint="archiver account list, or give a URL"
+                    hint=f"to change the account: archiver account edit {quoted(target)} {given.changes} ...",
                 )
             if endpoint is not None:
                 given.applied_to(found or Account("", target, "", "", PROMPT), url=target)
             unknown = found is None or found.secret_reference == PROMPT
             if unknown and given.reference() is None and not given.password_stdin:
                 options.need_terminal(target)
+
+
+def _no_such_account(target: str) -> UsageError:
+    """The error for a name that is not an account's, with what was probably meant."""
+    scheme, slash, rest = target.partition(":/")
+    if slash and scheme.lower() in SCHEMES:
+        meant = f"{scheme}://{rest.lstrip('/')}"
+        return UsageError(f"{target} is not a URL: write {meant}")
+    if "@" in target:
+        hint = f"a mailbox that is not an account yet is given by its URL: pop3s://{target}"
+        return UsageError(f"there is no account named {target}", hint=hint)
+    return UsageError(f"there is no account named {target}", hint="archiver account list, or give a URL")
 
 
 def _choose(
@@ -132,14 +144,14 @@ def _choose(
             with app.database.reading() as connection:
                 found = accounts.by_name(connection, target)
             if found is None:
-                raise LookupError(target)
+                raise _no_such_account(target)
             account = found
         chosen[account.id] = account
     return list(chosen.values())
 
 
 def _account_of(app: "App", endpoint: "Endpoint", given: options.Given) -> "Account":
-    """The account of a URL, made or brought up to what was given."""
+    """The account of a URL: a new one, or the existing one with the given settings."""
     from archiver.db import accounts
     from archiver.model import Account, new_account_id
     from archiver.secrets import PROMPT
@@ -163,7 +175,7 @@ def _account_of(app: "App", endpoint: "Endpoint", given: options.Given) -> "Acco
 
 
 def _ask_passwords(app: "App", chosen: "list[Account]", given: options.Given, *, named: bool) -> None:
-    """Have the passwords that are kept nowhere for the length of this run."""
+    """Ask for the passwords that are not kept, for this run only."""
     from archiver.secrets import PROMPT
 
     if given.password_stdin:
@@ -179,10 +191,10 @@ def _why_held_back(report: "PollReport") -> str:
     if report.held_back is None:
         return ""
     reasons: dict[HeldBack, str] = {
-        "session": "its session's budget or time is spent",
-        "room": "others wait",
-        "blackout": "a blackout began",
-        "day": "its day's budget is spent",
+        "session": "the session's budget or time is used up",
+        "room": "other accounts are waiting",
+        "blackout": "a blackout window began",
+        "day": "the daily budget is used up",
     }
     return f" ({reasons[report.held_back]})"
 
@@ -197,15 +209,15 @@ def _tell(report: "PollReport") -> None:
     if found.quarantined:
         counts.append(f"{found.quarantined} in quarantine")
     if report.to_come:
-        counts.append(f"{report.to_come} still to come{_why_held_back(report)}")
+        counts.append(f"{report.to_come} to come{_why_held_back(report)}")
     if found.delete_requested:
-        counts.append(f"{found.delete_requested} asked to be deleted")
+        counts.append(f"{found.delete_requested} requested to be deleted")
     if found.deleted:
-        counts.append(f"{found.deleted} deleted as we had asked")
+        counts.append(f"{found.deleted} deleted as requested")
     if found.gone:
-        counts.append(f"{found.gone} not shown any more")
+        counts.append(f"{found.gone} no longer on the server")
     if found.lost:
-        counts.append(f"{found.lost} lost: gone before they were archived")
+        counts.append(f"{found.lost} lost: gone from the server before they were archived")
     if report.listed is not None:
         rate = f", {found.new / report.seconds:.0f}/s" if found.new and report.seconds else ""
         say(

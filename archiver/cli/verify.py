@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, console, emit, say, size
+from archiver.cli.output import Json, console, counted, emit, say, size
 
 if TYPE_CHECKING:
     from archiver.bootstrap import App
@@ -23,26 +23,26 @@ def verify(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ACCOUNT]...", help="Only these accounts. None: every one.", show_default=False
+            metavar="[ACCOUNT]...", help="Only these accounts. Default: every account.", show_default=False
         ),
     ] = None,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick",
-            help="Compare names and sizes alone, without reading messages. Other content of the same size "
-            "passes.",
+            metavar="",
+            help="Compare names and sizes only; read no message. Other content of the same size passes.",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Prove that nothing was lost or altered: objects, journal and database against each other.
+    """Verify that nothing was lost or altered: compare objects, journal and database with each other.
 
-    Every message is read from the store and hashed again. Missing: captured,
-    and not in the store. Damaged: not the octets that were captured. Chain
-    breaks: a journal that was cut or changed. Unrecorded: one of the three has
-    what another lacks. Miscounted: status tells of another number of captures
-    than there are. Changes nothing. Exit code 1 when anything is found.
+    Every message is read from the store and hashed again. Missing: captured, but
+    not in the store. Damaged: not the bytes that were captured. Chain breaks:
+    the journal was cut or changed. Unrecorded: known to one of the three but not
+    to another. Miscounted: `status` shows another number than there are
+    captures. Changes nothing. Exits with 1 if it finds anything.
     """
     from archiver.db import accounts
     from archiver.errors import UsageError
@@ -122,13 +122,13 @@ def _verify(
 
 
 def _tell(findings: "Findings", accounts: int, *, rehashed: bool) -> None:
-    how = f"{size(findings.hashed_bytes)} hashed again" if rehashed else "their sizes compared"
+    how = f"{size(findings.hashed_bytes)} hashed again" if rehashed else "sizes compared"
     for finding in findings.named:
         say(f"{finding.kind.replace('_', ' ')}: {finding.account}: {finding.key}: {finding.detail}")
     say(
-        f"{findings.checked} messages ({how}) and "
-        f"{findings.segments} journal segments of {accounts} accounts: "
+        f"{counted(findings.checked, 'message')} ({how}) and "
+        f"{counted(findings.segments, 'journal segment')} of {counted(accounts, 'account')}: "
         f"{findings.missing} missing, {findings.damaged} damaged, "
-        f"{findings.chain_breaks} chain breaks, {findings.unrecorded} unrecorded, "
+        f"{counted(findings.chain_breaks, 'chain break')}, {findings.unrecorded} unrecorded, "
         f"{findings.miscounted} miscounted"
     )

@@ -18,12 +18,14 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from archiver.cli import app
+from archiver.cli.account.check import advice
 from archiver.cli.output import show, table
-from archiver.cli.sync import _is_done
+from archiver.cli.sync import is_done
 from archiver.db import Database, accounts, migrate
 from archiver.db.tables import account as account_table
 from archiver.errors import ArchiverError, UsageError
 from archiver.model import Account
+from archiver.pop3 import ServerFacts
 from archiver.states import AccountState
 from tests.harness.cli import wait_for
 from tests.harness.reports import poll_report
@@ -58,10 +60,18 @@ class Commands:
     def json(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.run(*arguments, "--json", code=code).splitlines()]
 
-    def process(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    def process(self, *arguments: str, unset: str = "") -> "subprocess.CompletedProcess[str]":
+        """The command in a process of its own, in its directory, without one of the settings."""
         command = [sys.executable, "-m", "archiver", *arguments]
+        environment = {name: value for name, value in self.environment.items() if name != unset}
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=False, timeout=60
+            command,
+            env=environment,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
 
     def database(self) -> Database:
@@ -288,6 +298,61 @@ def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
     assert "[/x] [bold]:100:[/bold]" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_gets_the_columns_that_say_something() -> None:
+    made = table("account", "messages", "lost", "url", right=("messages", "lost"), spare=("url",))
+    made.add_row("sales", "12", "0", "pop3s://sales@pop.example.com")
+    assert made.fitted(80) == ["account", "messages", "lost", "url"]
+    assert made.fitted(55) == ["account", "messages", "url"]
+    assert made.fitted(40) == ["account", "messages"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("pop3:/anna@localhost", "write pop3://anna@localhost"),
+        ("pop3s:anna@localhost", "there is no account named"),
+        ("anna@example.com", "pop3s://anna@example.com"),
+        ("nobody", "archiver account list"),
+    ],
+)
+def test_a_name_that_is_no_account_is_answered_with_what_was_meant(
+    commands: Commands, target: str, says: str
+) -> None:
+    result = commands.process("sync", target, "--password-env", "PASSWORD")
+    assert result.returncode == 2
+    assert says in result.stderr
+
+
+def test_a_missing_archive_is_reported_with_the_place_that_was_looked_at(commands: Commands) -> None:
+    result = commands.process("status")
+    assert result.returncode == 2
+    assert "the settings name" in result.stderr
+    result = commands.process("status", unset="ARCHIVER_DATABASE_URL")
+    assert f"ARCHIVER_DATABASE_URL is not set, so the current directory was used ({commands.directory})" in (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("days", "pinned", "says"),
+    [
+        (-6, False, "expired 6 days ago; polls fail from then on"),
+        (-6, True, "expired 6 days ago; it is pinned, so polls go on"),
+        (1, False, "expires in 1 day; polls fail from then on"),
+    ],
+)
+def test_the_end_of_a_certificate_matters_unless_it_is_pinned(days: int, pinned: bool, says: str) -> None:
+    facts = ServerFacts("pop.example.com", 995, "+OK", tls_version="TLSv1.3", pipelining=True)
+    found = advice(facts, [], has_uidl=True, days=days, round_trip=0.0, pinned=pinned)
+    assert found == [f"The certificate {says}."]
+
+
+def test_a_command_to_copy_quotes_a_name_with_spaces(commands: Commands) -> None:
+    url = "pop3s://a@mail.example.com"
+    result = commands.process("account", "add", "a b", url, "--password-env", "PASSWORD")
+    assert "archiver account check 'a b'" in result.stderr
+
+
 def test_an_accounts_file_is_checked_as_a_whole(commands: Commands, tmp_path: Path) -> None:
     from archiver.bootstrap import App
     from archiver.settings import Settings
@@ -393,7 +458,7 @@ def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) 
         commands.run("account", "add", "x", url(server), "--tls", "none", "--password-env", "PASSWORD")
         assert commands.json("sync", "x")[0]["quarantined"] == 2
         play.faults = {}
-        with pytest.raises(UsageError, match="no message of UIDL 'c'"):
+        with pytest.raises(UsageError, match="no message with UIDL 'c'"):
             commands.run("message", "retry", "x", "--uidl", "c")
         [report] = commands.json("message", "retry", "x", "--uidl", "b")
         assert (report["outcome"], report["new"], report["quarantined"]) == ("ok", 1, 1)
@@ -417,7 +482,7 @@ def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) 
 )
 def test_a_sync_that_left_messages_to_come_does_not_end_well(left: dict[str, Any], done: bool) -> None:
     report = poll_report("x", **({"listed": 1, "known": 1} | left))
-    assert _is_done(report) == done
+    assert is_done(report) == done
 
 
 def test_what_would_be_deleted_is_told_before(commands: Commands, server: ScriptedPop3) -> None:
@@ -427,7 +492,9 @@ def test_what_would_be_deleted_is_told_before(commands: Commands, server: Script
     assert [one["verdict"] for one in commands.json("account", "deletable", "x")] == ["never"]
     [line] = commands.json("account", "deletable", "x", "--delete", "after-archived")
     assert (line["uidl"], line["verdict"]) == ("a", "goes")
-    assert "1 go at the next poll" in commands.run("account", "deletable", "x", "--delete", "after-archived")
+    assert "1 to delete at the next poll" in commands.run(
+        "account", "deletable", "x", "--delete", "after-archived"
+    )
     with pytest.raises(UsageError, match="unknown deletion policy"):
         commands.run("account", "deletable", "x", "--delete", "now")
     assert dict(server.commands) == server_commands

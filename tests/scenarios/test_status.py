@@ -251,7 +251,7 @@ def test_many_accounts_in_trouble_are_a_few_lines(commands: Commands) -> None:
         commands.poll(commands.add(f"account {number:02}"), outcome="try_later", error="away")
     text = commands.run("status", code=1)
     assert sum("failing," in line or " failing " in line for line in text.splitlines()) < 25
-    assert "and 25 accounts more: archiver status --all" in text
+    assert "25 more accounts: archiver status --all" in text
     assert len(commands.json("status", code=1)["attention"]) == view.SHOWN
     assert len(commands.json("status", "--all", code=1)["attention"]) == 45
 
@@ -291,7 +291,7 @@ def test_an_account_shows_its_days(commands: Commands) -> None:
     assert shown["days"][-2]["gap_seconds"] == 86400
     assert "no successful poll from" in commands.run("account", "show", "work")
     assert commands.json("db", "prune")["counted"] == 1
-    assert commands.json("db", "recount") == {"accounts": 1, "mended": []}
+    assert commands.json("db", "recount") == {"accounts": 1, "corrected": []}
     assert commands.json("db", "catch-up") == {"accounts": 1}
     assert commands.json("account", "show", "work", "--days", "3")["days"] == shown["days"]
 

@@ -1,4 +1,4 @@
-"""``archiver account authorize``: access to a mailbox by OAuth, in place of a password."""
+"""``archiver account authorize``: access to a mailbox by OAuth instead of a password."""
 
 import sys
 from dataclasses import replace
@@ -9,7 +9,7 @@ import typer
 
 from archiver.cli import lookup
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, emit, note, say
+from archiver.cli.output import Json, emit, note, quoted, say
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from archiver.pop3 import Endpoint
 
 BY_TOKEN = ("XOAUTH2", "OAUTHBEARER")
-"""The ways to log in by an access token; the first one every provider of mail knows."""
+"""The ways to log in by an access token. Every mail provider supports the first one."""
 
 
 def authorize(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The account's name.", show_default=False)],
     provider: Annotated[
-        str | None, typer.Option(metavar="NAME", help="google or microsoft: implies endpoints and scope.")
+        str | None,
+        typer.Option(metavar="NAME", help="google or microsoft. Sets endpoints and scope."),
     ] = None,
     client_id: Annotated[
         str | None, typer.Option(metavar="ID", help="The application's id, as registered with the provider.")
@@ -40,11 +41,15 @@ def authorize(
     ] = None,
     client_credentials: Annotated[
         bool,
-        typer.Option("--client-credentials", help="The application's own access, without any person."),
+        typer.Option(
+            "--client-credentials", metavar="", help="The application's own access, without any person."
+        ),
     ] = False,
     browser: Annotated[
         bool,
-        typer.Option("--browser", help="By a browser, and not by a code. Google allows mail only so."),
+        typer.Option(
+            "--browser", metavar="", help="By a browser, and not by a code. Google allows mail only so."
+        ),
     ] = False,
     credential_file: Annotated[
         Path | None,
@@ -58,23 +63,23 @@ def authorize(
         str | None, typer.Option(metavar="URL", help="Where tokens are had, for any other provider.")
     ] = None,
     device_endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where device codes are had (RFC 8628).")
+        str | None, typer.Option(metavar="URL", help="Where to request a device code (RFC 8628).")
     ] = None,
     consent_endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="The page where a browser asks the person.")
+        str | None, typer.Option(metavar="URL", help="The page on which the user consents, in a browser.")
     ] = None,
     scope: Annotated[
-        str | None, typer.Option(metavar="SCOPES", help="What access is asked for, separated by spaces.")
+        str | None, typer.Option(metavar="SCOPES", help="The scopes to request, separated by spaces.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Let the archiver into a mailbox by OAuth. No password is kept.
+    """Give the archiver access to a mailbox by OAuth. No password is kept.
 
-    Shows an address and a code: open the one, type the other, log in as the
-    mailbox's user. What comes of it is sealed in the database with
-    ARCHIVER_SECRET_KEY, and renewed by itself from then on. With
-    --client-credentials or --credential-file nobody needs to log in.
-    docs/how-to has the steps for Google and for Microsoft.
+    Shows an address and a code: open the address, type the code, and log in as
+    the mailbox's user. The credential is kept in the database, encrypted with
+    ARCHIVER_SECRET_KEY, and is renewed automatically. --client-credentials and
+    --credential-file work without a login. docs/how-to has the steps for
+    Google and for Microsoft.
     """
     from archiver import oauth
     from archiver.errors import UsageError
@@ -83,7 +88,7 @@ def authorize(
 
     by_hand = [client_id, client_secret_file, provider, token_endpoint]
     if credential_file is not None and (client_credentials or browser or any(by_hand)):
-        raise UsageError("--credential-file tells all there is to tell; leave the other options away")
+        raise UsageError("--credential-file cannot be combined with other options")
     with opened() as app:
         account = lookup.active_account(app, name)
         endpoint = _by_token(account)
@@ -99,7 +104,7 @@ def authorize(
                     "--client-id is needed",
                     hint="docs/how-to/google.md and microsoft.md describe how to register one",
                 )
-            app.secrets.check_key()  # A missing key is said before anybody logs in.
+            app.secrets.check_key()  # A missing key is reported before the login.
             secret = None if client_secret_file is None else from_file(client_secret_file, "client secret")
             theirs = _provider(
                 provider, tenant, token_endpoint, device_endpoint, consent_endpoint, scope, client_credentials
@@ -119,7 +124,7 @@ def authorize(
         emit({"account": name, "url": endpoint.url, "scope": credential.scope})
         return
     say(f"{name} logs in by {endpoint.mechanism}")
-    note(f"see that it works: archiver account check {name}")
+    note(f"next, try it: archiver account check {quoted(name)}")
 
 
 def _by_token(account: "Account") -> "Endpoint":
@@ -129,13 +134,13 @@ def _by_token(account: "Account") -> "Endpoint":
 
     endpoint = parse_url(account.url, Tls(account.tls))
     if endpoint.version is not Version.POP3:
-        raise UsageError(f"{account.name} speaks POP2, which knows no access tokens")
+        raise UsageError(f"{account.name} uses POP2, which does not support access tokens")
     if endpoint.mechanism is None:
         return replace(endpoint, mechanism=BY_TOKEN[0])
     if endpoint.mechanism not in BY_TOKEN:
         raise UsageError(
-            f"the URL of {account.name} fixes {endpoint.mechanism} as the way to log in",
-            hint=f"archiver account edit {account.name} --url URL gives it one without ;AUTH=",
+            f"the URL of {account.name} requires {endpoint.mechanism}, which is not a login by OAuth",
+            hint=f"give it a URL without ;AUTH=: archiver account edit {quoted(account.name)} --url URL",
         )
     return endpoint
 
@@ -188,7 +193,7 @@ def _application(provider: "Provider", client: "Client") -> "Credential":
 
     if provider.application_scope is None:
         raise UsageError(
-            f"{provider.name} lets no application into mail by its secret alone",
+            f"{provider.name} does not allow access to mail by an application's secret alone",
             hint="give a service account's key: --credential-file FILE",
         )
     if client.secret is None:
@@ -197,7 +202,7 @@ def _application(provider: "Provider", client: "Client") -> "Credential":
 
 
 def _try(poster: "Poster", credential: "Credential", user: str, name: str) -> None:
-    """See now that the provider accepts it. Raises OperatorNeeded, TryLater."""
+    """Check that the provider accepts it. Raises OperatorNeeded, TryLater."""
     import time
 
     from archiver.errors import OperatorNeeded
@@ -207,7 +212,7 @@ def _try(poster: "Poster", credential: "Credential", user: str, name: str) -> No
     try:
         access_token(request(poster, credential, user, now=time.time()), name)
     except Refusal as refusal:
-        raise OperatorNeeded(f"no access was granted: {refusal}") from None
+        raise OperatorNeeded(f"the provider refused access: {refusal}") from None
 
 
 def _by_device(poster: "Poster", provider: "Provider", client: "Client", user: str) -> "Credential":
@@ -216,7 +221,7 @@ def _by_device(poster: "Poster", provider: "Provider", client: "Client", user: s
     code = ask_device_code(poster, provider, client)
     note(f"open  {code.address}")
     note(f"type  {code.user_code}")
-    note(f"and log in as {user}, or as somebody who may read that mailbox")
+    note(f"and log in as {user}, or as another user with access to that mailbox")
     return await_device(poster, provider, client, code)
 
 
@@ -225,13 +230,13 @@ def _by_browser(poster: "Poster", provider: "Provider", client: "Client", user: 
 
     with Browser(provider, client, user=user) as browser:
         note(f"open this in a browser, and log in as {user}:\n\n{browser.address}\n")
-        note("It ends at an address that begins with http://127.0.0.1")
-        note("If that page cannot be shown, because the browser runs elsewhere, paste its address here:")
+        note("The last page has an address that begins with http://127.0.0.1")
+        note("If the browser runs on another machine and cannot show that page, paste its address here:")
         return browser.wait(poster, sys.stdin)
 
 
 def _take(app: "App", former: "Account", account: "Account") -> None:
-    """Keep the new way in, and poll again, unless somebody paused the account by hand."""
+    """Keep the credential, and poll again, unless the account was paused by hand."""
     from archiver.db import accounts, schedule
     from archiver.states import AccountState
 

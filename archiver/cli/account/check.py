@@ -1,4 +1,4 @@
-"""``archiver account check``: what a mail server is, and what to expect of it."""
+"""``archiver account check``: whether an account works, and what to expect from its mail server."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +8,7 @@ import typer
 from archiver.accounts.fields import Group
 from archiver.cli import lookup, options
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, complain, emit, say, size
+from archiver.cli.output import Json, complain, counted, emit, say, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from archiver.pop3 import Entry, Listing, ServerFacts
 
 SLOW_SECONDS = 0.05
-"""A round trip from which on pipelining decides how long a first archive takes."""
+"""From this round trip on, pipelining decides how long the first poll takes."""
 CERTIFICATE_DAYS = 21
-"""So long before its end a certificate is worth a word."""
+"""A certificate that expires sooner is worth a warning."""
 
 
 @options.account_options(Group.CONNECTION)
@@ -29,9 +29,9 @@ def check(
     given: options.Given,
     json: Json = False,
 ) -> None:
-    """Look at a mail server and its mailbox, and say in plain words what to expect.
+    """Log in to a mail server, and report what its mailbox holds and what to expect from the server.
 
-    Changes nothing there. Exit code 1 when it does not work.
+    Changes nothing. Exits with 1 if the login or the listing fails.
     """
     from archiver.errors import ArchiverError
     from archiver.model import Account
@@ -63,11 +63,18 @@ def check(
         now = app.now()
     entries = listing.entries
     days = None if facts.certificate_not_after is None else (facts.certificate_not_after - now).days
-    advice = [
+    sentences = [
         *map(_sentence, warnings(account, facts)),
-        *_advice(facts, entries, has_uidl=listing.has_uidl, days=days, round_trip=round_trip),
+        *advice(
+            facts,
+            entries,
+            has_uidl=listing.has_uidl,
+            days=days,
+            round_trip=round_trip,
+            pinned=bool(account.tls_pins),
+        ),
         *_quirks(facts, listing),
-    ] or ["Nothing to mend."]
+    ] or ["No problems found."]
     known_sizes = [entry.size for entry in entries if entry.size is not None]
     if json:
         emit(
@@ -93,7 +100,7 @@ def check(
                 "unreadable_lines": listing.skipped_lines,
                 "trips_over": sorted(facts.avoid | facts.suspect),
                 "round_trip_seconds": round(round_trip, 4),
-                "advice": advice,
+                "advice": sentences,
             }
         )
         return
@@ -101,67 +108,78 @@ def check(
     say(f"  channel     {facts.tls_version or 'clear text'}{f', {facts.cipher}' if facts.cipher else ''}")
     if days is not None:
         say(f"  certificate {days} days left, SHA-256 {facts.certificate_sha256}")
-    say(f"  login       works, by {facts.mechanism}")
+    say(f"  login       works, with {facts.mechanism}")
     say(f"  offers      {', '.join(facts.capabilities) or 'nothing (no CAPA)'}")
-    ids = "by UIDL" if listing.has_uidl else "no UIDL"
-    say(f"  mailbox     {len(entries)} messages, {size(sum(known_sizes))}, {ids}")
+    ids = "UIDL" if listing.has_uidl else "no UIDL"
+    say(f"  mailbox     {counted(len(entries), 'message')}, {size(sum(known_sizes))}, {ids}")
     say(f"  round trip  {round_trip * 1000:.1f} ms")
-    for line in advice:
+    for line in sentences:
         say(f"  * {line}")
 
 
-def _advice(
-    facts: "ServerFacts", entries: "Sequence[Entry]", *, has_uidl: bool, days: int | None, round_trip: float
+def advice(
+    facts: "ServerFacts",
+    entries: "Sequence[Entry]",
+    *,
+    has_uidl: bool,
+    days: int | None,
+    round_trip: float,
+    pinned: bool,
 ) -> list[str]:
-    """What an operator should know of this server, in plain words. A pure function."""
+    """What an operator should know about this server. A pure function."""
     from archiver.poll.plan import without_own_id
 
-    advice = []
+    found = []
     if facts.tls_version is None:
         hidden = (facts.mechanism or "").startswith(("SCRAM", "CRAM", "APOP"))
         what = "Mail crosses" if hidden else "Password and mail cross"
-        advice.append(f"{what} the network in clear. Use pop3s, or starttls, if the server has it.")
+        found.append(f"{what} the network in clear text. Use pop3s or starttls if the server supports it.")
     if days is not None and days < CERTIFICATE_DAYS:
-        advice.append(f"The certificate ends in {days} days; polls will stop then.")
+        when = f"expired {counted(-days, 'day')} ago" if days < 0 else f"expires in {counted(days, 'day')}"
+        then = "it is pinned, so polls go on" if pinned else "polls fail from then on"
+        found.append(f"The certificate {when}; {then}.")
     if not has_uidl:
-        advice.append("No UIDL: messages are told apart by content, so each poll fetches all of them.")
+        found.append("No UIDL: only content identifies messages, so each poll fetches all of them.")
     elif uncertain := without_own_id(entries):
-        advice.append(
-            f"{uncertain} messages have no id of their own; each poll fetches these to compare them."
+        found.append(
+            f"The UIDL does not identify {counted(uncertain, 'message')}; each poll fetches them to compare."
         )
     if not facts.pipelining and round_trip > SLOW_SECONDS:
-        advice.append(
-            "No PIPELINING over a slow line: the first archive takes a round trip for each message."
+        found.append(
+            "No PIPELINING, and a slow connection: the first poll takes one round trip for each message."
         )
     if facts.login_delay_seconds:
-        advice.append(
-            f"The server wants {facts.login_delay_seconds:g} s between logins (LOGIN-DELAY): "
-            "polls are never closer together, whatever the interval."
+        found.append(
+            f"The server requires {facts.login_delay_seconds:g} s between logins (LOGIN-DELAY); "
+            "a shorter interval has no effect."
         )
     if facts.expire_days:
-        advice.append(f"Messages are removed after {facts.expire_days} days, archived or not (EXPIRE).")
+        found.append(f"The server removes messages after {facts.expire_days} days, archived or not (EXPIRE).")
     if facts.host.endswith(("gmail.com", "googlemail.com")):
-        advice.append(
-            "Gmail shows a few hundred messages at a time and hides what was fetched: poll until none is new."
+        found.append(
+            "Gmail lists a few hundred messages at a time and hides fetched ones: poll until none is new."
         )
-    return advice
+    return found
 
 
 def _quirks(facts: "ServerFacts", listing: "Listing") -> list[str]:
-    """What this session tripped over. A pure function."""
+    """The faults that this session met. A pure function."""
     found = [
-        f"The server hung, or hung up, at {name} and was called again without it; polls remember that."
+        f"The server stalled or disconnected at {name}. The check reconnected without it; "
+        "scheduled polls learn to skip it."
         for name in sorted(facts.avoid | facts.suspect)
     ]
     if listing.skipped_lines:
         found.append(
-            f"{listing.skipped_lines} lines of UIDL and LIST make no sense: what is gone from this mailbox "
-            "cannot be told while that is so."
+            f"{counted(listing.skipped_lines, 'line')} of UIDL or LIST cannot be read. Until that is fixed, "
+            "the archiver cannot report which messages are gone from this mailbox."
         )
     if not listing.has_sizes:
-        found.append("The server refused LIST, so what has no UIDL is not seen, nor what is gone.")
+        found.append(
+            "The server refused LIST: messages without UIDL, and messages that are gone, are not seen."
+        )
     if facts.bare_lf:
-        found.append("The server ends its lines in a bare LF, which POP3 does not allow; it is read so.")
+        found.append("The server ends lines with a bare LF. POP3 forbids that, but the archiver accepts it.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""``archiver account deletable`` and ``allow-deletion``: what would go from a mail server, and what stays."""
+"""``archiver account deletable`` and ``allow-deletion``: which messages may be deleted from a mail server."""
 
 from collections import Counter
 from typing import Annotated, Any
@@ -8,19 +8,19 @@ import typer
 from archiver.cli import lookup
 from archiver.cli.lookup import Name
 from archiver.cli.opened import opened
-from archiver.cli.output import Json, emit, say, show, table
+from archiver.cli.output import Json, emit, quoted, say, show, table
 
 MESSAGES_SHOWN = 20
 
 _WORDS = {
-    "goes": "go at the next poll that finds them listed, and their objects sound",
-    "never": "stay: the policy is never",
-    "forbidden": "stay: ARCHIVER_FORBID_DELETION is set",
-    "suspended": "stay: deletion is suspended for this account",
-    "too_young": "stay: their days are not over",
-    "quarantined": "stay: in quarantine",
-    "to_come": "stay: not archived yet",
-    "no_id": "stay: they have no id of their own",
+    "goes": "to delete at the next poll that lists them and verifies their objects",
+    "never": "kept: the policy is never",
+    "forbidden": "kept: ARCHIVER_FORBID_DELETION is set",
+    "suspended": "kept: deletion is suspended for this account",
+    "too_young": "kept: archived too recently for the policy",
+    "quarantined": "kept: in quarantine",
+    "to_come": "kept: not archived yet",
+    "no_id": "kept: their UIDL does not identify them",
 }
 
 
@@ -28,14 +28,16 @@ def deletable(
     name: Name,
     delete: Annotated[
         str | None,
-        typer.Option(metavar="POLICY", help="As if this were the account's policy.", show_default=False),
+        typer.Option(
+            metavar="POLICY", help="Assume this policy instead of the account's.", show_default=False
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """List what the next poll would ask the mail server to delete, and why the rest stays. Asks no server.
+    """List the messages that the next poll would ask the mail server to delete, and why it keeps the others.
 
-    Of the messages that the last listing showed. With --delete you see what
-    another policy would do, before you set it.
+    Covers the messages of the last listing, and connects to no server. Use
+    --delete to try a policy before you set it.
     """
     from archiver import policy
     from archiver.db import sightings
@@ -79,7 +81,7 @@ def deletable(
     say(f"{account.name}: delete {wanted}")
     if account.deletion_suspended is not None:
         say(f"  suspended: {account.deletion_suspended}")
-        say(f"  to lift it: archiver account allow-deletion {account.name}")
+        say(f"  to allow it again: archiver account allow-deletion {quoted(account.name)}")
     for word, count in sorted(counts.items()):
         say(f"  {count} {_WORDS[word]}")
     if going:
@@ -97,7 +99,7 @@ def deletable(
 
 
 def allow_deletion(name: Name) -> None:
-    """Lift the hold that a renumbered mailbox was put under: the deletion policy is in force again."""
+    """Allow deletion again after a mailbox was renumbered. The account's policy then applies."""
     from archiver.db import requests
 
     with opened() as app:

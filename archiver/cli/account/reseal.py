@@ -1,4 +1,4 @@
-"""``archiver account reseal``: the database's secrets, sealed anew by another key."""
+"""``archiver account reseal``: the secrets in the database, encrypted with another key."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 ACCOUNTS_AT_ONCE = 200
-"""Accounts of one transaction, which is over in a moment: polls go on meanwhile."""
+"""Accounts in one transaction. It is short, so polls go on meanwhile."""
 
 
 def reseal(json: Json = False) -> None:
-    """Seal every password and credential in the database with the first key of ARCHIVER_SECRET_KEY.
+    """Re-encrypt every password and credential in the database with the first key of ARCHIVER_SECRET_KEY.
 
-    Set that to NEW,OLD before; when this says that nothing is left, OLD can
-    go. Safe to repeat, and to run while polls go on. Exit code 1 when one
-    could not be opened by any of the keys.
+    First set ARCHIVER_SECRET_KEY to NEW,OLD. After a run without errors you can
+    remove OLD. Safe to repeat, and safe while the service runs. Exits with 1 if
+    no key opens one of them.
     """
     from archiver.db import accounts
 
     counts = {"resealed": 0, "current": 0, "unsealed": 0, "failed": 0}
     with opened() as app:
-        app.secrets.check_key()  # A key that cannot be used is said before anything is done.
+        app.secrets.check_key()  # An unusable key is reported before anything is changed.
         after = ""
         while True:
             with app.database.reading() as connection:
@@ -45,15 +45,15 @@ def reseal(json: Json = False) -> None:
     if json:
         emit(counts)
     else:
-        say(f"{counts['resealed']} sealed anew, {counts['current']} were so already")
+        say(f"{counts['resealed']} re-encrypted, {counts['current']} already used the current key")
         if not counts["failed"]:
-            say("the first key opens all; the others can go")
+            say("Older keys can now be removed.")
     if counts["failed"]:
         raise typer.Exit(1)
 
 
 def _look(app: "App", account: "Account", new: dict[str, tuple[str, str]]) -> str:
-    """What is to be said of one account; what is to be written for it goes to ``new``."""
+    """The count to which one account belongs. A new reference for it goes to ``new``."""
     from archiver.errors import OperatorNeeded
     from archiver.secrets import is_sealed
 
@@ -71,7 +71,7 @@ def _look(app: "App", account: "Account", new: dict[str, tuple[str, str]]) -> st
 
 
 def _exchange(connection: "Connection", *, new: dict[str, tuple[str, str]]) -> None:
-    """Write them, each unless it was changed meanwhile: that is sealed by the first key already."""
+    """Write them. A reference that was changed meanwhile stays: the first key sealed it."""
     from archiver.db import accounts
 
     for account_id, (old, resealed) in new.items():

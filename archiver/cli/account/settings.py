@@ -82,7 +82,7 @@ def edit(
     url: Annotated[str | None, typer.Option(metavar="URL", help="The mailbox's new address.")] = None,
     forget_quirks: Annotated[
         bool,
-        typer.Option("--forget-quirks", help="Try again the commands at which the server failed before."),
+        typer.Option("--forget-quirks", metavar="", help="Try commands again at which the server failed."),
     ] = False,
 ) -> None:
     """Change an account's settings. Settings that you do not name stay as they are.

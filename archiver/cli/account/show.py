@@ -37,7 +37,7 @@ def list_accounts(json: Json = False) -> None:
             emit(status_json(status))
         return
     columns = ("account", "state", "last poll", "next poll", "messages", "size", "url")
-    made = table(*columns, right=("messages", "size"))
+    made = table(*columns, right=("messages", "size"), spare=("url",))
     for status in found:
         due = status.due_at
         made.add_row(
@@ -89,7 +89,7 @@ def show_account(
 
 
 def _settings(account: "Account") -> list[str]:
-    return [f"id {account.id}, {_tls(account)}, {_password(account)}, delete {account.delete}"]
+    return [f"id {account.id}", _tls(account), _password(account), f"delete {account.delete}"]
 
 
 def _tls(account: "Account") -> str:

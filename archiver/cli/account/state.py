@@ -35,7 +35,7 @@ def poll(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Accounts.", show_default=False)
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every account that is not paused.")] = False,
+    every: Annotated[bool, typer.Option("--all", metavar="", help="Every active account.")] = False,
 ) -> None:
     """Ask the running service to poll accounts now, whatever their schedule and back-off.
 
@@ -63,7 +63,7 @@ def poll(
 
 def remove(
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", metavar="", help="Do not ask.")] = False,
 ) -> None:
     """Stop archiving an account and forget its password. Captured messages stay in the archive."""
     from archiver.db import accounts
