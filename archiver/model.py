@@ -241,8 +241,8 @@ class Segment:
 
 
 HeldBack = Literal["session", "room", "blackout", "day"]
-"""What ends a poll before all is fetched: the budget of its session, others that wait for its thread or its
-host, a window in which its account may not be polled, or the budget of its day."""
+"""Why a poll ends before all is fetched: its session's budget is spent; others wait for its thread or host; a
+blackout of its account begins; the budget of its account's day is spent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from archiver import pop3
 from archiver.db import accounts, requests
-from archiver.model import Account, DeletePolicy, new_account_id
+from archiver.model import Account, DeletePolicy, PollReport, new_account_id
+from archiver.poll import NEEDS_THREAD, Story, begin, poll
 from archiver.poll.ports import Ports
 from archiver.store import Body, PutResult
 from archiver.store.filesystem import FilesystemStore
@@ -530,3 +531,20 @@ def test_dovecot_is_known_by_a_look(archive: Archive, mailbox: Callable[..., Mai
     assert archive.segments(account)[-1].listing_first == 4
     assert archive.sync(account, ports).counts.known == 5
     assert set(archive.archived(account)) == {message(name) for name in "abcdef"}
+
+
+def test_a_story_needs_a_thread_before_it_lists(archive: Archive) -> None:
+    account = archive.add(archive.serve(MailboxPlay([(b"a", message("a"))])))
+
+    def story() -> Story:
+        lease = archive.claim(account)
+        return poll(archive.before(account), lease, archive.ports(), may_glance=True)
+
+    listing = story()
+    assert begin(listing) is NEEDS_THREAD
+    listing.close()
+    archive.run_out(account)
+    archive.poll_on_schedule(account)
+    report = begin(story())
+    assert isinstance(report, PollReport)
+    assert (report.outcome, report.listed, report.glanced) == ("ok", 1, True)
