@@ -92,6 +92,7 @@ class App:
             self.settings.store_url,
             s3_endpoint_url=self.settings.s3_endpoint_url,
             s3_region=self.settings.s3_region,
+            s3_addressing_style=self.settings.s3_addressing_style,
             max_connections=self.settings.uploads + 4,
         )
         store.probe()

@@ -58,12 +58,21 @@ class Settings(BaseSettings):
         default=None,
         description=(
             "URL of the S3-compatible server, such as `https://s3.example.com:9000`. Default: Amazon S3. "
-            "If set, buckets are addressed by path."
+            "If set, buckets are addressed by path, unless `ARCHIVER_S3_ADDRESSING_STYLE` or the AWS "
+            "configuration says otherwise."
         ),
     )
     s3_region: str | None = Field(
         default=None,
         description="Region of the bucket. Default: the region of the AWS configuration.",
+    )
+    s3_addressing_style: Literal["auto", "path", "virtual"] | None = Field(
+        default=None,
+        description=(
+            "How requests name the bucket: in the `path`, in the host name (`virtual`), or as boto3 chooses "
+            "(`auto`). Some providers refuse one of the two. Default: `addressing_style` of the AWS "
+            "configuration."
+        ),
     )
     secret_key: SecretStr | None = Field(
         default=None,

@@ -18,11 +18,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from archiver.errors import IntegrityError, UsageError
 
 __all__ = [
+    "AddressingStyle",
     "Body",
     "InvalidKey",
     "NotAnObject",
@@ -36,6 +37,10 @@ __all__ = [
     "is_key",
     "open_store",
 ]
+
+
+AddressingStyle = Literal["auto", "path", "virtual"]
+"""Where a request names its bucket: in the path, or in the host name."""
 
 
 class ObjectNotFound(IntegrityError):
@@ -184,6 +189,7 @@ def open_store(
     *,
     s3_endpoint_url: str | None = None,
     s3_region: str | None = None,
+    s3_addressing_style: AddressingStyle | None = None,
     max_connections: int = 32,
     sleep: Callable[[float], None] = time.sleep,
     uniform: Callable[[float, float], float] = random.uniform,
@@ -197,12 +203,17 @@ def open_store(
     """
     from archiver.store.retry import RetryingStore
 
-    return RetryingStore(
-        _open(url, s3_endpoint_url, s3_region, max_connections), sleep=sleep, uniform=uniform
-    )
+    store = _open(url, s3_endpoint_url, s3_region, s3_addressing_style, max_connections)
+    return RetryingStore(store, sleep=sleep, uniform=uniform)
 
 
-def _open(url: str, s3_endpoint_url: str | None, s3_region: str | None, max_connections: int) -> Store:
+def _open(
+    url: str,
+    s3_endpoint_url: str | None,
+    s3_region: str | None,
+    s3_addressing_style: AddressingStyle | None,
+    max_connections: int,
+) -> Store:
     scheme, colon, rest = url.partition(":")
     # The URL may hold a password by mistake, so no error repeats it.
     if not colon:
@@ -233,6 +244,7 @@ def _open(url: str, s3_endpoint_url: str | None, s3_region: str | None, max_conn
             prefix,
             endpoint_url=s3_endpoint_url,
             region=s3_region,
+            addressing_style=s3_addressing_style,
             max_connections=max_connections,
         )
     raise UsageError(f"unknown scheme in the store's URL: {_EXPECTED}")

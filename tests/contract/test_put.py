@@ -29,7 +29,8 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import CredentialProvider, CredentialResolver, Credentials
 
-from archiver.errors import IntegrityError, OperatorNeeded, TryLater
+from archiver.errors import IntegrityError, OperatorNeeded, TryLater, UsageError
+from archiver.store import AddressingStyle
 from archiver.store.s3 import S3Store
 from archiver.store.s3.put import PLAN_SECONDS, SmallPut
 from archiver.store.spool import BytesBody
@@ -41,6 +42,7 @@ pytestmark = pytest.mark.slow
 KEY = "messages/7/ab/abcdef.eml"
 BODY = BytesBody(b"From: a@example.com\r\n\r\nx\r\n")
 DONE = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n'
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LARGEST = 1024 * 1024 - 1  # of those that are sent so
 
 
@@ -88,6 +90,7 @@ class Scripted(socketserver.ThreadingTCPServer):
         self.connections = 0
         self.lines: list[socket.socket] = []  # of the requests
         self.stopping = threading.Event()
+        self.to_expectations = CONTINUE
         self._tls: ssl.SSLContext | None = None
         if certificate:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -119,7 +122,10 @@ class Scripted(socketserver.ThreadingTCPServer):
             assert name.lower() not in headers
             headers[name.lower()] = value
         if "expect" in headers:
-            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(self.to_expectations)
+            if self.to_expectations.startswith(b"HTTP/1.1 4"):
+                self.requests.append(Request(number, line, headers, b""))
+                return False
         step = self.script.pop(0) if self.script else DONE
         then = step if isinstance(step, Then) else Then(step)
         size = int(headers.get("content-length", 0)) if then.body_bytes is None else then.body_bytes
@@ -511,6 +517,111 @@ def test_what_cannot_be_carried_safely_is_boto3_s(
     assert told["event"] == "store.fast_put_off"
     assert reason in told["reason"]
     assert "secr" not in str(told)
+
+
+UPLOAD = b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+UPLOADED = b'<CompleteMultipartUploadResult><ETag>"x"</ETag></CompleteMultipartUploadResult>'
+FAILED_EXPECTATION = b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n"
+
+
+def xml(text: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (
+        len(text),
+        text,
+    )
+
+
+def test_a_proxy_that_knows_no_expectation_is_asked_once(server: Scripted) -> None:
+    """RFC 9110, section 10.1.1: 417 is sent by a server that cannot meet the expectation."""
+    server.to_expectations = FAILED_EXPECTATION
+    store, body = open_store(server), BytesBody(b"x" * (LARGEST + 1))
+    for number in range(3):
+        assert store.put(f"messages/{number}", body).created
+    assert ["expect" in request.headers for request in server.requests] == [True, False, False, False]
+    assert [request.body for request in server.requests[1:]] == [body.data] * 3
+
+
+def test_a_part_is_sent_again_without_the_expectation(server: Scripted) -> None:
+    server.to_expectations = FAILED_EXPECTATION
+    body = BytesBody(b"x" * (LARGEST + 1) + b"y" * (LARGEST + 1))
+    store = open_store(server, multipart_bytes=LARGEST + 1, part_bytes=LARGEST + 1)
+    missing = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+    server.script = [
+        missing,
+        xml(b"<ListBucketResult></ListBucketResult>"),
+        xml(UPLOAD),
+        DONE,
+        DONE,
+        xml(UPLOADED),
+    ]
+    assert store.put(KEY, body).created
+    parts = [request for request in server.requests if "partNumber" in request.line]
+    assert ["expect" in request.headers for request in parts] == [True, False, False]
+    assert b"".join(request.body for request in parts) == body.data
+
+
+def test_a_server_that_refuses_without_an_expectation_too_is_not_asked_for_ever(server: Scripted) -> None:
+    server.to_expectations = FAILED_EXPECTATION
+    server.script = [FAILED_EXPECTATION, FAILED_EXPECTATION]
+    store = open_store(server)
+    with pytest.raises(OperatorNeeded, match="417"):
+        store.put(KEY, BytesBody(b"x" * (LARGEST + 1)))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 5])
+@pytest.mark.parametrize("size", [10, LARGEST + 1])
+def test_any_number_of_interim_answers_is_one_answer(server: Scripted, times: int, size: int) -> None:
+    server.to_expectations = CONTINUE * times
+    if size < LARGEST:
+        server.script = [CONTINUE * times + DONE] * 2
+    store, body = open_store(server), BytesBody(b"x" * size)
+    for number in range(2):
+        assert store.put(f"messages/{number}", body).created
+    assert [request.body for request in server.requests] == [body.data] * 2
+
+
+CONFIGURED = "[default]\nregion = us-east-1\ns3 =\n  addressing_style = {}\n"
+
+
+@pytest.mark.parametrize(
+    ("configured", "setting", "host", "path"),
+    [
+        (None, None, "s3.test", "/mail/some"),
+        (None, "virtual", "mail.s3.test", "/some"),
+        ("virtual", None, "mail.s3.test", "/some"),
+        ("path", None, "s3.test", "/mail/some"),
+        ("virtual", "path", "s3.test", "/mail/some"),
+        ("path", "virtual", "mail.s3.test", "/some"),
+    ],
+)
+def test_a_bucket_is_named_as_the_settings_say(
+    server: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    configured: str | None,
+    setting: AddressingStyle | None,
+    host: str,
+    path: str,
+) -> None:
+    (tmp_path / "config").write_text(CONFIGURED.format(configured) if configured else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("http_proxy", server.url)  # no other way to have names of our own
+    store = S3Store(
+        "mail", "some", endpoint_url="http://s3.test", session=session(), addressing_style=setting
+    )
+    put_all(store, 1)
+    assert server.requests[0].line.split()[1] == f"http://{host}{path}/messages/0.eml"
+    assert server.requests[0].headers.get("host", host) == host
+
+
+def test_an_addressing_style_that_does_not_exist_is_wrong_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(CONFIGURED.format("sideways"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(UsageError, match="sideways"):
+        S3Store("mail", endpoint_url="http://127.0.0.1:9", session=session())
 
 
 def test_a_proxy_is_boto3_s(server: Scripted) -> None:

@@ -1048,6 +1048,45 @@ def test_a_refusal_says_what_happens_next(
             assert error.wait_seconds == 7
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "text", "hint"),
+    [
+        (
+            403,
+            "SecondLevelDomainForbidden",
+            "Use virtual hosted style.",
+            "ARCHIVER_S3_ADDRESSING_STYLE=virtual",
+        ),
+        (403, "AccessDenied", "Please use virtual-hosted-style.", "ARCHIVER_S3_ADDRESSING_STYLE=virtual"),
+        (400, "InvalidRequest", "Path-style requests are off.", "ARCHIVER_S3_ADDRESSING_STYLE=virtual"),
+        (403, "AccessDenied", "not authorized to perform: kms:GenerateDataKey", "kms:GenerateDataKey"),
+        (403, "AccessDenied", "with an explicit deny in a resource-based policy", "policies of the bucket"),
+        (403, "QuotaExceeded", "", "quota"),
+        (407, "", "", "HTTPS_PROXY"),
+    ],
+)
+def test_a_hint_names_what_the_text_means(
+    answering: _Answering, status: int, code: str, text: str, hint: str
+) -> None:
+    page = f"<Error><Code>{code}</Code><Message>{text}</Message></Error>" if code else ""
+    answering.answer = (status, {"Content-Type": "application/xml"}, page.encode())
+    for error in _every_verb(_of(answering).open()):
+        assert type(error) is OperatorNeeded
+        assert hint in (error.hint or "")
+
+
+@pytest.mark.parametrize("status", [301, 302, 400, 401, 403, 404, 405])
+def test_a_web_page_is_no_refusal_by_a_store(answering: _Answering, status: int) -> None:
+    answering.answer = (status, {"Content-Type": "text/html"}, b"<html>Blocked by the firewall</html>")
+    for error in _every_verb(_of(answering).open()):
+        assert type(error) is OperatorNeeded
+        assert "web page" in (error.hint or "")
+
+
+def _of(answering: _Answering) -> Bucket:
+    return Bucket(f"http://127.0.0.1:{answering.server_port}", "mail", "key", "a secret")
+
+
 _OF_THE_WHOLE = base64.b64encode(bytes(range(32))).decode()
 
 
@@ -1074,7 +1113,7 @@ def test_only_a_checksum_of_the_whole_object_is_believed(
     answering: _Answering, headers: dict[str, str], is_proof: bool
 ) -> None:
     answering.answer = (200, {"ETag": '"x"', **headers}, b"")
-    stored = Bucket(f"http://127.0.0.1:{answering.server_port}", "mail", "key", "a secret").open().stat(KEY)
+    stored = _of(answering).open().stat(KEY)
     assert stored is not None
     assert stored.sha256 == (bytes(range(32)) if is_proof else None)
 

@@ -19,7 +19,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from posixpath import splitext
@@ -35,6 +35,7 @@ from botocore.parsers import ResponseParserError
 from archiver import __version__
 from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater, UsageError
 from archiver.store import (
+    AddressingStyle,
     Body,
     ObjectDiffers,
     ObjectNotFound,
@@ -76,6 +77,17 @@ _RIGHTS = "grant s3:PutObject, s3:GetObject, s3:ListBucket and s3:AbortMultipart
 _BUCKET = "create the bucket, or correct ARCHIVER_STORE_URL or ARCHIVER_S3_ENDPOINT_URL"
 _REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
 _ENDPOINT = "check ARCHIVER_S3_ENDPOINT_URL: the server there does not speak S3 correctly"
+_STYLE = "set ARCHIVER_S3_ADDRESSING_STYLE=virtual: this server takes buckets by host name only"
+_WEB_PAGE = (
+    "the answer is a web page, not one of S3's: check ARCHIVER_S3_ENDPOINT_URL, and which proxy or firewall "
+    "answers in the server's place"
+)
+_PROXY = "check HTTP_PROXY, HTTPS_PROXY and NO_PROXY, and the user and password in them"
+_KMS = "grant kms:GenerateDataKey and kms:Decrypt for the key of this bucket to these credentials"
+_DENY = (
+    "a policy denies it explicitly: look at the policies of the bucket, the organisation and the VPC endpoint"
+)
+_QUOTA = "raise the quota of this bucket or user, or free some space"
 _INCOMPLETE = (
     "this server lacks a part of S3 that the archive needs, such as conditional writes (If-None-Match: *); "
     "use another server, or a newer release of it"
@@ -99,18 +111,29 @@ _LASTING = {
     "InvalidToken": _EXPIRED,
     "NoSuchBucket": _BUCKET,
     "NotImplemented": _INCOMPLETE,
+    "PathStyleDomainForbidden": _STYLE,
     "PermanentRedirect": _REGION,
+    "QuotaExceeded": _QUOTA,
     "RequestTimeTooSkewed": "set this machine's clock",
+    "SecondLevelDomainForbidden": _STYLE,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "TokenRefreshRequired": _EXPIRED,
     "301": _REGION,
     "401": _CREDENTIALS,
     "403": _RIGHTS,
     "404": _BUCKET,
+    "407": _PROXY,
     "413": "raise the limit of the server, or of the proxy before it, for the size of a request",
     "501": _INCOMPLETE,
 }
 _DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+
+# What a refusal's text says more exactly than its code.
+_IN_TEXT = [
+    (re.compile(r"virtual.hosted|path.style", re.IGNORECASE), _STYLE),
+    (re.compile(r"\bkms:", re.IGNORECASE), _KMS),
+    (re.compile(r"explicit deny", re.IGNORECASE), _DENY),
+]
 _PASSING = _DAMAGED | {
     "BandwidthLimitExceeded",
     "ConditionalRequestConflict",
@@ -131,6 +154,9 @@ _PASSING = _DAMAGED | {
     "429",
 }
 
+# With a web page, these are no answers of S3.
+_SAID_BY_NONE_OF_S3 = {301, 302, 303, 307, 308, 400, 401, 403, 404, 405}
+
 # Requests that did not reach a server, or whose answer did not arrive. The first match counts.
 _CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[ArchiverError], str]] = [
     ((boto.NoCredentialsError, boto.PartialCredentialsError), OperatorNeeded, _CREDENTIALS),
@@ -141,6 +167,7 @@ _CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[Arc
     ),
     # The machine's or pod's metadata service, or a helper program, can recover.
     ((boto.CredentialRetrievalError, boto.MetadataRetrievalError), TryLater, _CREDENTIALS),
+    (boto.ProxyConnectionError, TryLater, _PROXY),
     ((boto.ConnectionError, boto.HTTPClientError), TryLater, _UNREACHABLE),
     ((boto.IncompleteReadError, urllib3.exceptions.HTTPError), TryLater, _UNREACHABLE),
     ((boto.ChecksumError, boto.FlexibleChecksumError), TryLater, "nothing to do, unless it happens often"),
@@ -154,7 +181,9 @@ class S3Store:
     """Objects below ``prefix`` (which may be empty) of ``bucket``. For any number of threads.
 
     Without ``endpoint_url`` the server is Amazon's; without ``region`` the
-    environment's region counts. ``max_connections`` are kept open: one for each
+    environment's region counts. ``addressing_style`` says whether buckets are in
+    the path or the host name; None follows the AWS configuration, and without
+    that uses the path where there is an ``endpoint_url``. ``max_connections`` are kept open: one for each
     thread that uses the store. Bodies above ``multipart_bytes`` are uploaded in
     parts of ``part_bytes``, or larger ones where 10,000 are not enough.
     ``session`` replaces the environment's boto3 session. Raises UsageError.
@@ -167,6 +196,7 @@ class S3Store:
         *,
         endpoint_url: str | None = None,
         region: str | None = None,
+        addressing_style: AddressingStyle | None = None,
         max_connections: int = 32,
         multipart_bytes: int = _MULTIPART_BYTES,
         part_bytes: int = _PART_BYTES,
@@ -180,26 +210,29 @@ class S3Store:
         self._part_bytes = part_bytes
         if endpoint_url is not None:
             _check_endpoint(endpoint_url)
-        config = Config(
-            user_agent_extra=f"archiver/{__version__}",
-            connect_timeout=connect_timeout_seconds,
-            read_timeout=read_timeout_seconds,
-            max_pool_connections=max_connections,
-            tcp_keepalive=True,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            # Amazon has a host name for each bucket; few other servers do.
-            s3={"addressing_style": "path" if endpoint_url else "auto"},
-            # The default adds a trailing CRC to every body, which many servers refuse.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
         try:
             session = session or boto3.session.Session()
+            style: Any = addressing_style or _style_of(session) or ("path" if endpoint_url else "auto")
+            config = Config(
+                user_agent_extra=f"archiver/{__version__}",
+                connect_timeout=connect_timeout_seconds,
+                read_timeout=read_timeout_seconds,
+                max_pool_connections=max_connections,
+                tcp_keepalive=True,
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                # Amazon has a host name for each bucket; few other servers do.
+                s3={"addressing_style": style},
+                # The default adds a trailing CRC to every body, which many servers refuse.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            )
             self._client = session.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
         except (boto.BotoCoreError, ValueError) as error:
             raise UsageError(f"cannot use S3 with these settings: {_one_line(str(error))}") from error
         # There are no settings for these two.
-        self._client.meta.events.register("before-send.s3.PutObject", _send_small_bodies_at_once)
+        self._expects = True
+        for operation in ("PutObject", "UploadPart"):
+            self._client.meta.events.register(f"before-send.s3.{operation}", self._expect_or_not)
         self._client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
         self._small = SmallPut(session, self._client)
         self._where = f"{self.url} at {self._client.meta.endpoint_url}"
@@ -334,9 +367,10 @@ class S3Store:
                 return headers.get("x-amz-version-id")
         with body.open() as reader:
             part = io.BufferedReader(_Part(reader, 0, body.size), _FILE_BUFFER_BYTES)
-            answer = self._client.put_object(**put, Body=part)
+            answer = self._send(self._client.put_object, part, put)
         _required(answer, "ETag")
-        return answer.get("VersionId")
+        version_id: str | None = answer.get("VersionId")
+        return version_id
 
     def _put_in_parts(self, name: str, body: Body) -> str | None:
         begun = self._client.create_multipart_upload(
@@ -384,16 +418,15 @@ class S3Store:
                         whole.update(chunk)
                     if start + size == body.size and whole.digest() != body.sha256:
                         raise _damaged()
-                    part.seek(0)
-                    answer = self._client.upload_part(
-                        Bucket=self._bucket,
-                        Key=name,
-                        UploadId=upload_id,
-                        PartNumber=len(parts) + 1,
-                        Body=part,
-                        ContentLength=size,
-                        ChecksumSHA256=_base64(checksum.digest()),
-                    )
+                    query = {
+                        "Bucket": self._bucket,
+                        "Key": name,
+                        "UploadId": upload_id,
+                        "PartNumber": len(parts) + 1,
+                        "ContentLength": size,
+                        "ChecksumSHA256": _base64(checksum.digest()),
+                    }
+                    answer = self._send(self._client.upload_part, part, query)
                 parts.append(
                     {
                         "PartNumber": len(parts) + 1,
@@ -402,6 +435,25 @@ class S3Store:
                     }
                 )
         return parts
+
+    def _send(self, call: Callable[..., Any], part: BinaryIO, query: Mapping[str, Any]) -> Any:
+        """Send a large body; once more, and from then on, without Expect if the server does not know that."""
+        try:
+            part.seek(0)
+            return call(**query, Body=part)
+        except boto.ClientError as error:
+            # RFC 9110, section 10.1.1.
+            if _status(error) != HTTPStatus.EXPECTATION_FAILED or not self._expects:
+                raise
+        self._expects = False
+        part.seek(0)
+        return call(**query, Body=part)
+
+    def _expect_or_not(self, request: "AWSPreparedRequest", **_: object) -> None:
+        # The signature does not cover this header.
+        is_small = int(request.headers.get("Content-Length", _EXPECT_BYTES)) < _EXPECT_BYTES
+        if is_small or not self._expects:
+            del request.headers["Expect"]
 
     def _abort(self, name: str, upload_id: str) -> None:
         # The caller gets the failure that led here.
@@ -507,12 +559,6 @@ class _Part(io.RawIOBase):
         return self._position
 
 
-def _send_small_bodies_at_once(request: "AWSPreparedRequest", **_: object) -> None:
-    # The signature does not cover this header.
-    if int(request.headers.get("Content-Length", _EXPECT_BYTES)) < _EXPECT_BYTES:
-        del request.headers["Expect"]
-
-
 def _follow_no_redirect(params: dict[str, Any], **_: object) -> None:
     """After a redirect, botocore asks for the bucket's region by HeadBucket.
 
@@ -520,6 +566,12 @@ def _follow_no_redirect(params: dict[str, Any], **_: object) -> None:
     botocore would repeat it without end.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _style_of(session: boto3.session.Session) -> Any:
+    """The addressing style in the profile of the AWS configuration, if it has one."""
+    of_s3 = session._session.get_scoped_config().get("s3")  # boto3's own attributes leave this out
+    return of_s3.get("addressing_style") if isinstance(of_s3, dict) else None
 
 
 def _required(answer: Mapping[str, Any], name: str) -> str:
@@ -589,13 +641,19 @@ def _status(error: boto.ClientError) -> int:
 def _refusal(error: boto.ClientError, trying: str) -> ArchiverError:
     """Translate an error answer. An unknown code counts by its status."""
     code, status = _code(error), _status(error)
-    text = error.response.get("Error", {}).get("Message", "")
+    text = error.response.get("Error", {}).get("Message") or ""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     message = _one_line(f"cannot {trying}: {code or status} {text}")
+    for pattern, hint in _IN_TEXT if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.NOT_FOUND else ():
+        if pattern.search(text):
+            return OperatorNeeded(message, hint=hint)
+    is_page = "html" in headers.get("content-type", "")
+    if is_page and status in _SAID_BY_NONE_OF_S3:
+        return OperatorNeeded(message, hint=_WEB_PAGE)
     if code in _LASTING:
         return OperatorNeeded(message, hint=_LASTING[code])
     failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
     if failed or code in _PASSING or str(status) in _PASSING:
-        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         wait = headers.get("retry-after", "")
         # RFC 9110, section 10.2.3: seconds; no store sends a date.
         return TryLater(message, wait_seconds=float(wait) if re.fullmatch(r"\d{1,6}", wait) else None)
