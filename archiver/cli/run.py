@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from archiver.bootstrap import App
+
+LEFT_SECONDS = 1.0
+"""How long threads may take to end after everything is closed."""
 
 AGAIN_SECONDS = 5.0
 """Time between two attempts to open a database or a store that is not ready yet."""
@@ -55,10 +59,21 @@ def run() -> None:
             worker = app.worker
             is_open.set()
             drained = worker.serve(stop, settings.drain_seconds)
-    if not drained:
+    if not drained or _threads_hang():
         # Threads that hang in a socket would keep the process alive. Messages that
         # they have not recorded are still on the server.
         os._exit(0)
+
+
+def _threads_hang() -> bool:
+    """Whether a thread is left that the interpreter would wait for, such as one that answers a probe."""
+    ends_at = time.monotonic() + LEFT_SECONDS
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, ends_at - time.monotonic()))
+            if thread.is_alive():
+                return True
+    return False
 
 
 def _open(app: "App", stop: threading.Event, log: Any) -> bool:

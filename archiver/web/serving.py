@@ -12,18 +12,22 @@ import uvicorn
 from starlette.applications import Starlette
 
 from archiver.errors import OperatorNeeded, UsageError
+from archiver.web.connections import ACCEPTED_AT_ONCE, HEAD_BYTES, Limits, limited
 
 START_SECONDS: Final = 10.0
 """How long the server may take to start."""
 END_SECONDS: Final = 5.0
 """How long its thread may take to end."""
 HIGHEST_PORT: Final = 65535
+DEFAULT_LIMITS: Final = Limits()
 
 _HINT: Final = "ARCHIVER_HTTP_LISTEN is host:port, such as 127.0.0.1:8080"
 
 
 @contextmanager
-def serving(listen: str, make: Callable[[bool], Starlette]) -> Iterator[str]:
+def serving(
+    listen: str, make: Callable[[bool], Starlette], *, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[str]:
     """Serve at ``host:port`` in a thread, for the length of the block; yields the server's address.
 
     ``make`` receives whether it listens on loopback only. Raises UsageError for
@@ -34,7 +38,15 @@ def serving(listen: str, make: Callable[[bool], Starlette]) -> Iterator[str]:
         make(_is_loopback(host)),
         host=host,
         port=port,
+        loop="asyncio",
+        http=limited(limits),
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        proxy_headers=False,
         log_config=None,
+        # Anyone can cause its warnings, as often as they like.
+        log_level="error",
         access_log=False,
         lifespan="off",
         server_header=False,

@@ -2,10 +2,11 @@
 
 import json
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ import sqlalchemy as sa
 from archiver import web
 from archiver.db import Database, events, migrate, overview
 from archiver.errors import OperatorNeeded, TryLater, UsageError
+from archiver.web.connections import Limits
+from archiver.web.serving import DEFAULT_LIMITS
 
 TOKEN = "a token of the api"
 PROBLEM = "application/problem+json"
@@ -66,6 +69,7 @@ def serve(database: Database) -> Iterator[Serve]:
             *,
             on_loopback: bool | None = None,
             hosts: tuple[str, ...] = (),
+            limits: Limits = DEFAULT_LIMITS,
         ) -> Callable[..., Answer]:
             process = process or Process()
             health = web.Health(lambda: process.alive, process.ready, lambda: STANDING)
@@ -80,7 +84,7 @@ def serve(database: Database) -> Iterator[Serve]:
                     hosts=hosts,
                 )
 
-            address = stack.enter_context(web.serving("127.0.0.1:0", application))
+            address = stack.enter_context(web.serving("127.0.0.1:0", application, limits=limits))
 
             def get(
                 path: str, authorization: str | None = None, *, method: str = "GET", **headers: str
@@ -327,6 +331,112 @@ def test_a_request_does_not_write(serve: Serve, database: Database) -> None:
     serve()("/v1/events")
     after = database.transact(lambda connection: connection.execute(sa.text("PRAGMA data_version")).scalar())
     assert before == after
+
+
+# What a connection may cost.
+
+
+@contextmanager
+def connections(database: Database, limits: Limits, process: Process | None = None) -> Iterator[Any]:
+    """A server with these limits; yields what connects to it and sends the given bytes."""
+    process = process or Process()
+    health = web.Health(lambda: process.alive, process.ready, lambda: STANDING)
+    application = web.application(database, health, token=None, on_loopback=True, deletion_forbidden=False)
+    with web.serving("127.0.0.1:0", lambda _: application, limits=limits) as at, ExitStack() as stack:
+
+        def connect(sent: bytes = b"") -> socket.socket:
+            made = socket.create_connection(("127.0.0.1", int(at.rpartition(":")[2])), 20)
+            stack.enter_context(made)
+            made.sendall(sent)
+            return made
+
+        yield connect
+
+
+def rest(connection: socket.socket) -> bytes:
+    """All that arrives until the server ends the connection."""
+    got = b""
+    with suppress(ConnectionResetError):
+        while block := connection.recv(65536):
+            got += block
+    return got
+
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def test_what_asks_for_nothing_is_disconnected(database: Database) -> None:
+    with connections(database, Limits(head_seconds=0.3, answer_seconds=0.3)) as connect:
+        assert rest(connect()) == b""
+        assert rest(connect(b"GET /livez HTTP/1.1\r\nHost: x\r\nA: half of")) == b""
+        # The answer comes before the body does, and then the connection has its time.
+        body = b"POST /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1"
+        assert rest(connect(body)).startswith(b"HTTP/1.1 405 ")
+        # Between two requests.
+        again = LIVEZ.replace(b"Connection: close\r\n", b"")
+        assert rest(connect(again + b"GET /li")).count(b"HTTP/1.1 200 ") == 1
+        assert rest(connect(again * 3)).count(b"HTTP/1.1 200 ") == 3
+
+
+def test_a_header_that_drips_is_not_granted_more_time(database: Database) -> None:
+    with connections(database, Limits(head_seconds=0.3)) as connect:
+        connection = connect(b"GET /livez HTTP/1.1\r\nHost: x\r\n")
+        connection.settimeout(0.01)
+        for _ in range(1000):
+            try:
+                connection.sendall(b"A: b\r\n")
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        else:
+            pytest.fail("the connection is still open")
+
+
+def test_a_new_connection_displaces_the_oldest_that_asks_nothing(database: Database) -> None:
+    with connections(database, Limits(connections=5)) as connect:
+        idle = [connect() for _ in range(40)]
+        for _ in range(10):
+            assert rest(connect(LIVEZ)).endswith(b"ok\n")
+        assert rest(idle[0]) == b""
+        # The answer needed one place only at a time.
+        idle[-1].sendall(LIVEZ)
+        assert rest(idle[-1]).endswith(b"ok\n")
+
+
+def test_liveness_waits_for_no_thread(database: Database) -> None:
+    """More requests wait for the database than there are threads, and liveness is asked beside them."""
+    go_on = threading.Event()
+
+    class Hanging(Process):
+        def ready(self) -> None:
+            go_on.wait(20)
+
+    with connections(database, Limits(), Hanging()) as connect:
+        try:
+            waiting = [connect(LIVEZ.replace(b"/livez", b"/readyz")) for _ in range(100)]
+            assert rest(connect(LIVEZ)).endswith(b"ok\n")
+        finally:
+            go_on.set()
+        assert rest(waiting[-1]).endswith(b"ok\n")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        *(b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET /livez HTTP/1.1\r\n\r\n", b"\r\n" * 9 + b"\x00"),
+        *(LIVEZ[:-2] + b"Host: y\r\n\r\n", LIVEZ[:-2] + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n"),
+        LIVEZ[:-2] + b"A: " + b"a" * 20_000,
+    ],
+)
+def test_what_is_no_request_is_a_problem(database: Database, request_bytes: bytes) -> None:
+    with connections(database, Limits(head_seconds=5)) as connect:
+        head, _, body = rest(connect(request_bytes)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert PROBLEM.encode() in head
+    assert json.loads(body)["status"] == 400
 
 
 # Where it listens.
