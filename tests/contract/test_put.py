@@ -93,8 +93,12 @@ class Scripted(socketserver.ThreadingTCPServer):
         self.to_expectations = CONTINUE
         self._tls: ssl.SSLContext | None = None
         if certificate:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.load_cert_chain(*certificate)
+            self.present(certificate)
+
+    def present(self, certificate: tuple[Path, Path]) -> None:
+        """Use this certificate for connections from now on."""
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.load_cert_chain(*certificate)
 
     @property
     def url(self) -> str:
@@ -759,6 +763,93 @@ def test_a_server_s_certificate_is_verified(tmp_path: Path, trusted: str) -> Non
                 store.put(KEY, BODY)
             assert "AWS_CA_BUNDLE" in (caught.value.hint or "")
             assert server.requests == []
+
+
+# Files that change while the service runs
+
+
+class Clock:
+    """Goes on by two seconds whenever it is looked at: each look at the files is due."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 2
+        return self.seconds
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "behind a link"])
+@pytest.mark.parametrize("size", [10, LARGEST + 1])
+def test_another_authority_is_trusted_without_a_restart(tmp_path: Path, how: str, size: int) -> None:
+    pairs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pairs.append(self_signed(tmp_path / name))
+    bundle, body = tmp_path / "bundle.pem", BytesBody(b"x" * size)
+    if how == "behind a link":  # as Kubernetes mounts a ConfigMap
+        (tmp_path / "data").symlink_to("one", target_is_directory=True)
+        bundle = tmp_path / "data" / pairs[0][0].name
+    else:
+        bundle.write_bytes(pairs[0][0].read_bytes())
+    with serving(Scripted(certificate=pairs[0])) as server:
+        store = open_store(server, session(ca_file=bundle), monotonic=Clock())
+        assert store.put("messages/1", body).created
+        server.present(pairs[1])
+        server.script = [Then(DONE, "close")]
+        with suppress(TryLater):
+            store.put("messages/2", body)
+        with pytest.raises((OperatorNeeded, TryLater), match="SSL"):  # or on a connection that was closed
+            store.put("messages/3", body)
+        if how == "written":
+            bundle.write_bytes(b"-----BEGIN CERTIFICATE-----\nhalf")
+            with pytest.raises((OperatorNeeded, TryLater)):
+                store.put("messages/3", body)
+            bundle.write_bytes(b"".join(certificate.read_bytes() for certificate, _ in pairs))
+        elif how == "replaced":
+            (tmp_path / "new").write_bytes(pairs[1][0].read_bytes())
+            (tmp_path / "new").replace(bundle)
+        else:
+            (tmp_path / "new").symlink_to("two", target_is_directory=True)
+            (tmp_path / "new").replace(tmp_path / "data")
+        assert store.put("messages/3", body).created
+
+
+def test_other_credentials_in_a_file_count_without_a_restart(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = secret\n"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    file.write_text(text.format("FIRST"))
+    store = S3Store("mail", endpoint_url=server.url, region="us-east-1", monotonic=Clock())
+    put_all(store, 1)
+    file.write_text(text.format("THE-SECOND"))
+    put_all(store, 1)
+    with structlog.testing.capture_logs() as logs:
+        file.write_text("[default\nhalf-written")
+        put_all(store, 2)
+    assert [each["event"] for each in logs] == ["store.rotation_failed"]
+    file.unlink()
+    file.write_text(text.format("THE-THIRD-ONE"))
+    put_all(store, 1)
+    assert [request.scope.partition("/")[0] for request in server.requests] == [
+        "FIRST",
+        "THE-SECOND",
+        "THE-SECOND",
+        "THE-SECOND",
+        "THE-THIRD-ONE",
+    ]
+
+
+def test_files_that_did_not_change_make_no_other_client(server: Scripted, tmp_path: Path) -> None:
+    certificate, _ = self_signed(tmp_path)
+    with structlog.testing.capture_logs() as logs:
+        put_all(open_store(server, session(ca_file=certificate), monotonic=Clock()), 5)
+    assert logs == []
+    assert {request.connection for request in server.requests} == {0}
 
 
 # What becomes of answers

@@ -19,11 +19,13 @@ import hashlib
 import io
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
+from pathlib import Path
 from posixpath import splitext
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
@@ -47,10 +49,12 @@ from archiver.store import (
 )
 from archiver.store.disk import failure
 from archiver.store.s3.put import SmallPut
+from archiver.store.s3.rotation import Rotating
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from botocore.awsrequest import AWSPreparedRequest
+    from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ListObjectsV2OutputTypeDef
 
 __all__ = ["S3Store"]
@@ -177,6 +181,17 @@ _CLIENT_SIDE: list[tuple[type[Exception] | tuple[type[Exception], ...], type[Arc
 _FOREIGN = (boto.ClientError, boto.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, OSError)
 
 
+# What boto3 raises for settings that cannot be used.
+_UNUSABLE = (boto.BotoCoreError, ValueError)
+
+
+class _Connected(NamedTuple):
+    """Made from one reading of the environment's files."""
+
+    client: "S3Client"
+    small: SmallPut
+
+
 class S3Store:
     """Objects below ``prefix`` (which may be empty) of ``bucket``. For any number of threads.
 
@@ -186,7 +201,8 @@ class S3Store:
     that uses the path where there is an ``endpoint_url``. ``max_connections`` are kept open: one for each
     thread that uses the store. Bodies above ``multipart_bytes`` are uploaded in
     parts of ``part_bytes``, or larger ones where 10,000 are not enough.
-    ``session`` replaces the environment's boto3 session. Raises UsageError.
+    ``session`` replaces the environment's boto3 session. Files of certificate
+    authorities and credentials are read again when they change. Raises UsageError.
     """
 
     def __init__(
@@ -203,6 +219,7 @@ class S3Store:
         connect_timeout_seconds: float = 10,
         read_timeout_seconds: float = 60,
         session: boto3.session.Session | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bucket = bucket
         self._prefix = f"{check_prefix(prefix).removesuffix('/')}/" if prefix else ""
@@ -210,9 +227,11 @@ class S3Store:
         self._part_bytes = part_bytes
         if endpoint_url is not None:
             _check_endpoint(endpoint_url)
-        try:
-            session = session or boto3.session.Session()
-            style: Any = addressing_style or _style_of(session) or ("path" if endpoint_url else "auto")
+        self._expects = True
+
+        def connected() -> _Connected:
+            used = session or boto3.session.Session()
+            style: Any = addressing_style or _style_of(used) or ("path" if endpoint_url else "auto")
             config = Config(
                 user_agent_extra=f"archiver/{__version__}",
                 connect_timeout=connect_timeout_seconds,
@@ -226,16 +245,27 @@ class S3Store:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             )
-            self._client = session.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
-        except (boto.BotoCoreError, ValueError) as error:
+            client = used.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
+            # There are no settings for these two.
+            for operation in ("PutObject", "UploadPart"):
+                client.meta.events.register(f"before-send.s3.{operation}", self._expect_or_not)
+            client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
+            return _Connected(client, SmallPut(used, client))
+
+        try:
+            files = _files_of(session)
+            self._connected = Rotating(connected, files, _UNUSABLE, monotonic=monotonic)
+        except _UNUSABLE as error:
             raise UsageError(f"cannot use S3 with these settings: {_one_line(str(error))}") from error
-        # There are no settings for these two.
-        self._expects = True
-        for operation in ("PutObject", "UploadPart"):
-            self._client.meta.events.register(f"before-send.s3.{operation}", self._expect_or_not)
-        self._client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
-        self._small = SmallPut(session, self._client)
         self._where = f"{self.url} at {self._client.meta.endpoint_url}"
+
+    @property
+    def _client(self) -> "S3Client":
+        return self._connected.current.client
+
+    @property
+    def _small(self) -> SmallPut:
+        return self._connected.current.small
 
     @property
     def url(self) -> str:
@@ -566,6 +596,15 @@ def _follow_no_redirect(params: dict[str, Any], **_: object) -> None:
     botocore would repeat it without end.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _files_of(session: boto3.session.Session | None) -> "Sequence[Path]":
+    """The files that boto3 reads once: certificate authorities and, without a session, its configuration."""
+    core = (session or boto3.session.Session())._session  # boto3's own attributes leave these out
+    files = [core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")]
+    if session is None:
+        files += [core.get_config_variable(name) for name in ("credentials_file", "config_file")]
+    return [Path(file).expanduser() for file in files if file]
 
 
 def _style_of(session: boto3.session.Session) -> Any:
