@@ -256,6 +256,14 @@ def is_too_early(report: PollReport) -> bool:
     return delay_seconds > 0 and report.seconds < delay_seconds + LOGIN_DELAY_MARGIN_SECONDS
 
 
+def made_progress(report: PollReport) -> bool:
+    """Whether a poll that failed later archived, quarantined or settled messages for good.
+
+    Each journal segment holds at least one such message, and none holds a mere request.
+    """
+    return report.outcome == "try_later" and (report.counts.new > 0 or report.segments > 0)
+
+
 def next_poll(
     report: PollReport,
     *,
@@ -275,6 +283,10 @@ def next_poll(
     database. No account is stopped for that: it would be all accounts, and an
     operator would have to resume each.
 
+    A poll that resolved messages before its session broke made progress, which
+    is no failure: some providers end every session after 20 messages. The next
+    one follows soon, and the setbacks start from zero.
+
     The server's LOGIN-DELAY is a lower bound in every case: a login that comes too
     early is refused, and may count against the account.
 
@@ -293,6 +305,8 @@ def next_poll(
         case "ok":
             stands_at = timetable.adapted_seconds(stands_at, news=report.counts.new > 0)
             after, again = _after_success(report, timetable, stands_at, now, uniform), Setbacks()
+        case "try_later" if made_progress(report):
+            after, again = uniform(0.0, BACKOFF_BASE_SECONDS), Setbacks()
         case "try_later" | "lease_lost":
             bound = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2.0 ** min(failures, 10))
             after, again = uniform(0.0, bound), Setbacks(failures + 1, refusals)

@@ -121,6 +121,62 @@ def test_passing_trouble_is_backed_off_with_full_jitter_up_to_an_hour() -> None:
     assert following.after_seconds == 0.0
 
 
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"new": 1},
+        {"new": 20, "segments": 1},
+        {"quarantined": 1, "segments": 1},
+        {"deleted": 3, "segments": 1},
+    ],
+    ids=["one", "some", "quarantine", "deletion"],
+)
+def test_progress_is_no_failure(progress: dict[str, int]) -> None:
+    setbacks = Setbacks(failures=5, refusals=1)
+    for _ in range(20):
+        following = policy.next_poll(
+            report("try_later", listed=200, **progress),
+            setbacks=setbacks,
+            timetable=Timetable(300.0),
+            now=NOW,
+            uniform=highest,
+        )
+        assert following == NextPoll(policy.BACKOFF_BASE_SECONDS, Setbacks())
+        setbacks = following.setbacks
+
+
+@pytest.mark.parametrize(
+    ("outcome", "what"),
+    [
+        ("try_later", {"known": 50}),
+        ("try_later", {"quarantined": 2}),
+        ("try_later", {"delete_requested": 9}),
+        ("lease_lost", {"new": 20, "segments": 1}),
+        ("operator_needed", {"new": 20, "segments": 1}),
+    ],
+)
+def test_what_is_no_progress_counts_as_a_failure(outcome: Outcome, what: dict[str, int]) -> None:
+    following = policy.next_poll(
+        report(outcome, listed=200, **what),
+        setbacks=Setbacks(failures=1),
+        timetable=Timetable(300.0),
+        now=NOW,
+        uniform=highest,
+    )
+    assert following.setbacks == Setbacks(failures=2)
+
+
+def test_progress_still_waits_as_long_as_the_server_asks() -> None:
+    following = policy.next_poll(
+        report("try_later", new=20, wait_seconds=900.0),
+        setbacks=Setbacks(),
+        timetable=Timetable(300.0),
+        now=NOW,
+        uniform=highest,
+    )
+    assert following.after_seconds == 900.0
+
+
 @pytest.mark.parametrize("outcome", ["ok", "try_later", "operator_needed"])
 def test_what_the_server_asked_for_is_kept(outcome: Outcome) -> None:
     following = policy.next_poll(
