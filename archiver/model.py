@@ -240,7 +240,7 @@ class Segment:
     listing_first: int = 1
 
 
-HeldBack = Literal["session", "room", "blackout", "day"]
+StoppedBy = Literal["session", "room", "blackout", "day"]
 """Why a poll ends before all is fetched: its session's budget is spent; others wait for its thread or host; a
 blackout of its account begins; the budget of its account's day is spent."""
 
@@ -339,7 +339,7 @@ class PollReport:
     """Sentences for the operator."""
     reached: bool | None = None
     """Whether a session began; None if the poll did not try to connect."""
-    held_back: HeldBack | None = None
+    stopped_by: StoppedBy | None = None
     """Why the poll stopped fetching although messages were left."""
 
     @property

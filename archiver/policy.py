@@ -329,7 +329,7 @@ def _after_success(
     uniform: Callable[[float, float], float],
 ) -> float:
     """At once if messages are still to come and the day's budget is not spent; else by the schedule."""
-    day_is_spent = report.held_back == "day"
+    day_is_spent = report.stopped_by == "day"
     if report.to_come and not day_is_spent:
         return 0.0
     interval_seconds = timetable.interval_seconds if stands_at is None else stands_at

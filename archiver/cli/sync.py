@@ -18,7 +18,7 @@ SCHEMES = ("pop", "pops", "pop2", "pop3", "pop3s")
 
 if TYPE_CHECKING:
     from archiver.bootstrap import App
-    from archiver.model import Account, HeldBack, PollReport
+    from archiver.model import Account, StoppedBy, PollReport
     from archiver.pop3 import Endpoint
 
 
@@ -77,7 +77,7 @@ def poll(targets: list[str], given: options.Given, *, json: bool) -> None:
 
 def is_done(report: "PollReport") -> bool:
     """Whether all listed messages are archived or quarantined, or wait for another day by the budget."""
-    return report.outcome == "ok" and (not report.to_come or report.held_back == "day")
+    return report.outcome == "ok" and (not report.to_come or report.stopped_by == "day")
 
 
 def _check(app: "App", targets: list[str], endpoints: "dict[str, Endpoint]", given: options.Given) -> None:
@@ -188,15 +188,15 @@ def _ask_passwords(app: "App", chosen: "list[Account]", given: options.Given, *,
 
 
 def _why_held_back(report: "PollReport") -> str:
-    if report.held_back is None:
+    if report.stopped_by is None:
         return ""
-    reasons: dict[HeldBack, str] = {
+    reasons: dict[StoppedBy, str] = {
         "session": "the session's budget or time is used up",
         "room": "other accounts are waiting",
         "blackout": "a blackout window began",
         "day": "the daily budget is used up",
     }
-    return f" ({reasons[report.held_back]})"
+    return f" ({reasons[report.stopped_by]})"
 
 
 def _tell(report: "PollReport") -> None:

@@ -31,7 +31,7 @@ from archiver import policy, pop3
 from archiver.db import sightings
 from archiver.db.before import BeforePoll, before_poll
 from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, Outcome, TryLater
-from archiver.model import Counts, HeldBack, PollReport, segment_key
+from archiver.model import Counts, StoppedBy, PollReport, segment_key
 from archiver.poll import server as mailserver
 from archiver.poll.absences import record_absences, record_vanished_contents
 from archiver.poll.budget import Spending
@@ -122,7 +122,7 @@ class _Poll:
         self.mailbox: pop3.Session | None = None
         self.listing: pop3.Listing | None = None
         self.intake: Intake | None = None
-        self.held_back: HeldBack | None = None
+        self.stopped_by: StoppedBy | None = None
         self._begin_with(before)
 
     def _begin_with(self, before: BeforePoll) -> None:
@@ -265,8 +265,8 @@ class _Poll:
             item = intake.plan.item(index)
             if self.ports.stopping():
                 return
-            self.held_back = self.spending.holds_back(item.entry.size)
-            if self.held_back is not None:
+            self.stopped_by = self.spending.holds_back(item.entry.size)
+            if self.stopped_by is not None:
                 return
             yield intake.ask(item)
 
@@ -322,11 +322,11 @@ class _Poll:
             implementation=None if facts is None else facts.implementation,
             warnings=() if facts is None else (*mailserver.warnings(self.account, facts), *self._of_budget()),
             reached=self.mailbox is not None if self.is_calling else None,
-            held_back=self.held_back,
+            stopped_by=self.stopped_by,
         )
 
     def _of_budget(self) -> Iterator[str]:
-        if self.held_back == "day" and self.intake is not None:
+        if self.stopped_by == "day" and self.intake is not None:
             yield (
                 f"the day's budget is spent: {self.spending.today_bytes} bytes fetched since 00:00 UTC, "
                 f"and {self.intake.to_come} messages wait for tomorrow"

@@ -4,7 +4,7 @@ Owns what was asked for and what was fetched. For the poll's own thread.
 """
 
 from archiver.db.before import BeforePoll
-from archiver.model import HeldBack
+from archiver.model import StoppedBy
 from archiver.poll.ports import Ports
 
 
@@ -33,7 +33,7 @@ class Spending:
         """One more message was read from the server."""
         self.fetched_bytes += size
 
-    def holds_back(self, size: int | None) -> HeldBack | None:
+    def holds_back(self, size: int | None) -> StoppedBy | None:
         """Why this poll may not ask for one more message, of that size; None if it may."""
         budget, seconds = self._ports.budget, self._ports.monotonic() - self._started_at
         size, asked_for = size or 0, self._asked_for()

@@ -66,7 +66,7 @@ class Chain:
         self._lease = lease
         self._ports = ports
         self._head = before.head
-        self._digests: dict[int, bytes] = {}
+        self._digests = {before.head.sequence: before.head.digest}
         self._segments = 0
         self._is_uncertain = lease.claim.recover
 
@@ -75,7 +75,7 @@ class Chain:
         return ChainState(self._head, self._segments, self._is_uncertain)
 
     def digest(self, sequence: int) -> bytes | None:
-        """The digest of a segment that this poll recorded; None for any other."""
+        """The digest of the segment that this poll began behind, or that it recorded; None for any other."""
         return self._digests.get(sequence)
 
     def catch_up(self) -> None:

@@ -114,19 +114,19 @@ class Leases:
 
     def renew(self) -> None:
         """Extend all leases, in one statement. A failure is logged, and the next heartbeat tries again."""
-        held = {lease.claim: lease for lease in self._all()}
-        if not held:
+        active = {lease.claim: lease for lease in self._all()}
+        if not active:
             return
         asked_at = self._monotonic()
         try:
             kept = self._database.transact(
-                lambda connection: leases.renew(connection, held, lease_seconds=self._terms.lease_seconds)
+                lambda connection: leases.renew(connection, active, lease_seconds=self._terms.lease_seconds)
             )
         except ArchiverError as error:
             observe.HEARTBEATS_FAILED.inc()
-            self.log.warning("lease.renewal_failed", leases=len(held), error=str(error))
+            self.log.warning("lease.renewal_failed", leases=len(active), error=str(error))
             return
-        for claim, lease in held.items():
+        for claim, lease in active.items():
             if claim in kept:
                 lease.renewed(asked_at)
             else:

@@ -188,7 +188,7 @@ class Polls:
             finally:
                 self._leases.drop(polling.lease)
             ends.freed()
-            polling.ended.set_result(PollReport(polling.account.name, "ok", held_back="blackout"))
+            polling.ended.set_result(PollReport(polling.account.name, "ok", stopped_by="blackout"))
 
     # In whichever thread the poll is.
 

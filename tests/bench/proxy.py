@@ -129,7 +129,7 @@ class _End(asyncio.Protocol):
     transport: asyncio.Transport | None = None
     queue: deque[tuple[float, bytes]] = field(default_factory=deque)
     queued_bytes: int = 0
-    held_back: bool = False
+    stopped_by: bool = False
     closed: bool = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -157,12 +157,12 @@ class _End(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self.other is not None:
-            self.other.held_back = True
+            self.other.stopped_by = True
             self.other.regulate()
 
     def resume_writing(self) -> None:
         if self.other is not None:
-            self.other.held_back = False
+            self.other.stopped_by = False
             self.other.regulate()
 
     def take(self) -> tuple[float, bytes]:
@@ -186,7 +186,7 @@ class _End(asyncio.Protocol):
         """Read on while there is room: no more is under way than a real line's windows would let."""
         if self.transport is None or self.transport.is_closing():
             return
-        if self.held_back or self.queued_bytes >= _QUEUED_OCTETS:
+        if self.stopped_by or self.queued_bytes >= _QUEUED_OCTETS:
             self.transport.pause_reading()
         else:
             self.transport.resume_reading()
@@ -209,7 +209,7 @@ async def _serve(target_port: int, round_trip_seconds: float, bytes_per_second: 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             # What it says waits in its socket until there is somebody to hear it.
-            self.held_back = True
+            self.stopped_by = True
             self.regulate()
             self.opens_at = loop.time() + round_trip_seconds
             task = loop.create_task(reach(self))
@@ -226,7 +226,7 @@ async def _serve(target_port: int, round_trip_seconds: float, bytes_per_second: 
             if client.transport is not None:
                 client.transport.abort()
         else:
-            client.held_back = False
+            client.stopped_by = False
             client.regulate()
 
     listener = await loop.create_server(lambda: Client(up), _HOST, 0, backlog=_BACKLOG)

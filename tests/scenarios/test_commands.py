@@ -474,9 +474,9 @@ def test_a_retry_by_hand_fetches_at_once_what_was_set_aside(commands: Commands) 
     ("left", "done"),
     [
         ({}, True),
-        ({"known": 0, "held_back": "session"}, False),
+        ({"known": 0, "stopped_by": "session"}, False),
         ({"known": 0}, False),
-        ({"known": 0, "held_back": "day"}, True),
+        ({"known": 0, "stopped_by": "day"}, True),
         ({"outcome": "try_later"}, False),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from archiver.db.before import BeforePoll
-from archiver.model import Account, HeldBack, JournalHead
+from archiver.model import Account, StoppedBy, JournalHead
 from archiver.poll.budget import Spending
 from archiver.poll.ports import Budget, Ports
 
@@ -50,7 +50,7 @@ def spending(
         (Budget(ends_at=NOW), [], "blackout"),
     ],
 )
-def test_a_budget_holds_back_what_exceeds_it(budget: Budget, asked: list[int], why: HeldBack | None) -> None:
+def test_a_budget_holds_back_what_exceeds_it(budget: Budget, asked: list[int], why: StoppedBy | None) -> None:
     poll = spending(budget)
     for size in asked:
         poll.asked(size)

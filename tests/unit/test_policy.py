@@ -293,7 +293,7 @@ def test_a_blackout_puts_off_whatever_is_decided(outcome: Outcome) -> None:
 
 
 def test_what_is_left_when_the_day_is_spent_waits_for_the_next() -> None:
-    left = report(listed=9, new=3, held_back="day")
+    left = report(listed=9, new=3, stopped_by="day")
     evening = NOW.replace(hour=23, minute=50)
     # Until then the mailbox is listed at its interval, so that what waits is known.
     for moment, seconds in ((NOW, 330.0), (evening, 330.0)):
@@ -307,9 +307,9 @@ def test_what_is_left_when_the_day_is_spent_waits_for_the_next() -> None:
     assert following.after_seconds == 600.0 + 60.0 + policy.MIDNIGHT_SPREAD_SECONDS
 
 
-@pytest.mark.parametrize("held_back", ["session", "room", None])
-def test_what_is_left_for_another_reason_is_fetched_at_once(held_back: str | None) -> None:
-    left = report(listed=9, new=3, held_back=held_back)
+@pytest.mark.parametrize("stopped_by", ["session", "room", None])
+def test_what_is_left_for_another_reason_is_fetched_at_once(stopped_by: str | None) -> None:
+    left = report(listed=9, new=3, stopped_by=stopped_by)
     following = policy.next_poll(
         left, setbacks=Setbacks(), timetable=Timetable(300.0), now=NOW, uniform=highest
     )
