@@ -18,7 +18,7 @@ SCHEMES = ("pop", "pops", "pop2", "pop3", "pop3s")
 
 if TYPE_CHECKING:
     from archiver.bootstrap import App
-    from archiver.model import Account, StoppedBy, PollReport
+    from archiver.model import Account, PollReport, StoppedBy
     from archiver.pop3 import Endpoint
 
 

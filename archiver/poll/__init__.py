@@ -31,7 +31,7 @@ from archiver import policy, pop3
 from archiver.db import sightings
 from archiver.db.before import BeforePoll, before_poll
 from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, Outcome, TryLater
-from archiver.model import Counts, StoppedBy, PollReport, segment_key
+from archiver.model import Counts, PollReport, StoppedBy, segment_key
 from archiver.poll import server as mailserver
 from archiver.poll.absences import record_absences, record_vanished_contents
 from archiver.poll.budget import Spending

@@ -156,7 +156,9 @@ class OnDemand:
 
 def _leaves_more(report: PollReport) -> bool:
     """Whether another poll would fetch more: this one did, and left messages that its day has room for."""
-    return bool(report.outcome == "ok" and report.to_come and report.counts.new and report.stopped_by != "day")
+    return bool(
+        report.outcome == "ok" and report.to_come and report.counts.new and report.stopped_by != "day"
+    )
 
 
 def _failed(account: Account, error: ArchiverError) -> PollReport:
