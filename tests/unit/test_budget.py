@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from archiver.db.before import BeforePoll
-from archiver.model import Account, StoppedBy, JournalHead
+from archiver.model import Account, JournalHead, StoppedBy
 from archiver.poll.budget import Spending
 from archiver.poll.ports import Budget, Ports
 
