@@ -1,7 +1,7 @@
-"""Who this process is, whether another of this machine still lives, and what memory it keeps.
+"""This process's name, whether another process of this machine is alive, and unused memory.
 
-A lease names its owner. When a process of this very machine was killed, its
-accounts need not wait for the lease to run out.
+A lease names its owner. If that process ran on this machine and was killed, its
+accounts need not wait until the lease expires.
 """
 
 import ctypes
@@ -11,15 +11,16 @@ from pathlib import Path
 
 
 def name_owner() -> str:
-    """A name for this process that no other one has or will have: machine, process and its start."""
+    """A name for this process that is never used again: machine, process id, and when it started."""
     return "/".join([socket.gethostname(), _namespace(), str(os.getpid()), _started(os.getpid()) or "-"])
 
 
 def is_dead(owner: str) -> bool:
-    """Whether the named process is known to have ended: true only where this machine can tell.
+    """Whether the named process has ended, as far as this machine knows.
 
-    A wrong answer would do no harm to the archive (the token decides), only to
-    another's poll. Without /proc nothing is known, and the lease decides.
+    A wrong answer would not harm the archive, since the token decides; it would
+    only end another worker's poll. Without /proc the answer is False, and the
+    lease decides.
     """
     host, namespace, pid, started = (owner.split("/") + [""] * 4)[:4]
     if host != socket.gethostname() or namespace in ("", "-") or namespace != _namespace():
@@ -28,20 +29,20 @@ def is_dead(owner: str) -> bool:
 
 
 def give_back_memory() -> bool:
-    """Have the C library give the kernel what it holds free; true if there was any.
+    """Return unused memory from the C library to the kernel. True if there was any.
 
-    Between pieces that live long glibc keeps free pages for ever, more of them
-    each hour: https://man7.org/linux/man-pages/man3/malloc_trim.3.html. Other C
-    libraries have no such call, and nothing is done.
+    Otherwise glibc keeps free pages that lie between long-lived objects, more of
+    them each hour: https://man7.org/linux/man-pages/man3/malloc_trim.3.html.
+    Other C libraries have no such call, and nothing happens.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(0))
 
 
 def _namespace() -> str:
-    # Two containers may share a name and count their processes apart. So may
-    # two machines made from one image: only the boot tells those apart, as the
-    # first namespace has the same number on every Linux.
+    # Two containers may have the same name and process ids. So may two machines
+    # made from one image. Only the boot id distinguishes those: the first
+    # namespace has the same number on every Linux.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot}-{str(Path('/proc/self/ns/pid').readlink()).strip('pid:[]')}"
@@ -50,11 +51,11 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot (proc(5), field 22); None when there is no such process."""
+    """When a process started, in ticks since boot (proc(5), field 22); None if it does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
     except OSError:
         return None
-    # The second field is a name in parentheses that may hold anything.
+    # The second field is a name in parentheses, which may contain anything.
     state, *fields = stat.rpartition(")")[2].split()
     return None if state == "Z" else fields[18]

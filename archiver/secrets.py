@@ -1,24 +1,24 @@
-"""From a secret's reference to the secret, at poll time and not before.
+"""From a reference to the secret, resolved when a poll needs it.
 
-An account keeps one of these references, never a password in clear:
+An account keeps one of these references, never a password in clear text:
 
 ``file:/path``
-    read at each poll: a mounted Kubernetes Secret, a file that a vault agent
-    renews. Counts whole, less one final line end.
+    a file that is read at each poll, such as a mounted Kubernetes Secret. The
+    whole file counts, except one final line end.
 ``env:NAME``
-    an environment variable, but none of the service's own.
+    an environment variable, except those of the service itself.
 ``sealed:...``
     the password itself, encrypted and authenticated with the key in
     ``ARCHIVER_SECRET_KEY`` (Fernet: https://github.com/fernet/spec). It is bound
-    to its account and to ``Account.login``: who can write to the database, but
-    lacks the key, cannot have it sent to another server, or in clear.
+    to its account and to ``Account.login``: write access to the database without
+    the key does not suffice to send it to another server, or in clear text.
 ``prompt:``
-    nothing is kept: ``archiver sync`` asks the person at the terminal.
+    nothing is kept: ``archiver sync`` asks at the terminal.
 ``none:``
-    there is none: a certificate or a Kerberos ticket logs in.
+    no password is needed: a certificate or a Kerberos ticket logs in.
 
-``oauth:`` before one of the first three says that an OAuth credential lies
-there, and not a password (``archiver.oauth``).
+``oauth:`` before one of the first three refers to an OAuth credential instead of
+a password (``archiver.oauth``).
 """
 
 import base64
@@ -38,31 +38,31 @@ if TYPE_CHECKING:
     from cryptography.fernet import Fernet, MultiFernet
 
 SECRET_BYTES = 64 * 1024
-"""Longer than any password or token; a path given by mistake is not read whole."""
+"""Longer than any password or token, so that a wrong path does not fill the memory."""
 
 PROMPT = "prompt:"
 NONE = "none:"
 OAUTH = "oauth:"
-"""Before the reference to a credential by which access tokens are had."""
+"""Prefix of a reference to an OAuth credential, which gives access tokens."""
 
 _SEALED = "sealed:"
 
 KEY_HINT = (
-    "make a key with: openssl rand -base64 32 - keep it as ARCHIVER_SECRET_KEY, apart from the database; "
-    "or refer to the password by --password-file"
+    "make a key with `openssl rand -base64 32`, and set it as ARCHIVER_SECRET_KEY, apart from the database; "
+    "or keep the password in a file: --password-file FILE"
 )
 
 
 def check_reference(reference: str) -> str:
-    """A reference as it was given, if it is one. Raises UsageError; never repeats what it was given."""
+    """The reference, if it is valid. Raises UsageError, which never repeats it: it may be a password."""
     kind, separator, rest = reference.removeprefix(OAUTH).partition(":")
     if separator and rest and kind in ("file", "env", "sealed") and rest.isprintable():
         if kind == "env" and is_own_variable(rest):
             raise UsageError(f"the variable {rest} is the service's own, not a password's", hint=_OWN_HINT)
         return reference
     raise UsageError(
-        "a password is referred to as file:/path or env:NAME, an OAuth credential as oauth:file:/path",
-        hint="a password itself is never written where this was read from",
+        "a password is given as file:/path or env:NAME, an OAuth credential as oauth:file:/path",
+        hint="never write the password itself here",
     )
 
 
@@ -84,7 +84,7 @@ def is_own_variable(name: str) -> bool:
 
 
 def is_own_file(path: Path, environment: Mapping[str, str]) -> bool:
-    """Whether the service has secrets of its own in this file, as far as its environment tells."""
+    """Whether the service keeps its own secrets in this file, as far as its environment shows."""
     if _OWN_PLACES.fullmatch(os.path.realpath(path)):
         return True
     own = [Path(each).expanduser() for each in _OWN_PATHS]
@@ -102,7 +102,7 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def shown(reference: str) -> str:
-    """The reference as it may be shown: where the secret is, and of a sealed one only that it is sealed."""
+    """The reference for people: where the secret is. A sealed secret itself is omitted."""
     head, sealed, _ = reference.partition(_SEALED)
     return f"{head}{sealed}".removesuffix(":") if sealed or reference in (PROMPT, NONE) else reference
 
@@ -113,7 +113,7 @@ def is_sealed(reference: str) -> bool:
 
 
 def from_file(path: Path, what: str = "password") -> str:
-    """A password file: its whole content, less one final line end. Raises OperatorNeeded, naming ``what``."""
+    """The content of a password file, without one final line end. Raises OperatorNeeded, naming ``what``."""
     try:
         with path.open("rb") as file:
             octets = file.read(SECRET_BYTES + 1)
@@ -123,12 +123,12 @@ def from_file(path: Path, what: str = "password") -> str:
 
 
 def from_bytes(octets: bytes, where: str) -> str:
-    """The password in these octets, less one final line end. Raises OperatorNeeded, naming ``where``.
+    """The password in these bytes, without one final line end. Raises OperatorNeeded, naming ``where``.
 
-    Editors on Windows put a byte order mark before UTF-8, which is no part of the password.
+    A byte order mark, which editors on Windows add, is not part of the password.
     """
     if len(octets) > SECRET_BYTES:
-        raise OperatorNeeded(f"{where} is too large: more than {SECRET_BYTES} octets")
+        raise OperatorNeeded(f"{where} is too large: more than {SECRET_BYTES} bytes")
     if octets.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in octets:
         raise OperatorNeeded(f"{where} is UTF-16 or binary, not UTF-8 text", hint="save it as UTF-8")
     octets = octets.removeprefix(codecs.BOM_UTF8)
@@ -145,14 +145,14 @@ def from_bytes(octets: bytes, where: str) -> str:
 
 
 _PARTS = 3
-"""Of what is sealed: the account's id, its login, the secret."""
+"""The number of sealed parts: the account's id, its login, the secret."""
 
 
 class Secrets:
     """Resolves references; seals and opens what the database keeps.
 
-    ``key`` is one Fernet key, or several separated by commas: the first
-    seals, all open, so that a key can be changed without a break.
+    ``key`` is one Fernet key, or several separated by commas. The first key
+    seals, all keys open, so that a key can be changed without interruption.
     """
 
     def __init__(self, key: str | None, *, environment: Mapping[str, str] = os.environ) -> None:
@@ -171,8 +171,8 @@ class Secrets:
     def resealed(self, account: Account) -> str | None:
         """The account's reference, of a password or a credential, sealed by the first key and for its login.
 
-        None when it is so already, and for a reference that holds no secret
-        itself. Raises as ``resolve`` does.
+        None if the first key sealed it already, or if the reference does not
+        contain the secret. Raises like ``resolve``.
         """
         from cryptography.fernet import InvalidToken
 
@@ -220,7 +220,7 @@ class Secrets:
                 return ""
             case _:
                 raise OperatorNeeded(
-                    f"account {account.name} has no password that could be used unattended",
+                    f"account {account.name} has no password that the service can use",
                     hint=f"give it one: archiver account edit {account.name} --password-file FILE",
                 )
 
@@ -231,7 +231,7 @@ class Secrets:
             owner, *login, secret = json.loads(self._fernet().decrypt(token.encode()))
         except InvalidToken:
             raise OperatorNeeded(
-                f"the {what} of {account.name} was sealed with another key than ARCHIVER_SECRET_KEY",
+                f"the {what} of {account.name} was not sealed with ARCHIVER_SECRET_KEY, but with another key",
                 hint=f"set both keys (NEW,OLD), or: archiver account edit {account.name} --password-file F",
             ) from None
         if owner != account.id:
@@ -250,19 +250,19 @@ class Secrets:
         return MultiFernet(self._fernets())
 
     def _fernets(self) -> "list[Fernet]":
-        """One for each key, the first of which seals. Raises UsageError."""
+        """One for each key; the first one seals. Raises UsageError."""
         from cryptography.fernet import Fernet
 
         if not self._key:
             raise UsageError(
-                "a password is to be sealed in the database, and there is no ARCHIVER_SECRET_KEY",
+                "ARCHIVER_SECRET_KEY is not set, so passwords cannot be kept in the database",
                 hint=KEY_HINT,
             )
         try:
             return [Fernet(_fernet_key(part)) for part in self._key.split(",")]
         except (ValueError, binascii.Error):
             raise UsageError(
-                "ARCHIVER_SECRET_KEY is not a key: 32 random octets in base64 are needed", hint=KEY_HINT
+                "ARCHIVER_SECRET_KEY is not a key: it must be 32 random bytes in base64", hint=KEY_HINT
             ) from None
 
 

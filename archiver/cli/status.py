@@ -62,7 +62,7 @@ def status(
         if forbidden:
             say("nothing is deleted from any mail server: ARCHIVER_FORBID_DELETION is set")
         _tell(found, where, now)
-    if found.needs_somebody:
+    if found.needs_operator:
         raise typer.Exit(1)
 
 

@@ -1,9 +1,9 @@
 """A mail server on this machine with sample mailboxes, for ``archiver demo`` and for the tests.
 
 Owns the sample messages (``corpus``) and two POP3 servers behind one
-interface: a real Dovecot where it is installed, and a small one that needs
-nothing but Python. Both listen on loopback only, on ports of their own, and
-keep nothing after they are closed but what lies in the directory given.
+interface: a real Dovecot if it is installed, and a small one that needs only
+Python. Both listen on loopback only, on ports of their own. After they are
+closed, only files in the given directory remain.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,30 +17,29 @@ __all__ = ["MailServer", "SessionLog", "start_mail_server"]
 
 @dataclass(frozen=True, slots=True)
 class SessionLog:
-    """What a client did in one session in which it logged in, as the server counted it.
-
-    ``quit`` is true when the client ended the session by QUIT. ``retr`` and
-    ``top`` count commands that were granted; ``retr_bytes`` are those of the
-    status lines and contents sent in answer to RETR. ``dele`` counts messages
-    that were removed, which only QUIT does (RFC 1939, section 6). ``listed`` is
-    how many messages the mailbox had when the session began.
-    """
+    """What a client did in one session after its login, as the server counted it."""
 
     user: str
     quit: bool
+    """Whether the client ended the session with QUIT."""
     retr: int
+    """RETR commands that succeeded."""
     retr_bytes: int
+    """Bytes of the status lines and contents that answered RETR."""
     top: int
+    """TOP commands that succeeded."""
     dele: int
+    """Messages that were removed, which only QUIT does (RFC 1939, section 6)."""
     listed: int
+    """Messages in the mailbox when the session began."""
 
 
 class MailServer(Protocol):
-    """A POP3 server that holds the mailboxes of a few users. A context manager: it is stopped at the end.
+    """A POP3 server with the mailboxes of a few users. A context manager: it is stopped at the end.
 
-    Messages are bytes with CRLF at every line's end, the last one's too; what
-    RETR sends is exactly that. A message's number, where one is asked for, is
-    its place in the mailbox as it is now, from 1.
+    Messages are bytes with CRLF at the end of every line, including the last
+    one. RETR sends exactly these bytes. A message's number is its position in
+    the mailbox at this moment, from 1.
     """
 
     @property
@@ -53,7 +52,7 @@ class MailServer(Protocol):
 
     @property
     def pop3_port(self) -> int:
-        """The port of POP3 in the clear, with STLS."""
+        """The port of POP3 in clear text, with STLS."""
 
     @property
     def ca_file(self) -> Path:
@@ -63,21 +62,21 @@ class MailServer(Protocol):
         """The POP URL of a user's mailbox, over TLS; without the password."""
 
     def add_user(self, user: str, password: str) -> None:
-        """Make a user with an empty mailbox. Raises ValueError for one that exists, or an odd name."""
+        """Create a user with an empty mailbox. Raises ValueError if the user exists, or for an odd name."""
 
     def deliver(self, user: str, messages: Iterable[bytes]) -> None:
-        """Add messages to a mailbox, in this order. Sessions under way may not see them."""
+        """Add messages to a mailbox, in this order. Sessions that are open may not see them."""
 
     def messages(self, user: str) -> list[bytes]:
-        """What is in a mailbox now, in its order."""
+        """The messages in a mailbox, in order."""
 
     def remove(self, user: str, number: int) -> None:
-        """Take a message away, as another client would. Raises IndexError."""
+        """Remove a message, as another client would. Raises IndexError."""
 
     def sessions(self, *, at_least: int = 0) -> list[SessionLog]:
-        """The sessions that have ended, in the order of their ends; waits a while for ``at_least`` of them.
+        """The sessions that have ended, in that order. Waits until there are ``at_least`` of them.
 
-        Raises TimeoutError when they do not come.
+        Raises TimeoutError if that takes too long.
         """
 
     def close(self) -> None:
@@ -91,9 +90,9 @@ class MailServer(Protocol):
 
 
 def start_mail_server(directory: Path, users: Mapping[str, str]) -> MailServer:
-    """Start Dovecot where it can be had, the small server otherwise. The caller closes it.
+    """Start Dovecot if it is available, otherwise the small server. The caller closes it.
 
-    ``directory`` takes the server's files; ``users`` gives each one's password.
+    The server's files go to ``directory``. ``users`` maps each user to a password.
     """
     from archiver.demo import dovecot, pop3d
 

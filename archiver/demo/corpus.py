@@ -1,18 +1,22 @@
-"""Sample mail: seeded, business-like, and as odd as real mail is.
+"""Sample mail: seeded, business-like, and as irregular as real mail.
 
-Owns the generation of RFC 822 messages as bytes. Promises that the same
-arguments give the same bytes, on any machine and at any time; that a smaller
-``count`` gives a beginning of a larger one; that no two messages of a corpus
-are equal; and that every line, the last one too, ends with CRLF. Messages are
-put together by hand, because libraries write what is correct, and mail is not.
+Owns the generation of RFC 822 messages as bytes. It promises:
 
-Three messages of four are common ones (plain text, text with HTML, with
-attachments). Every fourth is the next of a list of oddities, so that a corpus
-of 4 * 13 messages has each of them: 8-bit text in several charsets, wrongly
-declared too; lines that begin with dots; lines far beyond RFC 5322's 998
-octets; no Message-ID; no Subject; nothing but a header, with and without the
-blank line; a message within a message; S/MIME; mailing lists; raw 8-bit and
-encoded header fields.
+- the same arguments give the same bytes, on any machine and at any time;
+- a corpus with a smaller ``count`` is the beginning of a larger one;
+- no two messages of a corpus are equal;
+- every line ends with CRLF, including the last one.
+
+Messages are written by hand, because libraries write correct mail only, and
+real mail is not. Three of four messages are common: plain text, text with HTML,
+text with attachments. Every fourth message is the next of a list of oddities, so
+4 * 13 messages contain each of them:
+
+- 8-bit text in several charsets, also wrongly declared;
+- lines that begin with dots, and lines far beyond RFC 5322's 998 octets;
+- no Message-ID; no Subject; only a header, with and without the blank line;
+- a message within a message; S/MIME; mailing lists;
+- raw 8-bit and encoded header fields.
 """
 
 import binascii
@@ -33,7 +37,7 @@ _MAX_OCTETS = 8_000_000
 
 _DIFFERENT_LINES = 2_000
 _LINE_OCTETS = 72
-_TEXT_OCTETS = 60_000  # people write no more; what a message weighs beyond this is attached
+_TEXT_OCTETS = 60_000  # people do not write more; larger messages have attachments
 _ATTACHED_FROM_OCTETS = 8_000
 _BASE64_COLUMNS = 76
 _BASE64_GROWTH = 78 / 57  # 57 octets become a line of 76 and its CRLF
@@ -101,11 +105,11 @@ _ATTACHMENTS = (
 
 
 def corpus(count: int, seed: int, *, scale: float = 1.0) -> Iterator[bytes]:
-    """``count`` different messages, made as they are asked for; one is held at a time.
+    """``count`` different messages, each made when it is requested.
 
-    At ``scale`` 1 the median is about 15 kB, the mean about 75 kB, none above
-    some 8 MB. ``scale`` multiplies the sizes aimed at, down to what a header
-    and a few lines need; the oddities with long lines keep theirs.
+    At ``scale`` 1 the median is about 15 kB, the mean about 75 kB, and the
+    largest message about 8 MB. ``scale`` multiplies these sizes. A header and a
+    few lines are the least. The oddities with long lines do not scale.
     """
     author = _Author(random.Random(seed), scale)  # noqa: S311 - reproducible on purpose
     for index in range(count):
@@ -115,7 +119,7 @@ def corpus(count: int, seed: int, *, scale: float = 1.0) -> Iterator[bytes]:
 class _Author:
     """Writes one message after another.
 
-    What is called a content below is a MIME entity: its header fields, a blank line, its body.
+    A content is a MIME entity: its header fields, a blank line, its body.
     """
 
     def __init__(self, rng: random.Random, scale: float) -> None:

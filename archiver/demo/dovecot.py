@@ -1,11 +1,11 @@
 """A private Dovecot on loopback: real POP3 with sample mailboxes.
 
 Owns a Dovecot process with its settings, its users, its log and its Maildirs
-below one directory. It runs without root's rights (as ``nobody`` when root
-starts it, see ``processes``), touches nothing of a Dovecot that the machine
-may run, and is gone when closed. Sockets lie in a temporary directory, because
-the path of a Unix socket may have about 100 octets only; a link there leads to
-the files, because the settings take no path with a space or a percent sign.
+below one directory. It runs without root's rights (see ``processes``), does not
+touch a Dovecot that the machine may run, and ends when it is closed. Sockets are
+in a temporary directory, because the path of a Unix socket is limited to about
+100 bytes. A link there leads to the files, because the settings allow no path
+with a space or a percent sign.
 
 Written for Dovecot 2.3: the settings of 2.4 have other names.
 """
@@ -116,7 +116,7 @@ _LOGOUT = re.compile(
 
 
 def unavailable(directory: Path | None = None) -> str | None:
-    """Why Dovecot cannot be had here (in ``directory``, if one is given), or None when it can."""
+    """Why Dovecot is not available here (in ``directory``, if given); None if it is."""
     program = _program()
     if program is None:
         return "dovecot is not installed"
@@ -325,6 +325,6 @@ def _program() -> str | None:
 
 
 def _user_and_group() -> tuple[str, str]:
-    """The names of whom it runs as. Raises KeyError where there are none, as in some containers."""
+    """The names of its user and group. Raises KeyError if they have none, as in some containers."""
     uid, gid = processes.owner()
     return pwd.getpwuid(uid).pw_name, grp.getgrgid(gid).gr_name

@@ -1,4 +1,4 @@
-"""A small POP3 server for where Dovecot is not: well-behaved, in memory, a thread for each connection.
+"""A small POP3 server for machines without Dovecot: correct, in memory, one thread per connection.
 
 Owns two listeners on loopback, POP3S and POP3 with STLS, and the mailboxes of
 a few users. Follows RFC 1939 (with UIDL and TOP), 2449 (CAPA, PIPELINING,
@@ -67,7 +67,7 @@ class Pop3Server:
         self.ca_file, key = self_signed(directory)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.load_cert_chain(self.ca_file, key)
-        # Mailboxes do not outlive this server; their UIDLs must not come again in the next.
+        # Mailboxes end with this server; the next one must not use the same UIDLs.
         lifetime = secrets.token_hex(8)
         self._uidls = (f"{lifetime}.{number}" for number in itertools.count(1))
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -166,7 +166,7 @@ class Pop3Server:
             session.connection.close()
 
     def _track(self, connection: socket.socket, instead_of: socket.socket | None = None) -> bool:
-        """Remember a connection for ``close``; close it and say false when that has been called."""
+        """Remember a connection for ``close``. If that was called, close it and return False."""
         with self._changed:
             if self._closed:
                 connection.close()
@@ -287,7 +287,7 @@ class _Session:
     def _on_stls(self, _: str) -> None:
         if isinstance(self.connection, ssl.SSLSocket):
             raise _Refused("TLS is active already.")
-        # What came with STLS in the clear must not count as said under TLS (CVE-2011-0411).
+        # Commands that arrived with STLS, in clear text, must not count as sent under TLS (CVE-2011-0411).
         self._received.clear()
         self._user = None
         self._answer("+OK Begin TLS negotiation.")
@@ -413,7 +413,7 @@ class _Session:
             stuffed += b"\r\n"
         self._unsent += stuffed
         self._unsent += b".\r\n"
-        # A client that asks for everything at once does not make us hold everything at once.
+        # A client that requests everything at once must not make this server hold everything in memory.
         if len(self._unsent) > _UNSENT_OCTETS:
             self._flush()
         return len(stuffed)

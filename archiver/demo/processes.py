@@ -1,8 +1,8 @@
-"""Private servers as child processes: whose rights they get, which ports, how they end.
+"""Private servers as child processes: their user, their ports, and how they end.
 
-Owns the process from its start until nothing of its group is left. Servers
-such as Dovecot and PostgreSQL refuse to work as root; started by root they run
-as ``nobody``, which must then own their files and be able to reach them.
+Owns the process from its start until its whole group has ended. Servers such as
+Dovecot and PostgreSQL refuse to run as root. If root starts them, they run as
+the user ``nobody``, who must own their files and be able to reach them.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from archiver.errors import OperatorNeeded
 HOST = "127.0.0.1"
 
 # Below the usual ephemeral ranges (32768 on Linux, 49152 elsewhere), so that no outgoing connection
-# takes a port between our look at it and the server's start.
+# takes a port between the check and the server's start.
 _FIRST_PORT, _PORTS = 20_000, 12_000
 _POLL_SECONDS = 0.01
 _SAID_CHARACTERS = 2000
 
 
 def _nobody() -> pwd.struct_passwd | None:
-    """The user that servers run as, when it is not simply ourselves."""
+    """The user that servers run as; None for the current user."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
@@ -40,17 +40,17 @@ def owner() -> tuple[int, int]:
 
 
 def unreachable(directory: Path) -> str | None:
-    """Why a server started by ``start`` could not enter ``directory``, or None when it can."""
+    """Why a server started by ``start`` cannot enter ``directory``; None if it can."""
     if _nobody() is None:
         return None
     for parent in directory.resolve().parents:
         if parent.exists() and not parent.stat().st_mode & stat.S_IXOTH:
-            return f"it would run as nobody, who may not enter {parent}"
+            return f"it would run as the user `nobody`, who may not enter {parent}"
     return None
 
 
 def give(path: Path) -> None:
-    """Make ``path``, and everything below it, the property of the server's user."""
+    """Give ``path``, and everything below it, to the server's user."""
     if _nobody() is None:
         return
     uid, gid = owner()
@@ -74,7 +74,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
-    """Start a server without root's rights, in a process group of its own; ``output`` takes what it says."""
+    """Start a server without root's rights, in a process group of its own; its output goes to ``output``."""
     nobody = _nobody()
     with output.open("ab") as said:
         return subprocess.Popen(  # noqa: S603 - the command is ours, not a user's
@@ -93,7 +93,7 @@ def start(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
 def wait_until(
     ready: Callable[[], bool], process: subprocess.Popen[bytes], output: Path, *, seconds: float
 ) -> None:
-    """Wait until ``ready`` says so. Raises OperatorNeeded, with the end of ``output``, when it never does."""
+    """Wait until ``ready`` returns True. Raises OperatorNeeded with the end of ``output`` if it does not."""
     deadline = time.monotonic() + seconds
     while not ready():
         ended = process.poll()
@@ -105,9 +105,9 @@ def wait_until(
 
 
 def stop(process: subprocess.Popen[bytes], *, gracefully: int = signal.SIGTERM, seconds: float) -> None:
-    """End a server by ``gracefully``, or its whole process group by force when it takes over ``seconds``.
+    """End a server with the signal ``gracefully``, or kill its process group after ``seconds``.
 
-    Servers that end by ``gracefully`` end their children first. Does nothing when it has ended before.
+    A server that ends by the signal ends its children first. Does nothing if it has already ended.
     """
     if process.poll() is not None:
         return

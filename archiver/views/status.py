@@ -1,9 +1,8 @@
-"""What is accounted for and what is not: how all accounts stand, and each account's days.
+"""All accounts together, and each account's days: what is accounted for, and what needs attention.
 
-Owns the questions that ``archiver status``, ``archiver account show`` and HTTP
-answer, and the form of the answers as JSON, so that all tell the same. Promises
-that none of them counts messages, and that no answer grows with the number of
-accounts unless it was asked to.
+Owns the facts that ``archiver status``, ``archiver account show`` and HTTP
+report, and their form as JSON. Promises that no question counts messages, and
+that no answer grows with the number of accounts unless all are requested.
 """
 
 from collections.abc import Iterable
@@ -19,18 +18,18 @@ from archiver.db.history import Day, Gap
 from archiver.states import AccountState
 
 LOOK_BACK_DAYS = 7
-"""How far back losses and gaps are told unless somebody asks for more: longer than a holiday's weekend."""
+"""Days for which losses and gaps are counted by default: longer than a long weekend."""
 
 SHOWN = 20
-"""Accounts, and mail hosts, that are named unless all are asked for."""
+"""Accounts, and mail hosts, that are named by default."""
 
 NAMED_LOSSES = 1_000
-"""Accounts with losses that are named even if all are asked for: their sum is told in any case."""
+"""Accounts with losses that are named at most. The number of losses always includes all accounts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Concern:
-    """An account that somebody should look at, and why: the worst first."""
+    """An account that needs attention, and why: the worst first."""
 
     account: str
     troubles: tuple[str, ...]
@@ -43,7 +42,7 @@ class Concern:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """How all accounts stand. ``lost`` and ``gaps`` (those that ended) are of the days from ``since`` on."""
+    """All accounts together. ``lost`` and ``gaps`` (those that ended) count from ``since`` on."""
 
     standing: reads.Overview
     since: date
@@ -54,8 +53,8 @@ class Overview:
     days: list[Day] | None
 
     @property
-    def needs_somebody(self) -> bool:
-        """Whether something stays as it is until somebody does something about it."""
+    def needs_operator(self) -> bool:
+        """Whether something needs an operator."""
         standing = self.standing
         return bool(
             standing.accounts["failing"]
@@ -75,16 +74,16 @@ class Ledger:
     now: datetime
 
     def gap_seconds(self, day: date) -> float:
-        """How long, on that day so far, nobody looked into the mailbox who should have."""
+        """How long, on that day so far, a successful poll was overdue."""
         return history.gap_seconds(self.gaps, day, self.now)
 
 
 def overview(
     connection: Connection, now: datetime, *, days: int | None = None, limit: int | None = SHOWN
 ) -> Overview:
-    """How all accounts stand at this moment; with ``days``, also what so many days add up to.
+    """All accounts at this moment; with ``days``, also the totals of the last ``days`` days.
 
-    Names up to ``limit`` accounts and hosts that need attention, or all.
+    Names up to ``limit`` accounts and hosts that need attention, or all of them.
     """
     today = now.astimezone(UTC).date()
     since = today - timedelta(days=(days or LOOK_BACK_DAYS) - 1)
@@ -105,7 +104,7 @@ def overview(
 
 
 def ledger(connection: Connection, account_id: str, now: datetime, *, days: int) -> Ledger:
-    """The last so many days of an account, today included; none before it was added."""
+    """The last ``days`` days of an account, including today, but no day before it was added."""
     today = now.astimezone(UTC).date()
     first = today - timedelta(days=days - 1)
     added = reads.added_at(connection, account_id).date()
@@ -140,11 +139,11 @@ def _concern(row: reads.AccountStatus, now: datetime, lost: int) -> Concern:
     )
 
 
-# As JSON: the same by command and by HTTP. Fields are only ever added.
+# As JSON, for the command line and HTTP. Fields are only ever added.
 
 
 def overview_json(found: Overview, *, deletion_forbidden: bool) -> dict[str, Any]:
-    """``deletion_forbidden`` is a setting: whether nothing is deleted, whatever policies say."""
+    """``deletion_forbidden`` is a setting: nothing is deleted, whatever the accounts' policies."""
     standing = found.standing
     return {
         "accounts": sum(standing.accounts.values()),

@@ -1,4 +1,4 @@
-"""Who may ask: the one place that decides it.
+"""Access to the API: the one place that decides which requests are answered.
 
 The feed tells who wrote to whom and when, and other routes report on accounts.
 They need a bearer token, except on a loopback address.

@@ -50,7 +50,7 @@ def routes(health: Health) -> list[Route]:
         try:
             found = health.standing()
         except ArchiverError:
-            # The process's own figures matter most when the database is away.
+            # The process's own figures matter most when the database cannot be reached.
             observe.OVERDUE_SECONDS.set(float("nan"))
         else:
             observe.OVERDUE_SECONDS.set(found.overdue_seconds)

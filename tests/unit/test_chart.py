@@ -510,7 +510,7 @@ IMAGE_ONLY: Object = {"image": {"repository": "registry.example.com/archiver"}}
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
     said = refusal(tmp_path, {}, base={})
     assert "image.repository is not set" in said
-    assert "no database: set existingSecret, or database.existingSecret" in said
+    assert "no database: set existingSecret or database.existingSecret" in said
     assert "store.url is not set" in said
 
 
@@ -534,26 +534,26 @@ CLAIM = {"persistence": {"existingClaim": "archive"}}
         ({**DIRECTORY, "replicaCount": 1}, "persistence.existingClaim is not set"),
         (
             {**CLAIM, "database": {"url": "sqlite:///archiver.db"}, "replicaCount": 1},
-            "database.url lies outside the volume",
+            "database.url is outside the volume",
         ),
-        ({**CLAIM, "store": {"url": "file:/srv"}, "replicaCount": 1}, "store.url lies outside the volume"),
+        ({**CLAIM, "store": {"url": "file:/srv"}, "replicaCount": 1}, "store.url is outside the volume"),
         (
             {"database": {"url": "postgresql://archiver:hunter2@postgres/archiver"}},
-            "database.url holds a password",
+            "database.url contains a password",
         ),
         (
             {"database": {"url": "postgresql://postgres/archiver?user=a&password=hunter2"}},
-            "database.url holds a password",
+            "database.url contains a password",
         ),
         (
             {"database": {"url": "postgresql://postgres/archiver", "existingSecret": "postgres"}},
             "database.url and database.existingSecret are both set",
         ),
         ({"accounts": [ACCOUNT], "accountsExistingSecret": "accounts"}, "exclude each other"),
-        ({"database": {"url": "mysql://hunter2@host/name"}}, "database.url is neither"),
+        ({"database": {"url": "mysql://hunter2@host/name"}}, "database.url is invalid"),
         ({"accounts": [{**ACCOUNT, "password": "hunter2"}]}, 'the password of "sales" is not a reference'),
         ({"accounts": [{**ACCOUNT, "url": "pop3s://u:hunter2@h"}]}, 'the url of "sales" is not like'),
-        ({"accounts": [ACCOUNT, ACCOUNT]}, 'accounts: "sales" is there twice'),
+        ({"accounts": [ACCOUNT, ACCOUNT]}, 'accounts: "sales" occurs twice'),
         (
             {"accounts": [{**ACCOUNT, "password": "file:/etc/archiver/passwords/sales"}]},
             "mailboxSecret is not set",
@@ -568,7 +568,7 @@ CLAIM = {"persistence": {"existingClaim": "archive"}}
         ),
         (
             {"settings": {"ARCHIVER_WORKERS": "4"}},
-            "settings: ARCHIVER_WORKERS has a value of its own: use worker.concurrency",
+            "settings: ARCHIVER_WORKERS has its own value in the chart: use worker.concurrency",
         ),
         ({"extraEnv": [{"name": "ARCHIVER_API_TOKEN", "value": "hunter2"}]}, "use apiToken"),
     ],
@@ -660,10 +660,10 @@ def test_the_settings_that_have_values_are_the_archivers() -> None:
     ("case_name", "sentences"),
     [
         ("minimal", ["The migration ran before", "archiver account add", "archiver status"]),
-        ("iam", ["The migration runs beside", "There is no API token"]),
+        ("iam", ["The migration is running", "There is no API token"]),
         ("full", ["4 account(s) are applied", "archiver account check 'sales'"]),
         ("bare", ['migrations.mode is "none"', "archiver db upgrade", "There is no sealing key"]),
-        ("one-machine", ["SQLite is brought up to date", "accounts of your file"]),
+        ("one-machine", ["The worker upgrades SQLite", "accounts of your file"]),
     ],
 )
 def test_the_notes_say_what_to_do_next(case_name: str, sentences: list[str]) -> None:

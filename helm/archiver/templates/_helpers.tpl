@@ -33,7 +33,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What never changes in a release's life: the Deployment selects by it. */}}
+{{/* These labels must never change during a release's life: the Deployment selects by them. */}}
 {{- define "archiver.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "archiver.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -51,21 +51,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* ----------------------------------------------- what the values say -- */}}
 
-{{/* Non-empty where SQLite or a directory is used: one replica, on one volume. */}}
+{{/* Non-empty if SQLite or a directory is used: one replica, on one volume. */}}
 {{- define "archiver.onOneMachine" -}}
 {{- if or (hasPrefix "sqlite:" .Values.database.url) (hasPrefix "file:" .Values.store.url) -}}
 yes
 {{- end -}}
 {{- end -}}
 
-{{/* Non-empty where a migration must be run: SQLite is migrated by `archiver run` itself. */}}
+{{/* Non-empty if a migration must be run: `archiver run` migrates SQLite itself. */}}
 {{- define "archiver.migrates" -}}
 {{- if not (hasPrefix "sqlite:" .Values.database.url) -}}
 {{- .Values.migrations.mode | replace "none" "" -}}
 {{- end -}}
 {{- end -}}
 
-{{/* The volume source of the accounts file; empty where all accounts are in the database. */}}
+{{/* The volume source of the accounts file; empty if all accounts are in the database. */}}
 {{- define "archiver.accountsVolume" -}}
 {{- if .Values.accountsExistingSecret -}}
 secret:
@@ -109,7 +109,7 @@ name = {{ .name | toJson }}
 
 {{/* ------------------------------------------- what every pod is given -- */}}
 
-{{/* Service links would set ARCHIVER_PORT and its like, which the settings must not meet. */}}
+{{/* Service links would set variables such as ARCHIVER_PORT, which look like settings. */}}
 {{- define "archiver.podBasics" -}}
 enableServiceLinks: false
 securityContext:
@@ -135,7 +135,7 @@ securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 {{- end -}}
 
-{{/* Spread over nodes and zones where that is possible, or as the values say. */}}
+{{/* Spread over nodes and zones if possible, or as the values say. */}}
 {{- define "archiver.topologySpread" -}}
 {{- $workers := printf "%s\napp.kubernetes.io/component: worker" (include "archiver.selectorLabels" .) | fromYaml -}}
 {{- $given := .Values.topologySpreadConstraints -}}

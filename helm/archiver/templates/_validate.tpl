@@ -1,8 +1,8 @@
 {{/*
-What values.schema.json cannot say: which values need each other, and which
-would lose mail together. Values that may hold a secret by mistake are looked at
-here too, as a schema's error would repeat them. All that is wrong is told at
-once, a line each.
+Rules that values.schema.json cannot express: which values need each other, and
+which combinations would lose mail. Values that may contain a secret by mistake
+are also checked here, because an error of the schema would print them. All
+mistakes are reported at once, one per line.
 */}}
 {{- define "archiver.validate" -}}
 {{- $wrong := list -}}
@@ -11,23 +11,23 @@ once, a line each.
 {{- $mountPath := .Values.persistence.mountPath -}}
 
 {{- if not .Values.image.repository -}}
-{{- $wrong = append $wrong "image.repository is not set: name the image that you built from the Dockerfile" -}}
+{{- $wrong = append $wrong "image.repository is not set: set it to the image that you built from the Dockerfile" -}}
 {{- end -}}
 
 {{- if and $database.url $database.existingSecret -}}
 {{- $wrong = append $wrong "database.url and database.existingSecret are both set: choose one" -}}
 {{- else if not (or $database.url $database.existingSecret .Values.existingSecret) -}}
-{{- $wrong = append $wrong "no database: set existingSecret, or database.existingSecret, to a Secret that holds its URL" -}}
+{{- $wrong = append $wrong "no database: set existingSecret or database.existingSecret to a Secret with its URL" -}}
 {{- end -}}
 {{- if not (regexMatch "^(postgresql://.+|sqlite:///.+)?$" $database.url) -}}
-{{- $wrong = append $wrong "database.url is neither postgresql://user@host/name nor sqlite:///path" -}}
+{{- $wrong = append $wrong "database.url is invalid: use postgresql://user@host/name or sqlite:///path" -}}
 {{- end -}}
 {{- if or (regexMatch "^[^:]+://[^@]*:[^@]*@" $database.url) (regexMatch "(?i)[?&]password=" $database.url) -}}
-{{- $wrong = append $wrong "database.url holds a password: put the URL into a Secret and name that in database.existingSecret" -}}
+{{- $wrong = append $wrong "database.url contains a password: put the URL into a Secret, and set database.existingSecret to its name" -}}
 {{- end -}}
 
 {{- if not $storeUrl -}}
-{{- $wrong = append $wrong "store.url is not set: s3://bucket/prefix says where the messages go" -}}
+{{- $wrong = append $wrong "store.url is not set: messages are stored there, for example s3://bucket/prefix" -}}
 {{- end -}}
 
 {{- if include "archiver.onOneMachine" . -}}
@@ -40,13 +40,13 @@ once, a line each.
 {{- end -}}
 {{- end -}}
 {{- if not .Values.persistence.existingClaim -}}
-{{- $wrong = append $wrong "persistence.existingClaim is not set: SQLite or a directory as the store would be gone with the pod" -}}
+{{- $wrong = append $wrong "persistence.existingClaim is not set: SQLite, or a directory as the store, would be lost with the pod" -}}
 {{- end -}}
 {{- if and (hasPrefix "sqlite:" $database.url) (not (hasPrefix (printf "sqlite:///%s/" $mountPath) $database.url)) -}}
-{{- $wrong = append $wrong (printf "database.url lies outside the volume: it must begin with sqlite:///%s/" $mountPath) -}}
+{{- $wrong = append $wrong (printf "database.url is outside the volume: it must begin with sqlite:///%s/" $mountPath) -}}
 {{- end -}}
 {{- if and (hasPrefix "file:" $storeUrl) (not (hasPrefix (printf "file:%s/" $mountPath) $storeUrl)) -}}
-{{- $wrong = append $wrong (printf "store.url lies outside the volume: it must begin with file:%s/" $mountPath) -}}
+{{- $wrong = append $wrong (printf "store.url is outside the volume: it must begin with file:%s/" $mountPath) -}}
 {{- end -}}
 {{- end -}}
 
@@ -55,12 +55,12 @@ once, a line each.
 {{- if . -}}{{- $sources = add1 $sources -}}{{- end -}}
 {{- end -}}
 {{- if gt (int $sources) 1 -}}
-{{- $wrong = append $wrong "accounts, accountsExistingConfigMap and accountsExistingSecret exclude each other: set one" -}}
+{{- $wrong = append $wrong "accounts, accountsExistingConfigMap and accountsExistingSecret exclude each other: set only one" -}}
 {{- end -}}
 {{- $names := dict -}}
 {{- range $account := .Values.accounts -}}
 {{- if hasKey $names .name -}}
-{{- $wrong = append $wrong (printf "accounts: %q is there twice" .name) -}}
+{{- $wrong = append $wrong (printf "accounts: %q occurs twice" .name) -}}
 {{- end -}}
 {{- $_ := set $names .name true -}}
 {{- if not (regexMatch "^(?i:(pop3s?|pops?)://[^/@:\\s]+@[^/@\\s]+/?|pop2://[^/@:\\s]+@[^/@\\s]+(/[^/@:\\s]*)?)$" .url) -}}
@@ -78,7 +78,7 @@ once, a line each.
 {{- end -}}
 {{- end -}}
 {{- if and (hasPrefix "/etc/archiver/ca/" (default "" .ca_file)) (not $.Values.caBundle.existingConfigMap) -}}
-{{- $wrong = append $wrong (printf "accounts: the ca_file of %q lies under /etc/archiver/ca, but caBundle.existingConfigMap is not set" .name) -}}
+{{- $wrong = append $wrong (printf "accounts: the ca_file of %q is a file under /etc/archiver/ca, but caBundle.existingConfigMap is not set" .name) -}}
 {{- end -}}
 {{- end -}}
 
@@ -100,12 +100,12 @@ once, a line each.
   "ARCHIVER_LOG_LEVEL" "logLevel" -}}
 {{- range $name := keys .Values.settings | sortAlpha -}}
 {{- with get $owners $name -}}
-{{- $wrong = append $wrong (printf "settings: %s has a value of its own: use %s" $name .) -}}
+{{- $wrong = append $wrong (printf "settings: %s has its own value in the chart: use %s" $name .) -}}
 {{- end -}}
 {{- end -}}
 {{- range .Values.extraEnv -}}
 {{- with get $owners .name -}}
-{{- $wrong = append $wrong (printf "extraEnv: a value of the chart's own sets this variable: use %s" .) -}}
+{{- $wrong = append $wrong (printf "extraEnv: a value of the chart sets this variable: use %s" .) -}}
 {{- end -}}
 {{- end -}}
 
