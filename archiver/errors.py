@@ -42,7 +42,7 @@ class OperatorNeeded(ArchiverError):
 
 
 class MessageRefused(ArchiverError):
-    """This message alone cannot be had. It is quarantined; the others go on."""
+    """This message alone cannot be fetched or stored. It is quarantined; the others go on."""
 
     outcome = "operator_needed"
 

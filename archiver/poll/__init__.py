@@ -30,7 +30,14 @@ from typing import Final, Literal, Self
 from archiver import policy, pop3
 from archiver.db import sightings
 from archiver.db.before import BeforePoll, before_poll
-from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, Outcome, TryLater
+from archiver.errors import (
+    ArchiverError,
+    IntegrityError,
+    MessageRefused,
+    OperatorNeeded,
+    Outcome,
+    TryLater,
+)
 from archiver.model import Counts, PollReport, StoppedBy, segment_key
 from archiver.poll import server as mailserver
 from archiver.poll.absences import record_absences, record_vanished_contents
@@ -236,7 +243,12 @@ class _Poll:
                 item = intake.answered(outcome.entry)
                 match outcome:
                     case pop3.Retrieved(sink=spooled):
-                        spooled.seal()
+                        try:
+                            spooled.seal()
+                        except MessageRefused as refused:
+                            intake.drop(item)
+                            intake.blame(item, str(refused))
+                            continue
                         intake.store(item, spooled)
                     case pop3.Refused(error=error):
                         intake.quarantine(item, str(error))

@@ -14,6 +14,7 @@ from datetime import datetime
 from itertools import islice
 from typing import NamedTuple
 
+from archiver.errors import MessageRefused
 from archiver.model import Resolved
 from archiver.poll.plan import Item
 from archiver.poll.ports import BatchLimits
@@ -26,7 +27,7 @@ BATCHES_UNRECORDED = 3.0
 """With this many batches fetched and not recorded, stored messages do not wait for older ones."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fetched:
     """A message that was read from the server and is on its way to the store, or there."""
 
@@ -59,8 +60,10 @@ class Unrecorded:
     resolved: list[Resolved] = field(default_factory=list)
     total_bytes: int = 0
     uploading_bytes: int = 0
+    refused: list[tuple[Fetched, MessageRefused]] = field(default_factory=list)
+    """Those that the store refused for themselves. They are no part of a batch."""
     error: BaseException | None = None
-    """The first error that kept a message out of the store."""
+    """The first error that kept a message out of the store, and may keep out others."""
 
     def add(self, fetched: Fetched) -> None:
         """Add a message whose upload is under way."""
@@ -97,7 +100,12 @@ class Unrecorded:
             self.uploading_bytes -= fetched.size
             error = fetched.upload.exception()
             fetched.is_stored = error is None
-            self.error = self.error or error
+            if isinstance(error, MessageRefused):
+                self.fetched.remove(fetched)
+                self.total_bytes -= fetched.size
+                self.refused.append((fetched, error))
+            else:
+                self.error = self.error or error
 
     def wait_for_some(self) -> None:
         """Wait until half of the uploads have ended, in whatever order."""

@@ -157,7 +157,7 @@ class Intake:
         self.plan.quarantined_now(now, attempts)
 
     def blame(self, item: Item, reason: str) -> None:
-        """The connection died over this message. Once is chance; several times, it is the message."""
+        """This message failed, perhaps by itself. Once is chance; several times, it is the message."""
         claim, epoch, now = self._lease.claim, self.account.epoch, self._ports.now()
         attempts = self.plan.attempts.get(item.sighting, 0) + 1
         self._ports.database.transact(
@@ -168,6 +168,15 @@ class Intake:
         if policy.is_fatal(attempts):
             self.quarantine(item, reason)
 
+    def _blame_refused(self) -> None:
+        """Blame each message that the store refused for itself. The others go on."""
+        refused, self._unrecorded.refused = self._unrecorded.refused, []
+        for fetched, error in refused:
+            del self._uploads[fetched.upload]
+            # Without the content, as the next listing shows it.
+            listed = fetched.item.sighting._replace(content=b"")
+            self.blame(replace(fetched.item, sighting=listed), str(error))
+
     # Batches
 
     def record_stored(self) -> None:
@@ -176,6 +185,7 @@ class Intake:
         unrecorded.notice_uploads()
         while unrecorded.is_much_uploading:
             unrecorded.wait_for_some()
+        self._blame_refused()
         if plan.looks_renumbered and unrecorded.is_due(self._ports.monotonic()):
             unrecorded.wait_for_all()  # The first batch decides about all that follows.
         if unrecorded.error is not None:
@@ -196,6 +206,7 @@ class Intake:
     def record_due(self) -> None:
         """Record all that came into the store, in this thread, if a batch is due or an upload failed."""
         self._unrecorded.notice_uploads()
+        self._blame_refused()
         if self._unrecorded.error or self._unrecorded.is_due(self._ports.monotonic()):
             self.record_all()
 
@@ -208,6 +219,7 @@ class Intake:
         """Record all that comes into the store, and raise what kept anything out of it."""
         self.end_recording()
         self._unrecorded.wait_for_all()
+        self._blame_refused()
         while batch := self._unrecorded.stored_batch(self._ports.monotonic()):
             self._record(batch)
         if (error := self._unrecorded.error) is not None:

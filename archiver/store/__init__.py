@@ -3,8 +3,9 @@
 Owns keys, bytes and their checksums in the store. Promises that an object is
 whole or absent, and that it is written once and never changed. Every error is a
 class of ``errors.py``: ``TryLater`` when a repetition may help,
-``OperatorNeeded`` when only a person can, ``IntegrityError`` when bytes are not
-what they must be. Leaves the meaning of the objects to its callers.
+``OperatorNeeded`` when only a person can, ``MessageRefused`` when one object is
+refused and others are not, ``IntegrityError`` when bytes are not what they must
+be. Leaves the meaning of the objects to its callers.
 
 Every verb may be repeated by anyone at any time without harm. Retrying is one
 layer of its own (``retry.py``); the stores themselves try once.
@@ -112,7 +113,8 @@ class Store(Protocol):
         When this returns, the object is durable and complete. The store compared
         its SHA-256 with ``body.sha256``; for a directory, that happens during the
         write. An object that exists already is compared by size and SHA-256: the
-        store's own, or else it is read. Raises TryLater, OperatorNeeded, ObjectDiffers
+        store's own, or else it is read. Raises MessageRefused (this object alone
+        cannot be stored: it is too large), TryLater, OperatorNeeded, ObjectDiffers
         (it exists with other content), IntegrityError (size or SHA-256 of the
         body are wrong).
         """

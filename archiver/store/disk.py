@@ -9,13 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-from archiver.errors import ArchiverError, OperatorNeeded, TryLater
+from archiver.errors import ArchiverError, MessageRefused, OperatorNeeded, TryLater
 
 # Space, handles and quotas become free again; a cable can be plugged in again.
 _PASSING = {
     errno.ENOSPC: "free some space on that disk, or use a larger one",
     errno.EDQUOT: "raise the quota of this user, or free some space",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or use another file system",
     errno.EMFILE: "raise the limit of open files (ulimit -n) of this process",
     errno.ENFILE: "raise the limit of open files of this machine (fs.file-max)",
     errno.ENOMEM: "give this machine or container more memory",
@@ -26,6 +25,8 @@ _PASSING = {
     errno.EAGAIN: "nothing to do: it was busy",
     errno.EBUSY: "nothing to do: it was busy",
 }
+
+_TOO_LARGE = "raise the limit of a file's size (ulimit -f), or use another file system"
 
 _LASTING = {
     errno.EACCES: "give this user the right to write there",
@@ -43,6 +44,8 @@ def failure(error: OSError, doing: str) -> ArchiverError:
     """The error to raise for an OSError. ``doing`` follows "cannot": "write /spool"."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     message = f"cannot {doing}: {reason}"
+    if error.errno == errno.EFBIG:
+        return MessageRefused(message, hint=_TOO_LARGE)  # smaller ones can be written
     if error.errno in _PASSING:
         return TryLater(message, hint=_PASSING[error.errno])
     return OperatorNeeded(message, hint=_LASTING.get(error.errno or 0))

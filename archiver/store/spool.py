@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, BinaryIO, Self
 
+from archiver.errors import MessageRefused
 from archiver.store.disk import failure
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class SpooledMessage:
         self._content: bytes | None = None
         self._sha256: bytes | None = None
         self._closed = False
+        self._refused: MessageRefused | None = None
 
     @property
     def size(self) -> int:
@@ -146,11 +148,15 @@ class SpooledMessage:
         """Append bytes. ``chunk`` may be reused as soon as this returns.
 
         Raises TryLater when the disk is full: the message is then closed and its
-        content gone. Raises OperatorNeeded when the directory is unusable, and
-        ValueError after ``seal`` or ``close``.
+        content gone. A message that is too large for one file is discarded from
+        there on, and ``seal`` raises: the server can send it to its end. Raises
+        OperatorNeeded when the directory is unusable, and ValueError after
+        ``seal`` or ``close``.
         """
         if self._closed or self._sha256 is not None:
             raise ValueError("the message is sealed or closed")
+        if self._refused is not None:
+            return
         self.make_room(len(chunk))
         self._hash.update(chunk)
         self._size += len(chunk)
@@ -176,10 +182,13 @@ class SpooledMessage:
     def seal(self) -> None:
         """End the writing. From here on ``size``, ``sha256`` and ``open`` describe the same bytes.
 
-        Raises what ``write`` raises.
+        Raises what ``write`` raises, and MessageRefused when it is too large for
+        one file of the spool.
         """
         if self._closed or self._sha256 is not None:
             raise ValueError("the message is sealed or closed")
+        if self._refused is not None:
+            raise self._refused
         if self._memory is not None:
             self._content = self._memory.getvalue()  # shares the buffer, copies nothing
             self._memory = None
@@ -188,6 +197,8 @@ class SpooledMessage:
                 self._file.flush()
             except OSError as error:
                 self._give_up(error)
+            if self._refused is not None:
+                raise self._refused
         self._sha256 = self._hash.digest()
 
     def open(self) -> BinaryIO:
@@ -232,9 +243,13 @@ class SpooledMessage:
         self._reserved = 0
 
     def _give_up(self, error: OSError) -> None:
-        self.close()
         where = self._spool._directory or tempfile.gettempdir()
-        raise failure(error, f"spool a message in {where}") from error
+        failed = failure(error, f"spool a message in {where}")
+        if isinstance(failed, MessageRefused):
+            self._refused = failed
+            return
+        self.close()
+        raise failed from error
 
 
 class _FileReader(io.RawIOBase):

@@ -28,7 +28,7 @@ import pytest
 from botocore.config import Config
 from botocore.credentials import CredentialResolver
 
-from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater
+from archiver.errors import ArchiverError, IntegrityError, MessageRefused, OperatorNeeded, TryLater
 from archiver.store import Body, InvalidKey, NotAnObject, ObjectDiffers, ObjectNotFound, PutResult, Store
 from archiver.store.filesystem import FilesystemStore
 from archiver.store.retry import RetryingStore
@@ -764,7 +764,7 @@ def test_a_listing_opens_few_directories_however_deep_they_are(in_directory: Dir
 
 @contextmanager
 def _largest_file(size: int) -> Iterator[None]:
-    """Writing beyond ``size`` fails, as it does on a full disk."""
+    """Writing beyond ``size`` fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -773,10 +773,15 @@ def _largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_where_there_is_no_room_nothing_remains(in_directory: Directory) -> None:
+def test_of_a_file_that_is_too_large_nothing_remains(in_directory: Directory) -> None:
     store = in_directory.open()
-    with _largest_file(100_000), pytest.raises(TryLater):
-        store.put(KEY, BytesBody(content(MIB)))
+    with _largest_file(100_000):
+        with pytest.raises(MessageRefused, match="File too large") as caught:
+            store.put(KEY, BytesBody(content(MIB)))
+        assert "ulimit" in (caught.value.hint or "")
+        assert store.put("messages/small.eml", BytesBody(b"x")).created
+    (in_directory.root / "messages/small.eml").unlink()
+    (in_directory.root / "messages").rmdir()
     assert [path.name for path in in_directory.root.rglob("*")] == [".incoming"]
     assert store.put(KEY, BytesBody(content(MIB))).created
 
@@ -1022,7 +1027,6 @@ def answering() -> Iterator[_Answering]:
         (404, "NoSuchBucket", OperatorNeeded, "ARCHIVER_S3_ENDPOINT_URL"),
         (409, "ConditionalRequestConflict", TryLater, ""),
         (409, "OperationAborted", TryLater, ""),
-        (413, "", OperatorNeeded, "limit"),
         (429, "", TryLater, ""),
         (500, "InternalError", TryLater, ""),
         (501, "NotImplemented", OperatorNeeded, "conditional writes"),
@@ -1073,6 +1077,20 @@ def test_a_hint_names_what_the_text_means(
     for error in _every_verb(_of(answering).open()):
         assert type(error) is OperatorNeeded
         assert hint in (error.hint or "")
+
+
+@pytest.mark.parametrize(("status", "code"), [(413, ""), (413, "EntityTooLarge"), (400, "EntityTooLarge")])
+@pytest.mark.parametrize("size", [10, EXPECT + 1])
+def test_what_is_too_large_is_refused_by_itself(
+    answering: _Answering, status: int, code: str, size: int
+) -> None:
+    page = f"<Error><Code>{code}</Code></Error>" if code else "<html>nginx</html>"
+    answering.answer = (status, {"Content-Type": "application/xml" if code else "text/html"}, page.encode())
+    with pytest.raises(MessageRefused) as caught:
+        _of(answering).open().put(KEY, BytesBody(content(size)))
+    assert "limit" in (caught.value.hint or "")
+    with pytest.raises(OperatorNeeded):
+        _of(answering).open().stat(KEY)
 
 
 @pytest.mark.parametrize("status", [301, 302, 400, 401, 403, 404, 405])

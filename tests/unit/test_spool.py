@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archiver.errors import OperatorNeeded, TryLater
+from archiver.errors import MessageRefused, OperatorNeeded, TryLater
 from archiver.store.disk import failure
 from archiver.store.spool import BytesBody, Spool, SpooledMessage
 
@@ -187,7 +187,7 @@ def test_the_budget_holds_for_many_threads(tmp_path: Path) -> None:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writing beyond ``size`` fails, as it does on a full disk."""
+    """Writing beyond ``size`` fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -199,29 +199,30 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     "size", [100_000, 1_000_000], ids=["found out when sealed", "found out while writing"]
 )
-def test_a_full_disk_is_a_matter_of_time_and_gives_everything_back(tmp_path: Path, size: int) -> None:
+def test_a_message_too_large_for_a_file_is_refused_when_it_has_arrived(tmp_path: Path, size: int) -> None:
     spool = Spool(tmp_path, 0, 0)
-    message = spool.create()
-
-    def fill() -> None:
-        message.write(b"x" * size)
-        message.seal()
-
-    with largest_file(50_000), pytest.raises(TryLater, match=str(tmp_path)) as caught:
-        fill()
-    assert caught.value.hint
-    with pytest.raises(ValueError, match="closed"):
-        message.write(b"x")
-    message.close()
+    with largest_file(50_000), spool.create() as message:
+        for _ in range(3):
+            message.write(b"x" * size)
+        with pytest.raises(MessageRefused, match=str(tmp_path)) as caught:
+            message.seal()
+        assert "ulimit" in (caught.value.hint or "")
+        with spool.create() as small:
+            small.write(b"x")
+            small.seal()
+            assert small.size == 1
 
 
-def test_a_full_disk_while_a_message_moves_there_gives_the_memory_back(tmp_path: Path) -> None:
+def test_a_message_too_large_to_move_to_a_file_gives_the_memory_back(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 500 * KIB, 200 * KIB)
     message = spool.create()
     message.write(b"x" * 200 * KIB)
-    with largest_file(50_000), pytest.raises(TryLater):
+    with largest_file(50_000):
         message.write(b"x")
-    assert spool.memory_in_use == 0
+        assert spool.memory_in_use == 0
+        with pytest.raises(MessageRefused):
+            message.seal()
+    message.close()
 
 
 def test_a_missing_directory_is_for_the_operator(tmp_path: Path) -> None:

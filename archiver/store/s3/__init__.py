@@ -35,7 +35,14 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from archiver import __version__
-from archiver.errors import ArchiverError, IntegrityError, OperatorNeeded, TryLater, UsageError
+from archiver.errors import (
+    ArchiverError,
+    IntegrityError,
+    MessageRefused,
+    OperatorNeeded,
+    TryLater,
+    UsageError,
+)
 from archiver.store import (
     AddressingStyle,
     Body,
@@ -86,6 +93,7 @@ _WEB_PAGE = (
     "the answer is a web page, not one of S3's: check ARCHIVER_S3_ENDPOINT_URL, and which proxy or firewall "
     "answers in the server's place"
 )
+_LIMIT = "raise the limit of the server, or of the proxy before it, for the size of a request"
 _PROXY = "check HTTP_PROXY, HTTPS_PROXY and NO_PROXY, and the user and password in them"
 _KMS = "grant kms:GenerateDataKey and kms:Decrypt for the key of this bucket to these credentials"
 _DENY = (
@@ -106,7 +114,7 @@ _LASTING = {
     "AccessDenied": _RIGHTS,
     "AllAccessDisabled": _RIGHTS,
     "AuthorizationHeaderMalformed": _REGION,
-    "EntityTooLarge": "raise the limit of the server, or of the proxy before it, for the size of a request",
+    "EntityTooLarge": _LIMIT,
     "ExpiredToken": _EXPIRED,
     "ExpiredTokenException": _EXPIRED,
     "IllegalLocationConstraintException": _REGION,
@@ -127,9 +135,11 @@ _LASTING = {
     "403": _RIGHTS,
     "404": _BUCKET,
     "407": _PROXY,
-    "413": "raise the limit of the server, or of the proxy before it, for the size of a request",
+    "413": _LIMIT,
     "501": _INCOMPLETE,
 }
+# Refuses one object, not all of them.
+_TOO_LARGE = {"EntityTooLarge", "413"}
 _DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 
 # What a refusal's text says more exactly than its code.
@@ -284,6 +294,9 @@ class S3Store:
             except boto.ClientError as error:
                 if _code(error) in ("PreconditionFailed", "412"):
                     return self._compare(key, body)
+                if _code(error) in _TOO_LARGE or _status(error) == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                    refusal = _refusal(error, f"write {key} in {self._where}")
+                    raise MessageRefused(str(refusal), hint=_LIMIT) from error
                 if _code(error) in _DAMAGED:
                     _check_body(body)  # was it damaged here, or on the way?
                 raise
