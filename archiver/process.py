@@ -7,6 +7,8 @@ accounts need not wait until the lease expires.
 import ctypes
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,6 +28,19 @@ def is_dead(owner: str) -> bool:
     if host != socket.gethostname() or namespace in ("", "-") or namespace != _namespace():
         return False
     return pid.isdecimal() and started.isdecimal() and _started(int(pid)) != started
+
+
+@contextmanager
+def private_files(*, group_reads: bool) -> Iterator[None]:
+    """What this process makes meanwhile is for its user alone, or also for its group to read.
+
+    SQLite and temporary files have no other way to get such a mode from the start.
+    """
+    former = os.umask(0o027 if group_reads else 0o077)
+    try:
+        yield
+    finally:
+        os.umask(former)
 
 
 def give_back_memory() -> bool:

@@ -82,6 +82,13 @@ class Settings(BaseSettings):
             "apart from the database and its backups."
         ),
     )
+    file_group_read: bool = Field(
+        default=False,
+        description=(
+            "Whether the group of the service's user may read new files of mail, journal and database. "
+            "Default: only the user can, in whatever directory the files are."
+        ),
+    )
     accounts_file: Path | None = Field(
         default=None,
         description="TOML file of accounts that `archiver run` applies when it starts.",

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 def opened() -> Iterator["App"]:
     """The parts of this process by its settings, closed at the end. Raises UsageError for wrong settings."""
     from archiver.bootstrap import App
+    from archiver.process import private_files
     from archiver.settings import load
 
-    with App(load()) as app:
+    settings = load()
+    with private_files(group_reads=settings.file_group_read), App(settings) as app:
         yield app

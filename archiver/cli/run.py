@@ -36,6 +36,7 @@ def run() -> None:
     """
     from archiver import observe
     from archiver.bootstrap import App
+    from archiver.process import private_files
     from archiver.settings import load, unknown
 
     settings = load()
@@ -47,7 +48,11 @@ def run() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     drained = True
-    with App(settings) as app, ExitStack() as stack:
+    with (
+        private_files(group_reads=settings.file_group_read),
+        App(settings) as app,
+        ExitStack() as stack,
+    ):
         is_open = threading.Event()
         if settings.http_listen is not None:
             address = stack.enter_context(_web(app, settings.http_listen, is_open))

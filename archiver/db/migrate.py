@@ -147,7 +147,7 @@ def _make_folder(database: Database) -> None:
     if database.path is not None:
         try:
             # The database shows who wrote to whom, so other users may not read it.
-            database.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            database.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         except OSError as error:
             raise OperatorNeeded(
                 f"cannot create the folder of database {database.path}: {error.strerror}"

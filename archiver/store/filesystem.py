@@ -66,7 +66,7 @@ _OBJECT = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCT
 _ROOT = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 _DIRECTORY = _ROOT | os.O_NOFOLLOW
 _OBJECT_MODE = 0o444  # objects are never changed
-_ROOT_MODE = 0o700  # mail is private; an operator who wants another mode makes the directory first
+_ROOT_MODE = 0o750  # mail is private; the umask decides whether the group may read
 
 _INCOMING = ".incoming"
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,50 @@ class Commands:
 @pytest.fixture
 def commands(tmp_path: Path) -> Commands:
     return Commands(tmp_path)
+
+
+@pytest.mark.parametrize(("group_reads", "others"), [("false", 0o077), ("true", 0o027)])
+@pytest.mark.parametrize("is_made_before", [True, False])
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_only_the_user_reads_what_is_made(
+    commands: Commands,
+    server: ScriptedPop3,
+    group_reads: str,
+    others: int,
+    umask: int,
+    *,
+    is_made_before: bool,
+) -> None:
+    place = commands.directory / "place"
+    former = os.umask(umask)
+    try:
+        if is_made_before:
+            (place / "store").mkdir(parents=True)
+        before = set(place.rglob("*"))
+        environment = {"ARCHIVER_FILE_GROUP_READ": group_reads}
+        private = Elsewhere(place, environment)
+        private.run("sync", server.endpoint.url, "--tls", "none", "--password-env", "PASSWORD")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(former)
+    made = [path for path in place.rglob("*") if path not in before]
+    assert {".eml", ".ndjson", ".db"} <= {path.suffix for path in made}
+    for path in made:
+        mode = path.stat().st_mode & 0o777
+        assert not mode & others, f"{path} {mode:o}"
+        assert mode & 0o400
+        assert bool(mode & 0o040) is (group_reads == "true"), f"{path} {mode:o}"
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere(Commands):
+    """The command line with more settings."""
+
+    more: dict[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return super(Elsewhere, self).environment | self.more
 
 
 @pytest.mark.parametrize(
