@@ -6,10 +6,17 @@ begin with ``archiver_``; docs/reference/events-and-metrics.md lists both.
 Neither ever contains a secret.
 """
 
+import atexit
 import json
 import logging
+import os
+import select
 import sys
-from contextlib import suppress
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from io import TextIOBase
 from typing import Any, TextIO, cast
 
 import structlog
@@ -56,22 +63,116 @@ TOKEN_REQUESTS = Counter(
 HEARTBEATS_FAILED = Counter("archiver_heartbeats_failed", "Lease renewals that the database refused.")
 
 
-class _Forgiving:
-    """A stream that ignores write errors, such as a full disk or a closed pipe.
+LOG_LINES_DROPPED = Counter(
+    "archiver_log_lines_dropped", "Log lines that were not written because standard error was full or failed."
+)
 
-    The standard library's logging does the same. Archiving must not depend on the log.
+QUEUED_LINES = 10_000
+"""Lines that wait for a standard error that is not read. Further lines are dropped and counted."""
+QUEUED_CHARACTERS = 4 * 1024 * 1024
+"""The same, in characters: a line with a traceback is long."""
+LEAVE_SECONDS = 2.0
+"""How long an exit waits for a standard error that takes nothing."""
+
+
+class Lines(TextIOBase):
+    """A stream whose writes never wait: a thread hands the text to a file descriptor.
+
+    Archiving must not depend on the log. A full disk, a closed pipe or a pipe that
+    is not read costs lines, which are counted, and nothing else.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        descriptor: int,
+        on_gap: Callable[[int], None],
+        *,
+        lines: int = QUEUED_LINES,
+        characters: int = QUEUED_CHARACTERS,
+    ) -> None:
+        """``on_gap`` receives the number of lines that were dropped, once there is room again."""
+        super().__init__()
+        self._on_gap = on_gap
+        self._descriptor = descriptor
+        self._lines_at_most = lines
+        self._characters_at_most = characters
+        self._waiting: deque[str] = deque()
+        self._characters = 0
+        self._written = 0
+        self._dropped_since = 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name="log", daemon=True).start()
 
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # ValueError: the stream is closed
-            self._stream.write(text)
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute in typeshed
+        return "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, text: str) -> int:
+        """Hand over the text, one or more whole lines, or drop it. Returns at once."""
+        with self._changed:
+            if (
+                len(self._waiting) >= self._lines_at_most
+                or self._characters + len(text) > self._characters_at_most
+            ):
+                self._dropped_since += 1
+                LOG_LINES_DROPPED.inc()
+            elif text:
+                self._waiting.append(text)
+                self._characters += len(text)
+                self._changed.notify_all()
+        return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
+        """Nothing: the thread never delays what it has."""
+
+    def drain(self, still_seconds: float = LEAVE_SECONDS) -> bool:
+        """Wait until all is written, or nothing was for ``still_seconds``. Returns whether all is written."""
+        with self._changed:
+            while self._characters:
+                if not self._changed.wait_for(partial(self._went_on, self._written), still_seconds):
+                    return False
+            return True
+
+    def _went_on(self, before: int) -> bool:
+        return self._written != before
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                text = self._waiting.popleft()
+            if not self._put(text):
+                LOG_LINES_DROPPED.inc()
+            dropped = 0
+            with self._changed:
+                self._characters -= len(text)
+                self._written += 1
+                # Not while lines are still lost: that would be a line for each line.
+                if len(self._waiting) <= self._lines_at_most // 2:
+                    dropped, self._dropped_since = self._dropped_since, 0
+                self._changed.notify_all()
+            if dropped:
+                self._on_gap(dropped)
+
+    def _put(self, text: str) -> bool:
+        left = text.encode("utf-8", "backslashreplace")
+        while left:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+            except OSError:
+                return False
+        return True
 
 
 def get_logger() -> Any:
@@ -79,8 +180,22 @@ def get_logger() -> Any:
     return structlog.get_logger("archiver")
 
 
-def log_json(level: str) -> None:
-    """Log to standard error from now on, libraries included, as one JSON object per line."""
+def _report_gap(lines: int) -> None:
+    log = get_logger()
+    log.warning("log.dropped", lines=lines)
+
+
+def log_json(level: str) -> Lines:
+    """Log to standard error from now on, libraries included, as one JSON object per line.
+
+    Standard error itself becomes the stream that never waits, so that nothing else
+    that writes there can block a thread. An orderly exit waits for the last lines;
+    ``os._exit`` needs a ``drain`` before it.
+    """
+    lines = Lines(sys.stderr.fileno(), _report_gap)
+    sys.stderr.flush()
+    sys.stderr = cast(TextIO, lines)
+    atexit.register(lines.drain)
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
@@ -95,10 +210,10 @@ def log_json(level: str) -> None:
     structlog.configure(
         processors=[*shared, *rendered],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Forgiving(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, lines)),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
@@ -111,6 +226,7 @@ def log_json(level: str) -> None:
     root.setLevel(logging.WARNING)
     # A late tick on a busy machine is harmless: the next one does its work.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
+    return lines
 
 
 def log_quietly() -> None:

@@ -40,7 +40,7 @@ def run() -> None:
     from archiver.settings import load, unknown
 
     settings = load()
-    observe.log_json(settings.log_level)
+    lines = observe.log_json(settings.log_level)
     log = observe.get_logger()
     for name in unknown():
         log.warning("setting.unknown", name=name)
@@ -67,6 +67,7 @@ def run() -> None:
     if not drained or _threads_hang():
         # Threads that hang in a socket would keep the process alive. Messages that
         # they have not recorded are still on the server.
+        lines.drain()
         os._exit(0)
 
 
