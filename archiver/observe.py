@@ -22,6 +22,8 @@ from typing import Any, TextIO, cast
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
+from archiver.printable import printable
+
 POLLS = Counter("archiver_polls", "Polls that ended, by outcome.", ["outcome"])
 POLL_SECONDS = Histogram(
     "archiver_poll_seconds",
@@ -164,7 +166,7 @@ class Lines(TextIOBase):
                 self._on_gap(dropped)
 
     def _put(self, text: str) -> bool:
-        left = text.encode("utf-8", "backslashreplace")
+        left = printable(text).encode()
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]

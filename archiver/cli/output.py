@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from archiver.errors import ArchiverError
+from archiver.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,8 @@ Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON o
 def console(*, stderr: bool = False) -> "Console":
     """A console that never wraps or colours text meant for a pipe.
 
-    Text is printed as it is, without markup or emoji names: it may come from a mail server.
+    Text has no markup or emoji names: it may come from a mail server. What prints by a
+    console of its own passes it through ``printable``, as ``say`` and tables do.
     """
     from rich.console import Console
 
@@ -44,12 +46,12 @@ def console(*, stderr: bool = False) -> "Console":
 
 def say(text: str = "") -> None:
     """A line of result for people."""
-    console().print(text)
+    console().print(printable(text))
 
 
 def note(text: str) -> None:
     """A line that is not the result."""
-    console(stderr=True).print(text)
+    console(stderr=True).print(printable(text))
 
 
 def complain(error: ArchiverError) -> None:
@@ -89,7 +91,7 @@ class Table:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add_row(self, *cells: str) -> None:
-        self.rows.append(cells)
+        self.rows.append(tuple(map(printable, cells)))
 
     def fitted(self, width: int) -> list[str]:
         """The columns to show: where all do not fit, only those that say something."""
@@ -234,7 +236,7 @@ class AccountProgress:
             much = f" ({size(total_bytes)})" if total_bytes else ""
             self._line(f"{self._name}: {listed} on the server, {to_fetch} to fetch{much}")
         if self._bars is not None and to_fetch:
-            self._task = self._bars.add_task(self._name, total=to_fetch, rate="")
+            self._task = self._bars.add_task(printable(self._name), total=to_fetch, rate="")
 
     def fetched(self, message_bytes: int) -> None:
         """See ``poll.Watch``."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from archiver.db import Database
 from archiver.errors import ArchiverError
 from archiver.web.auth import Access, Refused
-from archiver.web.problems import BAD_REQUEST, UNAVAILABLE, problem
+from archiver.web.problems import BAD_REQUEST, UNAVAILABLE, Json, problem
 
 LONGEST_NUMBER = 20
 """Digits: enough for 64 bits. Python refuses to read a number of some thousand digits."""
@@ -49,7 +49,7 @@ class Api:
             try:
                 self.access.check(request, changes=changes)
                 _check_names(request, parameters)
-                return JSONResponse(answer(request), status)
+                return Json(answer(request), status)
             except Refused as refused:
                 return problem(refused.status, refused.reason)
             except Problem as found:
