@@ -638,7 +638,8 @@ class CrashMachine(RuleBasedStateMachine):
         missing = self.missing(shown)
         if session.listed is None and believed is not None:
             missing = [letter for letter in missing if not believed.hides(letter, session)]
-        assert len(missing) <= poll.quarantined + (poll.to_come or 0), (poll, missing, "unaccounted for")
+        quarantined = (poll.counts if isinstance(poll, PollReport) else poll).quarantined
+        assert len(missing) <= quarantined + (poll.to_come or 0), (poll, missing, "unaccounted for")
 
     def captured(self) -> set[bytes]:
         return {sha256 for (sha256,) in self.ask("SELECT sha256 FROM capture")}
