@@ -6,6 +6,7 @@ error, with a hint. A command imports what it needs when it runs, so that
 ``--help`` stays fast.
 """
 
+import errno
 import sys
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 
 from archiver import __version__
 from archiver.cli import account, db, demo, feed, message, run, status, sync, verify
-from archiver.cli.output import complain, say
+from archiver.cli.output import complain, drop_output, print_anything, say
 from archiver.errors import ArchiverError, OperatorNeeded, UsageError
 
 app = typer.Typer(
@@ -56,8 +57,13 @@ for name, module in (("account", account), ("message", message), ("feed", feed),
 
 def main() -> None:
     """Run the command line and exit."""
+    print_anything()
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here, and not when Python ends: a full disk then has its exit code and its line.
+            sys.stdout.flush()
     except (OperatorNeeded, UsageError) as error:
         complain(error)
         sys.exit(2)
@@ -68,4 +74,10 @@ def main() -> None:
         # The reader has closed the pipe (``| head``), which needs no traceback.
         # Closing standard error prevents another one when Python flushes at exit.
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            raise
+        drop_output()
+        complain(OperatorNeeded(f"cannot write to standard output: {error.strerror}"))
         sys.exit(1)

@@ -4,11 +4,14 @@ With ``--json``, standard output has one object per line, and nothing else. A
 terminal gets progress bars and tables, a pipe gets plain lines.
 """
 
+import io
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -42,6 +45,26 @@ def console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_anything() -> None:
+    """Escape what the character set of the output lacks, such as an umlaut in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Send what standard output still holds nowhere, so that Python does not try it again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def note_if_possible(text: str) -> None:
+    """A line of progress. A closed pipe or a full disk must not end the poll that it is about."""
+    with suppress(OSError):
+        note(text)
 
 
 def say(text: str = "") -> None:
@@ -205,7 +228,7 @@ class SyncProgress:
     def watch(self, account: "Account") -> "AccountProgress":
         """The watch for the poll of this account."""
         return AccountProgress(
-            account.name, self._bars, None if self._quiet or self._bars else note, self._monotonic
+            account.name, self._bars, None if self._quiet or self._bars else note_if_possible, self._monotonic
         )
 
 

@@ -61,16 +61,18 @@ class Commands:
     def json(self, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.run(*arguments, "--json", code=code).splitlines()]
 
-    def process(self, *arguments: str, unset: str = "") -> "subprocess.CompletedProcess[str]":
+    def process(
+        self, *arguments: str, unset: str = "", encoding: str = "utf-8"
+    ) -> "subprocess.CompletedProcess[str]":
         """The command in a process of its own, in its directory, without one of the settings."""
         command = [sys.executable, "-m", "archiver", *arguments]
         environment = {name: value for name, value in self.environment.items() if name != unset}
         return subprocess.run(
             command,
-            env=environment,
+            env=environment | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
             cwd=self.directory,
             capture_output=True,
-            text=True,
+            encoding=encoding,
             check=False,
             timeout=60,
         )
@@ -82,6 +84,42 @@ class Commands:
 @pytest.fixture
 def commands(tmp_path: Path) -> Commands:
     return Commands(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_name_is_printed_in_any_character_set(
+    commands: Commands, server: ScriptedPop3, encoding: str
+) -> None:
+    name = "Büro 東京"
+    commands.run("account", "add", name, server.endpoint.url, "--tls", "none", "--password-env", "PASSWORD")
+    for arguments in (
+        ["sync"],
+        ["account", "list"],
+        ["account", "show", name],
+        ["status"],
+        ["sync", "--json"],
+    ):
+        done = commands.process(*arguments, encoding=encoding)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert server.commands["QUIT"] == server.connections
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_under_the_output_ends_no_poll(
+    commands: Commands, server: ScriptedPop3, stream: str
+) -> None:
+    commands.run("account", "add", "work", server.endpoint.url, "--tls", "none", "--password-env", "PASSWORD")
+    with Path("/dev/full").open("w") as full:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        command = [sys.executable, "-m", "archiver", "sync"]
+        done = subprocess.run(command, env=commands.environment, text=True, check=False, timeout=60, **pipes)
+    assert server.commands["QUIT"] == server.connections
+    if stream == "stdout":
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("archiver: cannot write to standard output")
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("group_reads", "others"), [("false", 0o077), ("true", 0o027)])
