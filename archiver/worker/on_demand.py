@@ -128,7 +128,8 @@ class OnDemand:
             self.log.exception("poll.not_started", account=account.id)
             return PollReport(account.name, "try_later", error=f"internal error: {error!r}")
         polling = self._polls.polling(lease, before, watch)
-        self._ends.add(Finished(polling, finish(polling.story)))
+        with self._polls.abandoning([polling]):
+            self._ends.add(Finished(polling, finish(polling.story)))
         return polling.ended.result()
 
     def _give_up_at(self) -> float:

@@ -433,18 +433,18 @@ def test_an_account_that_cannot_be_read_is_not_held_for_ever(lone_archive: Archi
     assert [claim.token for claim in claim_due(archive)] == [2]
 
 
+class Panic(BaseException):
+    """Some libraries raise what is not even an Exception."""
+
+
+def panics(_: Account) -> str:
+    raise Panic
+
+
 @pytest.mark.parametrize("wants_a_thread", [False, True])
 def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
     lone_archive: Archive, wants_a_thread: bool
 ) -> None:
-    """Some libraries raise what is not even an Exception."""
-
-    class Panic(BaseException):
-        pass
-
-    def panics(_: Account) -> str:
-        raise Panic
-
     archive = lone_archive
     account = archive.add(archive.serve(mailbox("a")))
     worker = archive.worker(archive.ports(password=panics))
@@ -452,6 +452,16 @@ def test_an_account_whose_poll_breaks_beyond_all_reason_is_not_held_for_ever(
     held = worker.leases.take(replace(claim, recover=wants_a_thread), archive.clock.monotonic())
     [ended] = worker.changeovers.begin([held])
     assert isinstance(ended.exception(20), Panic)
+    assert len(worker.leases) == 0
+
+
+def test_an_account_whose_poll_by_name_breaks_beyond_all_reason_is_not_held_for_ever(
+    archive: Archive,
+) -> None:
+    account = archive.add(archive.serve(mailbox("a")))
+    worker = archive.worker(archive.ports(password=panics))
+    with pytest.raises(Panic):
+        worker.poll_now([account], lambda _: Unwatched())
     assert len(worker.leases) == 0
 
 
