@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from archiver import __version__
 from archiver.demo.dovecot import unavailable
 from archiver.errors import ArchiverError
 from tests.bench import cost, many_mailboxes, one_mailbox, parts, report
@@ -202,7 +203,8 @@ def _keep(
 
 
 def _versions(peers: Peers) -> dict[str, str]:
-    packages = {name: metadata.version(name) for name in ("archiver", "boto3", "psycopg", "sqlalchemy")}
+    packages = {name: metadata.version(name) for name in ("boto3", "psycopg", "sqlalchemy")}
+    packages["archiver"] = __version__
     servers = {
         "dovecot": version_of("/usr/sbin/dovecot", "--version") or version_of("dovecot", "--version"),
         "postgresql": version_of("psql", "--version"),

@@ -24,6 +24,7 @@ from archiver.db.tables import account as account_table
 from archiver.db.tables import journal as journal_table
 from archiver.db.tables import lease as lease_table
 from archiver.db.tables import mailbox as mailbox_table
+from archiver.evidence import journal
 from archiver.model import (
     NO_DIGEST,
     Account,
@@ -35,11 +36,12 @@ from archiver.model import (
     SightingKey,
     What,
     new_account_id,
+    segment_key,
 )
 from archiver.poll.ports import Unwatched
 from archiver.settings import load
 from archiver.store import open_store
-from archiver.store.spool import Spool
+from archiver.store.spool import BytesBody, Spool
 from tests.bench.machine import Work, serve
 
 _HOST = "127.0.0.1"
@@ -256,6 +258,14 @@ def _take_in(app: App, claim: Claim, segment: Segment) -> None:
     )
 
 
+def _write(app: App, claim: Claim, segment: Segment) -> bytes:
+    """Into the store and the database, as a poll does; returns the segment's digest."""
+    body = BytesBody(journal.encode(segment))
+    app.store.put(segment_key(segment.account_id, segment.sequence), body)
+    app.database.transact(lambda connection: record.segment(connection, claim, segment, body.sha256))
+    return body.sha256
+
+
 class _Statements:
     """Counts what is sent to the database. An executemany is one."""
 
@@ -299,11 +309,11 @@ def know(*, port: int, ca_file: str, password: str, user: str) -> Iterator[Work]
                 mailbox.login(password)
                 entries = list(mailbox.list().entries)
             keys = [SightingKey(entry.uidl or b"", entry.size or 0) for entry in entries]
-            step = 5_000
-            for place in range(0, len(keys), step):
-                some = keys[place : place + step]
-                segment = _segment(account, claim, place // step + 1, len(some), some)
-                _take_in(app, claim, segment)
+            step, previous = 5_000, NO_DIGEST
+            for index in range(0, len(keys), step):
+                some = keys[index : index + step]
+                segment = _segment(account, claim, index // step + 1, len(some), some)
+                previous = _write(app, claim, replace(segment, previous=previous))
             # The next poll is nobody's who left something half done.
             app.database.transact(
                 lambda connection: connection.execute(
@@ -325,7 +335,7 @@ def fill(
     interval_seconds: float,
     due_after_seconds: float,
     due_over_seconds: float,
-    secret: str,
+    secret_reference: str,
 ) -> Iterator[Work]:
     """So many accounts at once, which fall due after so many seconds, one after the other over so many."""
     with _opened() as app:
@@ -334,7 +344,7 @@ def fill(
             "account-0",
             urls[0].format(0),
             "none",
-            secret,
+            secret_reference,
             interval_seconds=interval_seconds,
         )
 
@@ -362,8 +372,9 @@ def _multiply(connection: Connection, first: Account, count: int, urls: list[str
         (mailbox_table, "account_id"),
         (journal_table, "account_id"),
     ):
-        [model] = connection.execute(sa.select(table).where(table.c[key] == first.id)).mappings()
-        rows = [dict(model) | {key: each} for each in ids[1:]]
+        model = connection.execute(sa.select(table).where(table.c[key] == first.id)).one()
+        values = dict(zip(table.c.keys(), model, strict=True))
+        rows = [values | {key: each} for each in ids[1:]]
         if table is account_table:
             for number, row in enumerate(rows, start=1):
                 row["name"] = f"account-{number}"
