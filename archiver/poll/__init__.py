@@ -38,6 +38,7 @@ from archiver.errors import (
     Outcome,
     TryLater,
 )
+from archiver.evidence.identity import StoreMismatch
 from archiver.model import Counts, PollReport, StoppedBy, segment_key
 from archiver.poll import server as mailserver
 from archiver.poll.absences import record_absences, record_vanished_contents
@@ -223,7 +224,7 @@ class _Poll:
             return
         try:
             self.ports.check_store()
-        except OperatorNeeded as error:
+        except StoreMismatch as error:
             # The trouble is not this account's, and passes when the volume is back.
             raise TryLater(str(error), hint=error.hint) from error
         head = self.recorder.state.head

@@ -237,9 +237,12 @@ def test_an_application_or_a_file_needs_no_person(
         (["--provider", "yahoo", "--client-id", "x"], "--provider yahoo is unknown"),
         (["--provider", "google", "--client-id", "x", "--tenant", "t"], "--tenant is for"),
         (["--provider", "microsoft", "--client-id", "x", "--client-credentials"], "needs --tenant"),
-        (["--provider", "google", "--client-id", "x", "--client-credentials"], "by its secret alone"),
+        (
+            ["--provider", "google", "--client-id", "x", "--client-credentials"],
+            "application.s secret alone",
+        ),
         (["--client-id", "x", "--token-endpoint", "http://x/", "--scope", "s"], "is an https:// address"),
-        (["--credential-file", "x", "--provider", "google"], "leave the other options away"),
+        (["--credential-file", "x", "--provider", "google"], "cannot be combined with other options"),
     ],
 )
 def test_what_cannot_be_meant(
@@ -253,7 +256,7 @@ def test_what_cannot_be_meant(
 def test_a_way_to_log_in_that_the_url_fixes_is_not_replaced(commands: Authorized, server: Dovecot) -> None:
     url = f"pop3s://{USER};AUTH=PLAIN@localhost:{server.pop3s_port}"
     commands.run("account", "add", "anna", url, "--password-env", "PASSWORD")
-    with pytest.raises(UsageError, match="fixes PLAIN as the way to log in"):
+    with pytest.raises(UsageError, match="requires PLAIN, which is not a login by OAuth"):
         commands.run("account", "authorize", "anna", "--provider", "google", "--client-id", "x")
 
 
