@@ -54,7 +54,7 @@ lint-format: setup
 	@$(BIN)/ruff format --check
 
 lint-types: setup
-	@$(BIN)/mypy
+	@$(BIN)/mypy && $(BIN)/mypy tools/prose.py
 
 lint-imports: setup
 	@$(BIN)/lint-imports

@@ -48,7 +48,7 @@ def take_in(database: Database, path: Path, at: datetime, *, interval_seconds: f
     wanted = [account_of(entry, interval_seconds) for entry in read(path)]
 
     def work(connection: "Connection") -> int:
-        accounts.take_turn(connection)
+        accounts.wait_for_others(connection)
         return sum(_take(connection, account, at) for account in wanted)
 
     return database.transact(work)

@@ -20,7 +20,7 @@ ACCOUNTS_LOCK = 0x61636374
 """The advisory lock of a process that adds many accounts: "acct" in ASCII."""
 
 
-def take_turn(connection: Connection) -> None:
+def wait_for_others(connection: Connection) -> None:
     """Wait for the commit of another process that adds accounts, and see what it added from here on.
 
     For processes that start together and add the same accounts. SQLite has one

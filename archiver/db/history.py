@@ -257,21 +257,22 @@ def tidy(
     counted = removed = 0
     after: str | None = ""
     while after is not None:
-        number, after = database.transact(partial(_count, after=after, bounds=bounds))
+        number, after = database.transact(partial(add_up, after=after, bounds=bounds))
         if number is None or stopping():
             return Tidied(counted + (number or 0), removed, whole=False)
         counted += number
     before = begin(now.astimezone(UTC).date() - timedelta(days=keep_days))
     since: datetime | None = datetime.min.replace(tzinfo=UTC)
     while since is not None:
-        number, since = database.transact(partial(_remove, since=since, before=before, at_once=bounds.polls))
+        step = partial(remove_ended, since=since, before=before, at_once=bounds.polls)
+        number, since = database.transact(step)
         if number is None or stopping():
             return Tidied(counted, removed + (number or 0), whole=False)
         removed += number
     return Tidied(counted, removed, whole=True)
 
 
-def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | None, str | None]:
+def add_up(connection: Connection, after: str, bounds: Bounds) -> tuple[int | None, str | None]:
     """Add the next accounts' polls to their days. Returns their number, and where to continue, if at all."""
     if not _is_ours(connection):
         return None, None
@@ -315,7 +316,7 @@ def _count(connection: Connection, after: str, bounds: Bounds) -> tuple[int | No
     return len(rows), max(before, default=after)
 
 
-def _remove(
+def remove_ended(
     connection: Connection, since: datetime, before: datetime, at_once: int
 ) -> tuple[int | None, datetime | None]:
     """Remove the polls that ended after ``since``. Returns their number, and where to continue, if at all."""

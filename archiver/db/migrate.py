@@ -32,7 +32,7 @@ def latest() -> str:
     """The schema version that this release writes."""
     from alembic.script import ScriptDirectory
 
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     if head is None:
         raise RuntimeError("the package contains no migrations")
     return head
@@ -66,7 +66,7 @@ def upgrade(database: Database, to: str = "head") -> tuple[str | None, str]:
     _make_folder(database)
     before = current(database)
     _refuse_newer(before)
-    config = _config()
+    config = alembic_config()
 
     def work(connection: sa.Connection) -> bool:
         if connection.dialect.name == "sqlite":
@@ -161,7 +161,7 @@ def _refuse_newer(found: str | None) -> None:
     if found is None:
         return
     try:
-        ScriptDirectory.from_config(_config()).get_revision(found)
+        ScriptDirectory.from_config(alembic_config()).get_revision(found)
     except CommandError:
         raise WrongSchema(
             f"the database has schema {found}, which this release does not know: a newer release made it",
@@ -169,7 +169,8 @@ def _refuse_newer(found: str | None) -> None:
         ) from None
 
 
-def _config() -> "Config":
+def alembic_config() -> "Config":
+    """Where the migrations are: in the repository, or in an installed package."""
     from alembic.config import Config
 
     installed = Path(__file__).parent / "migrations"

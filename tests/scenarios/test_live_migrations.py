@@ -46,7 +46,7 @@ WRITER_WAITS = "SET lock_timeout = '20s'"
 def database(postgres_url: str) -> Iterator[Database]:
     """A database as the first release left it, with accounts, sightings, captures and polls."""
     database = Database(postgres_url, sleep=lambda _: None)
-    config = migrate._config()
+    config = migrate.alembic_config()
 
     def begin(connection: sa.Connection) -> None:
         config.attributes["connection"] = connection

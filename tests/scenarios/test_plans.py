@@ -315,9 +315,9 @@ HOT = {
         whole={"mailbox": PASS} | dict.fromkeys(("poll", "poll_day"), "of all accounts, a good part of them"),
     ),
     # Housekeeping.
-    "history._count": Hot(lambda c: history._count(c, "", history.BOUNDS), "pk_mailbox pk_poll"),
-    "history._remove": Hot(
-        lambda c: history._remove(
+    "history.add_up": Hot(lambda c: history.add_up(c, "", history.BOUNDS), "pk_mailbox pk_poll"),
+    "history.remove_ended": Hot(
+        lambda c: history.remove_ended(
             c, datetime.min.replace(tzinfo=UTC), NOW - timedelta(days=DAYS - 1), history.BOUNDS.polls
         ),
         "ix_poll_ended_at pk_mailbox pk_poll",
