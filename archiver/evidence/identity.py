@@ -5,9 +5,9 @@ works. So the archive has an id, made once, which is kept in an object at the ro
 the store and in the database. The object also has the number of the store's format,
 which a program that does not know it refuses.
 
-A store without the object gets it only if it is empty and the database has no captures
-yet, or if it shows the journal segments that the database knows. An empty store under
-a database with captures never does.
+A store without the object gets it only if the database has no captures yet, or if the
+store shows the journal segments that the database knows. An empty store under a
+database with captures never does.
 """
 
 import contextlib
